@@ -1,0 +1,253 @@
+"""The Function document: what is scaled.
+
+In: YAML text (``thaw apply -f``) or the plain maps of the wire. Out: :class:`Function`, an immutable value that travels
+in commands and in the ``thaw.functions`` topic. The agent runs it (:mod:`agent.restore`), the planner reads its policy.
+
+Field names in YAML are camelCase as in Kubernetes, because the same document is the custom resource there.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from pathlib import Path, PurePosixPath
+from typing import Annotated, Any, Literal
+
+import msgpack
+import msgspec
+import yaml
+
+from agent.errors import FunctionInvalid
+
+Port = Annotated[int, msgspec.Meta(ge=1, le=65535)]
+Seconds = Annotated[float, msgspec.Meta(gt=0, le=86400)]
+NAME = re.compile(r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?")
+
+
+class _Struct(msgspec.Struct, frozen=True, forbid_unknown_fields=True, rename="camel", kw_only=True):
+    """Common options: immutable, strict, camelCase outside."""
+
+
+class Readiness(_Struct):
+    """How to tell that an instance answers: an HTTP GET that returns 2xx, or only an accepted connection."""
+
+    #: Path of the GET; empty: an accepted TCP connection is enough.
+    path: str = "/"
+    #: Longest wait after the command was started cold, s.
+    timeout_seconds: Seconds = 60.0
+
+
+class WarmUp(_Struct):
+    """One request sent before the freeze, so that the checkpoint holds a warm process."""
+
+    path: str = "/"
+    method: Literal["GET", "POST"] = "GET"
+    body: str = ""
+    repeat: Annotated[int, msgspec.Meta(ge=1, le=10000)] = 1
+
+
+class RootFile(_Struct):
+    """A file or directory of the node that the function sees at ``target``, read-only in origin."""
+
+    #: Absolute after reading; in YAML relative to the document's folder.
+    source: str
+    target: str
+
+
+class Limits(_Struct):
+    """What one instance may use."""
+
+    memory_mb: Annotated[int, msgspec.Meta(ge=4, le=1 << 20)] = 512
+    #: Requests that one instance takes at once; the planner's unit of demand.
+    concurrency: Annotated[int, msgspec.Meta(ge=1, le=100000)] = 1
+    #: Processes and threads.
+    pids: Annotated[int, msgspec.Meta(ge=1, le=32768)] = 512
+
+
+class Instances(_Struct):
+    """Bounds on the number of running instances."""
+
+    min: Annotated[int, msgspec.Meta(ge=0, le=10000)] = 0
+    max: Annotated[int, msgspec.Meta(ge=1, le=10000)] = 10
+
+
+class Policy(_Struct):
+    """How the function is held."""
+
+    #: An instance that nobody needs is released after this long, s.
+    idle_seconds: Annotated[float, msgspec.Meta(ge=0, le=86400)] = 30.0
+    #: ``auto``: checkpoint after the first cold start and restore from then on. ``off``: every start is cold.
+    checkpoint: Literal["auto", "off"] = "auto"
+
+
+class FunctionSpec(_Struct):
+    """The body of a Function document."""
+
+    command: Annotated[list[str], msgspec.Meta(min_length=1, max_length=256)]
+    port: Port
+    working_directory: str = "/"
+    environment: dict[str, str] = {}
+    #: Directory of the node that is the function's read-only root.
+    root: str = "/"
+    files: list[RootFile] = []
+    readiness: Readiness = msgspec.field(default_factory=Readiness)
+    warm_up: list[WarmUp] = []
+    limits: Limits = msgspec.field(default_factory=Limits)
+    instances: Instances = msgspec.field(default_factory=Instances)
+    policy: Policy = msgspec.field(default_factory=Policy)
+
+
+class Metadata(_Struct):
+    """Identity of the document."""
+
+    name: str
+    labels: dict[str, str] = {}
+
+
+class Function(_Struct):
+    """One Function document.
+
+    Attributes:
+        metadata: name (a DNS label) and labels.
+        spec: what to run and how to hold it.
+    """
+
+    api_version: Literal["thaw.dev/v1"] = "thaw.dev/v1"
+    kind: Literal["Function"] = "Function"
+    metadata: Metadata
+    spec: FunctionSpec
+
+    @property
+    def name(self) -> str:
+        """The function's name, unique in an installation."""
+        return self.metadata.name
+
+    @property
+    def digest(self) -> str:
+        """Names what the process is (not how it is scaled): a checkpoint of another digest is not of this function.
+
+        Hex SHA-256 over the fields that shape the process. Contents of ``files`` are digested by the agent, which has them.
+        """
+        spec = self.spec
+        shape: list[Any] = [
+            self.name,
+            spec.command,
+            spec.port,
+            spec.working_directory,
+            sorted(spec.environment.items()),
+            spec.root,
+            [(item.source, item.target) for item in spec.files],
+        ]
+        return hashlib.sha256(msgpack.packb(shape)).hexdigest()
+
+
+def read_yaml(text: str, origin: str, base: Path) -> list[Function]:
+    """Read one or more Function documents.
+
+    Args:
+        text: YAML, documents separated by ``---``.
+        origin: file name for messages.
+        base: folder that relative ``files[].source`` and ``root`` refer to.
+
+    Raises:
+        FunctionInvalid: not YAML, not a Function, a wrong field; the message is ``origin:line: field: what``.
+    """
+    try:
+        nodes = [node for node in yaml.compose_all(text, Loader=yaml.SafeLoader) if node is not None]
+        values = [value for value in yaml.safe_load_all(text) if value is not None]
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = mark.line + 1 if mark else 1
+        raise FunctionInvalid(f"{origin}:{line}: not valid YAML: {getattr(error, 'problem', error)}") from error
+    except (RecursionError, ValueError) as error:
+        raise FunctionInvalid(f"{origin}:1: not valid YAML: {error}") from error
+    if not nodes:
+        raise FunctionInvalid(f"{origin}:1: no document; expected kind: Function")
+    functions = []
+    for node, value in zip(nodes, values, strict=True):
+        try:
+            functions.append(_resolve(from_builtins(value), base))
+        except FunctionInvalid as error:
+            raise FunctionInvalid(f"{origin}:{_line(node, str(error))}: {error}") from error
+    return functions
+
+
+def from_builtins(value: Any) -> Function:
+    """Validate plain maps as a Function.
+
+    Raises:
+        FunctionInvalid: the message begins with the field's path, such as ``spec.port: …``.
+    """
+    try:
+        function = msgspec.convert(value, Function)
+    except msgspec.ValidationError as error:
+        text, _, path = str(error).partition(" - at `")
+        field = path.rstrip("`").removeprefix("$").lstrip(".") or "document"
+        raise FunctionInvalid(f"{field}: {text}") from error
+    _check(function)
+    return function
+
+
+def to_builtins(function: Function) -> Any:
+    """The plain maps of the wire and of ``thaw get -o yaml``."""
+    return msgspec.to_builtins(function)
+
+
+def _check(function: Function) -> None:
+    spec = function.spec
+    if not NAME.fullmatch(function.name):
+        raise FunctionInvalid(
+            f"metadata.name: {function.name!r} must be lower-case letters, digits and dashes, 63 at most, as in DNS"
+        )
+    if not spec.command[0]:
+        raise FunctionInvalid("spec.command: the program's name is empty")
+    if any("\0" in part for part in [*spec.command, *spec.environment, *spec.environment.values()]):
+        raise FunctionInvalid("spec.command: NUL characters cannot be passed to a program")
+    for name in spec.environment:
+        if not name or "=" in name:
+            raise FunctionInvalid(f"spec.environment: {name!r} is not a variable name")
+    if not spec.working_directory.startswith("/"):
+        raise FunctionInvalid(f"spec.workingDirectory: {spec.working_directory!r} must be an absolute path")
+    if spec.instances.min > spec.instances.max:
+        raise FunctionInvalid(f"spec.instances: min {spec.instances.min} is above max {spec.instances.max}")
+    if spec.readiness.path and not spec.readiness.path.startswith("/"):
+        raise FunctionInvalid(f"spec.readiness.path: {spec.readiness.path!r} must begin with / or be empty")
+    for index, item in enumerate(spec.files):
+        target = PurePosixPath(item.target)
+        if not target.is_absolute() or ".." in target.parts or target == PurePosixPath("/"):
+            raise FunctionInvalid(f"spec.files[{index}].target: {item.target!r} must be an absolute path without ..")
+        if target.parts[1] in ("proc", "sys", "dev", "run", "tmp"):
+            raise FunctionInvalid(f"spec.files[{index}].target: /{target.parts[1]} is made by the sandbox; choose another")
+    for index, request in enumerate(spec.warm_up):
+        if not request.path.startswith("/") or any(char in request.path for char in " \r\n"):
+            raise FunctionInvalid(f"spec.warmUp[{index}].path: {request.path!r} must begin with / and hold no white space")
+
+
+def _resolve(function: Function, base: Path) -> Function:
+    spec = function.spec
+    files = [msgspec.structs.replace(item, source=str((base / item.source).resolve())) for item in spec.files]
+    root = str((base / spec.root).resolve())
+    return msgspec.structs.replace(function, spec=msgspec.structs.replace(spec, files=files, root=root))
+
+
+def _line(node: yaml.Node, message: str) -> int:
+    """Line of the deepest node that the field path at the start of ``message`` leads to."""
+    path = message.partition(":")[0]
+    unknown = re.search(r"unknown field `([^`]+)`", message)
+    steps: list[str] = re.findall(r"[^.\[\]]+", path) if path != "document" else []
+    if unknown:
+        steps.append(unknown.group(1))
+    line = node.start_mark.line + 1
+    for step in steps:
+        found: yaml.Node | None = None
+        if isinstance(node, yaml.MappingNode):
+            for key, value in node.value:
+                if key.value == step:
+                    line, found = key.start_mark.line + 1, value
+        elif isinstance(node, yaml.SequenceNode) and step.isdigit() and int(step) < len(node.value):
+            found = node.value[int(step)]
+            line = found.start_mark.line + 1
+        if found is None:
+            break
+        node = found
+    return line

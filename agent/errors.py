@@ -1,0 +1,95 @@
+"""Exceptions of the agent package.
+
+AgentError
+├── FunctionInvalid          a Function document is wrong; names line and field
+├── ProtocolError            a peer broke the agent protocol
+├── Refused                  the agent will not do it (room, epoch, quarantine); another node may
+├── SandboxError             namespaces, mounts, network or cgroup of an instance
+├── CriuError                CRIU failed; carries its own words
+│   └── NotFreezable         the function holds something CRIU cannot freeze
+├── PagerError               the pager failed or is gone
+├── ImageInvalid             a checkpoint is corrupt, incompatible or hostile
+├── NotReady                 the instance did not answer in time
+└── InstanceGone             the instance ended while it was needed
+
+Each carries the context it was raised in (``function``, ``node``, ``bucket``, ``key``, ``stage``) in :attr:`context`.
+"""
+
+from __future__ import annotations
+
+
+class AgentError(Exception):
+    """Something on the node failed.
+
+    Args:
+        message: what happened and what to do about it.
+        context: where: function, node, instance, stage, bucket, key.
+    """
+
+    #: Machine-readable kind, used in reports and metrics.
+    reason = "agent_error"
+
+    def __init__(self, message: str, **context: str) -> None:
+        self.context = context
+        where = ", ".join(f"{name}={value}" for name, value in context.items())
+        super().__init__(f"{message} [{where}]" if where else message)
+
+
+class FunctionInvalid(AgentError):
+    """A Function document is wrong."""
+
+    reason = "function_invalid"
+
+
+class ProtocolError(AgentError):
+    """A peer sent something that is not the agent protocol."""
+
+    reason = "protocol"
+
+
+class Refused(AgentError):
+    """The agent will not carry out a command; the planner may try another node."""
+
+    reason = "refused"
+
+
+class SandboxError(AgentError):
+    """A sandbox could not be made or used."""
+
+    reason = "sandbox"
+
+
+class CriuError(AgentError):
+    """CRIU failed."""
+
+    reason = "criu"
+
+
+class NotFreezable(CriuError):
+    """The function holds something that cannot be frozen."""
+
+    reason = "not_freezable"
+
+
+class PagerError(AgentError):
+    """The pager failed."""
+
+    reason = "pager"
+
+
+class ImageInvalid(AgentError):
+    """A checkpoint is corrupt, incompatible with this node or function, or hostile."""
+
+    reason = "image_invalid"
+
+
+class NotReady(AgentError):
+    """The instance did not answer its readiness request in time."""
+
+    reason = "not_ready"
+
+
+class InstanceGone(AgentError):
+    """The instance ended while it was needed."""
+
+    reason = "instance_gone"

@@ -1,0 +1,248 @@
+"""Every setting of Thaw: one frozen dataclass per concern, one loader.
+
+In: an optional TOML file, ``THAW_<SECTION>_<FIELD>`` environment variables and command-line flags, later ones winning.
+Out: :class:`Settings`, passed down by :mod:`thaw.cli`. Addresses and credentials that none of these give are taken from
+the embedded stack's ``stack.json`` when it is up (:mod:`infra.local.stack`), so that local use needs no settings at all.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import tomllib
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from infra.errors import SettingsError
+
+
+@dataclass(frozen=True)
+class PathSettings:
+    """Where things live on this machine."""
+
+    #: Installed tools (CRIU, broker, object store), shared between projects and runs; safe to delete.
+    cache_dir: Path = field(default_factory=lambda: Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")) / "thaw")
+    #: All mutable data of this installation: stack data, agent journal, node cache, logs, traces.
+    state_dir: Path = field(default_factory=lambda: Path(os.environ.get("XDG_STATE_HOME", "~/.local/state")) / "thaw")
+
+
+@dataclass(frozen=True)
+class KafkaSettings:
+    """How to reach the broker. Empty address: the embedded one."""
+
+    bootstrap_servers: str = ""
+    #: Partitions of topics that Thaw creates; a partition is the unit of sharding between scalers.
+    partitions: int = 4
+    replication_factor: int = 1
+    #: Longest wait of a fetch without data, ms. 10 halves the p50 of aiokafka's default (measured 3.0 -> 2.1 ms).
+    fetch_max_wait_ms: int = 10
+    #: A consumer that is silent this long loses its partitions, ms. Also how long a killed scaler's shard is unowned.
+    session_timeout_ms: int = 6000
+    request_timeout_ms: int = 10000
+
+
+@dataclass(frozen=True)
+class S3Settings:
+    """How to reach the object store. Empty endpoint: the embedded one."""
+
+    endpoint_url: str = ""
+    bucket: str = "thaw"
+    region: str = "us-east-1"
+    access_key: str = ""
+    secret_key: str = ""
+    connect_timeout_s: float = 2.0
+    read_timeout_s: float = 10.0
+    #: Attempts of one request, the first included.
+    attempts: int = 4
+
+
+@dataclass(frozen=True)
+class StackSettings:
+    """The embedded stack. Ports of 0 mean: a free one, kept for the life of the state folder."""
+
+    kafka_port: int = 0
+    s3_port: int = 0
+    #: Longest wait for one part to become healthy, s.
+    start_timeout_s: float = 60.0
+
+
+@dataclass(frozen=True)
+class AgentSettings:
+    """One node agent."""
+
+    listen_host: str = "127.0.0.1"
+    #: 0: a free port, published in state_dir/agent.json.
+    listen_port: int = 7070
+    node_name: str = "node-1"
+    #: Addresses of instances, one each; the first is the bridge. 198.18/15 is reserved for benchmarks (RFC 2544).
+    subnet: str = "198.18.0.0/16"
+    bridge: str = "thaw0"
+    #: User and group that functions run as; they get no capabilities.
+    run_as: int = 65534
+    #: Ready sandboxes (namespaces, cgroup, network) kept for the next starts. 0.4 MB each.
+    pool_size: int = 8
+    #: Starts in progress at once; the rest waits in order. About twice the cores (measured, FACTS: fan-out).
+    starts_in_flight: int = field(default_factory=lambda: 2 * (os.cpu_count() or 1))
+    #: Parallel GETs and PUTs to the store.
+    store_parallel: int = 16
+    #: Node cache ceiling, MB; least recently used images are dropped first.
+    cache_mb: int = 16384
+    #: Failed restores of one checkpoint before it is quarantined on this node.
+    quarantine_after: int = 3
+    #: An instance's log is cut to nothing when it grows beyond this, MB.
+    log_mb: int = 16
+    #: Reconciliation of leaks, s.
+    reconcile_s: float = 30.0
+
+
+@dataclass(frozen=True)
+class ScalerSettings:
+    """One scaler replica."""
+
+    #: Node agents, comma-separated host:port. Empty: the one on this machine (state_dir/agent.json).
+    agents: str = ""
+    group: str = "thaw-scaler"
+    #: Age at which a source that sent nothing counts as zero, s, when its event names none.
+    source_ttl_s: float = 10.0
+    #: Deadline of a start command, s.
+    start_deadline_s: float = 60.0
+    checkpoint_deadline_s: float = 300.0
+    #: Pause before a failed start is tried again, s; doubles up to 16x.
+    retry_s: float = 0.25
+    #: Granularity of timers (idle release, expiry), s.
+    tick_s: float = 0.1
+
+
+@dataclass(frozen=True)
+class TelemetrySettings:
+    """Logs, traces."""
+
+    #: OTLP/HTTP endpoint, e.g. http://collector:4318. Empty: JSON lines in state_dir/traces only.
+    otlp_endpoint: str = ""
+    log_level: str = "INFO"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """All concerns together."""
+
+    paths: PathSettings = field(default_factory=PathSettings)
+    kafka: KafkaSettings = field(default_factory=KafkaSettings)
+    s3: S3Settings = field(default_factory=S3Settings)
+    stack: StackSettings = field(default_factory=StackSettings)
+    agent: AgentSettings = field(default_factory=AgentSettings)
+    scaler: ScalerSettings = field(default_factory=ScalerSettings)
+    telemetry: TelemetrySettings = field(default_factory=TelemetrySettings)
+
+    @property
+    def stack_file(self) -> Path:
+        """Addresses and credentials of the running embedded stack (mode 0600)."""
+        return self.paths.state_dir / "stack.json"
+
+    @property
+    def agent_file(self) -> Path:
+        """Where the agent of this machine listens: ``{"host", "port", "pid"}``."""
+        return self.paths.state_dir / "agent.json"
+
+
+def load(
+    file: Path | None = None,
+    environment: Mapping[str, str] | None = None,
+    flags: Mapping[str, Any] | None = None,
+) -> Settings:
+    """Read settings: file, then environment, then flags.
+
+    Args:
+        file: TOML with one table per section; ``THAW_CONFIG`` names it when None.
+        environment: variables to read; the process's own when None.
+        flags: ``{"section.field": value}``; None values are ignored.
+
+    Raises:
+        SettingsError: an unknown section or field, or a value of the wrong type; the message names it.
+    """
+    env = os.environ if environment is None else environment
+    given: dict[str, dict[str, Any]] = {}
+    path = file or (Path(env["THAW_CONFIG"]) if env.get("THAW_CONFIG") else None)
+    if path is not None:
+        try:
+            document = tomllib.loads(path.read_text())
+        except (OSError, tomllib.TOMLDecodeError) as error:
+            raise SettingsError(f"cannot read settings file {path}: {error}") from error
+        for section, table in document.items():
+            if not isinstance(table, dict):
+                raise SettingsError(f"{path}: {section!r} must be a table such as [{section}]")
+            given.setdefault(section, {}).update(table)
+    for section, kind in _sections().items():
+        for item in dataclasses.fields(kind):
+            name = f"THAW_{section}_{item.name}".upper()
+            if name in env:
+                given.setdefault(section, {})[item.name] = env[name]
+    for key, value in (flags or {}).items():
+        if value is not None:
+            section, _, name = key.partition(".")
+            given.setdefault(section, {})[name] = value
+    settings = Settings(**{section: _build(section, kind, given.pop(section, {})) for section, kind in _sections().items()})
+    if given:
+        raise SettingsError(f"unknown settings section {sorted(given)[0]!r}; known: {', '.join(_sections())}")
+    return with_embedded_stack(settings)
+
+
+def with_embedded_stack(settings: Settings) -> Settings:
+    """Fill in what the embedded stack provides and the user did not set."""
+    found = _read_json(settings.stack_file)
+    kafka, s3 = found.get("kafka", {}), found.get("s3", {})
+    if kafka and not settings.kafka.bootstrap_servers:
+        settings = dataclasses.replace(
+            settings, kafka=dataclasses.replace(settings.kafka, bootstrap_servers=kafka["bootstrap_servers"])
+        )
+    if s3 and not settings.s3.endpoint_url:
+        settings = dataclasses.replace(
+            settings,
+            s3=dataclasses.replace(
+                settings.s3,
+                endpoint_url=s3["endpoint_url"],
+                access_key=s3["access_key"],
+                secret_key=s3["secret_key"],
+            ),
+        )
+    return settings
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def _sections() -> dict[str, type[Any]]:
+    return typing.get_type_hints(Settings)
+
+
+def _build(section: str, kind: type[Any], values: dict[str, Any]) -> Any:
+    hints = typing.get_type_hints(kind)
+    unknown = sorted(set(values) - set(hints))
+    if unknown:
+        raise SettingsError(f"unknown setting {section}.{unknown[0]}; known: {', '.join(hints)}")
+    converted = {name: _convert(f"{section}.{name}", hints[name], value) for name, value in values.items()}
+    built = kind(**converted)
+    paths = {item.name: getattr(built, item.name).expanduser() for item in dataclasses.fields(kind) if hints[item.name] is Path}
+    return dataclasses.replace(built, **paths) if paths else built
+
+
+def _convert(name: str, kind: type[Any], value: Any) -> Any:
+    if kind is bool and isinstance(value, str):
+        if value.lower() in ("1", "true", "yes", "on"):
+            return True
+        if value.lower() in ("0", "false", "no", "off"):
+            return False
+        raise SettingsError(f"setting {name} must be true or false, not {value!r}")
+    try:
+        return kind(value)
+    except (TypeError, ValueError) as error:
+        raise SettingsError(f"setting {name} must be {kind.__name__}, not {value!r}") from error

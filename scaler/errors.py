@@ -1,0 +1,25 @@
+"""Exceptions of the scaler package.
+
+ScalerError
+├── DemandInvalid       a demand record cannot be decoded; it goes to ``thaw.demand.rejected``
+├── AgentUnreachable    no stream to a node
+└── InvalidTransition   the planner was asked for something impossible: a bug, with the function's story
+"""
+
+from __future__ import annotations
+
+
+class ScalerError(Exception):
+    """Anything the scaler cannot do."""
+
+
+class DemandInvalid(ScalerError):
+    """A demand record cannot be decoded."""
+
+
+class AgentUnreachable(ScalerError):
+    """There is no stream to the node."""
+
+
+class InvalidTransition(ScalerError):
+    """An event that the planner's state does not allow."""
