@@ -1,0 +1,189 @@
+"""What every installer shares: locks, digests, logged commands, and folders that appear whole or not at all.
+
+In: calls of :mod:`infra.local.criu`, :mod:`infra.local.broker`, :mod:`infra.local.objectstore` and
+:mod:`infra.local.native`. Out: finished folders in the cache, each with a receipt of the digests of what it holds.
+Next: :mod:`infra.local.stack` runs what was installed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+
+from infra.errors import InstallError
+
+#: Takes one line of progress for a person to read.
+Report = Callable[[str], None]
+
+RECEIPT = "receipt.json"
+_TEMPORARY = ".building-"
+
+
+def digest(path: Path) -> str:
+    """Return the sha256 of a file as hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def verify(path: Path, sha256: str, *, remedy: str = "remove it and install again") -> None:
+    """Check one file against the digest that it must have.
+
+    Raises:
+        InstallError: the file is missing or has other content; the message names the file, both digests and ``remedy``.
+    """
+    try:
+        found = digest(path)
+    except OSError as error:
+        raise InstallError(f"{path} cannot be read ({error.strerror}): {remedy}") from error
+    if found != sha256:
+        raise InstallError(f"{path} is not what it should be (sha256 {found}, expected {sha256}): {remedy}")
+
+
+def verify_receipt(folder: Path) -> None:
+    """Check each file of an installed folder against the receipt written when it was made.
+
+    Raises:
+        InstallError: a file is missing or changed, or there is no receipt.
+    """
+    remedy = f"remove {folder} and run `thaw stack install`"
+    try:
+        files = json.loads((folder / RECEIPT).read_text())["sha256"]
+    except (OSError, ValueError, KeyError) as error:
+        raise InstallError(f"{folder} has no readable {RECEIPT}: {remedy}") from error
+    for name, sha256 in files.items():
+        verify(folder / name, sha256, remedy=remedy)
+
+
+def run(
+    command: Sequence[str | Path],
+    *,
+    what: str,
+    log: Path,
+    cwd: Path | None = None,
+    environment: Mapping[str, str] | None = None,
+    timeout_s: float = 900.0,
+) -> str:
+    """Run one command of an installation with its output in a log.
+
+    Args:
+        command: program and arguments.
+        what: what it does, for the error message.
+        log: file that gets standard output and error, appended.
+        cwd: working directory.
+        environment: variables set in addition to the process's own.
+        timeout_s: the command is ended after this long, s.
+
+    Returns:
+        What this command added to the log.
+
+    Raises:
+        InstallError: it could not be run, failed, or took too long; the message ends with the last lines of the log.
+    """
+    start = log.stat().st_size if log.exists() else 0
+    words = [str(word) for word in command]
+    with log.open("ab") as output:
+        try:
+            done = subprocess.run(
+                words,
+                cwd=cwd,
+                env={**os.environ, **(environment or {})},
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                timeout=timeout_s,
+                check=False,
+            )
+        except FileNotFoundError as error:
+            raise InstallError(f"{what}: {words[0]} is not installed") from error
+        except subprocess.TimeoutExpired as error:
+            raise InstallError(f"{what}: {words[0]} did not finish in {timeout_s:.0f} s, see {log}") from error
+    with log.open("rb") as file:
+        file.seek(start)
+        text = file.read().decode(errors="replace")
+    if done.returncode:
+        tail = "\n".join(f"    {line}" for line in text.splitlines()[-15:])
+        raise InstallError(f"{what}: {words[0]} failed with code {done.returncode}; its last words:\n{tail}")
+    return text
+
+
+@contextlib.contextmanager
+def exclusive(cache_dir: Path, report: Report, *, timeout_s: float = 1800.0) -> Iterator[None]:
+    """Hold the cache's lock, so that two installations never build the same thing at once.
+
+    The kernel drops the lock when its holder dies, so that a killed installation blocks nobody.
+
+    Raises:
+        InstallError: another installation still holds it after ``timeout_s``.
+    """
+    cache_dir.mkdir(parents=True, exist_ok=True)
+    with (cache_dir / ".lock").open("a") as file:
+        deadline = time.monotonic() + timeout_s
+        told = False
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    raise InstallError(f"another installation has held {cache_dir}/.lock for {timeout_s:.0f} s") from None
+                if not told:
+                    report("waiting for another installation to finish")
+                    told = True
+                time.sleep(0.2)
+        yield
+
+
+def install_folder(
+    final: Path, build: Callable[[Path], Sequence[str]], report: Report, *, title: str, force: bool = False
+) -> Path:
+    """Make a folder of the cache once: built beside its place, then renamed into it.
+
+    An interrupted build leaves only a ``.building-`` folder, which the next build of the same thing removes.
+
+    Args:
+        final: where the folder ends up; an existing one is left as it is.
+        build: fills the folder it is given and returns the names of the files that the receipt must cover.
+        report: gets the progress.
+        title: what is installed, for progress.
+        force: replace an existing folder.
+    """
+    if final.is_dir() and not force:
+        return final
+    with exclusive(final.parent, report):
+        if final.is_dir():
+            if not force:
+                return final
+            discard(final)
+        prefix = f"{_TEMPORARY}{final.name}-"
+        for left_over in final.parent.glob(f"{prefix}*"):
+            discard(left_over)
+        began = time.monotonic()
+        report(f"installing {title}")
+        temporary = Path(tempfile.mkdtemp(prefix=prefix, dir=final.parent))
+        try:
+            files = build(temporary)
+            receipt = {"title": title, "sha256": {name: digest(temporary / name) for name in files}}
+            (temporary / RECEIPT).write_text(json.dumps(receipt, indent=1))
+            temporary.chmod(0o755)
+            temporary.rename(final)
+        finally:
+            if temporary.exists():
+                discard(temporary)
+        report(f"installed {title} in {time.monotonic() - began:.0f} s")
+    return final
+
+
+def discard(folder: Path) -> None:
+    """Remove a folder, the read-only folders of Go's module cache included."""
+    for path, _, _ in os.walk(folder):
+        Path(path).chmod(0o700)
+    shutil.rmtree(folder, ignore_errors=True)
