@@ -1,8 +1,8 @@
 """The demand event: schema, topics and codec.
 
-In: measurements of whoever sees requests (gateways, producers, :mod:`loadgen.driver`). Out: records of ``thaw.demand``; read by
-:mod:`scaler.edges.kafka`, which hands :class:`DemandEvent` to the planner. Levels, not deltas: the newest event of a source
-replaces its older ones, so lost and repeated events never skew the level.
+In: measurements of whoever sees requests (gateways, producers, :mod:`loadgen.driver`). Out: records of ``thaw.demand``;
+read by :mod:`scaler.edges.kafka`, which hands :class:`DemandEvent` to the planner. Levels, not deltas: the newest event
+of a source replaces its older ones, so lost and repeated events never skew the level.
 """
 
 from __future__ import annotations

@@ -1,0 +1,238 @@
+"""Decides: pure, synchronous, deterministic.
+
+In: events (:mod:`scaler.events`) with the time as an argument. Out: commands (:mod:`scaler.commands`). The same events
+give the same commands in every process, so the live service (:mod:`scaler.service`), tests and simulations share this
+code, and a list of ``(event, now_ns)`` replays any decision. No I/O, no clock, no spans; import-linter holds that.
+
+Where things are decided: how many instances in :mod:`scaler.instances`, checkpoints in :mod:`scaler.checkpoints`, which
+node in :mod:`scaler.placement`; what reports change is in :mod:`scaler.reports`. All memory is one
+:class:`scaler.world.World`.
+
+The cost of an event does not grow with the number of functions, except for those that concern all of them: a node that
+connects or is lost, a shard that is gained or lost.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from scaler import checkpoints, instances, reports
+from scaler.commands import Need, NodeCommand
+from scaler.events import (
+    DemandSeen,
+    Event,
+    FunctionApplied,
+    FunctionDeleted,
+    NodeDown,
+    NodeLost,
+    NodeReport,
+    ShardGained,
+    ShardLost,
+    ShardReady,
+    Tick,
+)
+from scaler.state import FunctionSnapshot, FunctionState, snapshot
+from scaler.timers import TimerKey
+from scaler.world import PlannerConfig, Shard, World
+
+
+class Planner:
+    """One scaler's decisions. Its state changes only through :meth:`handle`.
+
+    Args:
+        prefix: begins every command id; must differ between scalers and between runs of one, because agents carry each
+            id out once.
+        shard_of: the shard of a function name; the partitioner of the demand topic.
+        config: times and bounds.
+
+    >>> planner = Planner("doc", lambda name: 0)
+    >>> planner.handle(ShardGained(shard=0, epoch=1), now_ns=0)
+    []
+    """
+
+    def __init__(self, prefix: str, shard_of: Callable[[str], int], config: PlannerConfig | None = None) -> None:
+        self._world = World(prefix, shard_of, config or PlannerConfig())
+        self._handlers: dict[type[Any], Callable[[Any, int], None]] = {
+            DemandSeen: self._demand_seen,
+            FunctionApplied: self._function_applied,
+            FunctionDeleted: self._function_deleted,
+            Tick: self._tick,
+            NodeReport: self._node_report,
+            NodeDown: self._node_down,
+            NodeLost: self._node_lost,
+            ShardGained: self._shard_gained,
+            ShardReady: self._shard_ready,
+            ShardLost: self._shard_lost,
+        }
+
+    def handle(self, event: Event, now_ns: int) -> list[NodeCommand]:
+        """Take in one event and return what shall be done.
+
+        Args:
+            event: what happened.
+            now_ns: wall clock, ns since the epoch.
+        """
+        self._handlers[type(event)](event, now_ns)
+        commands = self._world.out
+        self._world.out = []
+        return commands
+
+    @property
+    def next_due_ns(self) -> int | None:
+        """When :class:`Tick` is needed next; None: not before another event."""
+        return self._world.timers.next_due_ns
+
+    @property
+    def counters(self) -> Mapping[str, int]:
+        """Events that changed nothing, by reason."""
+        return self._world.counters
+
+    def explain(self, name: str) -> FunctionSnapshot | None:
+        """What the planner knows of a function; None when nothing."""
+        state = self._world.functions.get(name)
+        return snapshot(state) if state is not None else None
+
+    def drain_touched(self) -> list[str]:
+        """Functions of this scaler's shards whose snapshot may have changed since the last call."""
+        touched, self._world.touched = self._world.touched, {}
+        return [name for name in touched if self._world.shard_of(name) in self._world.owned]
+
+    @property
+    def functions(self) -> list[str]:
+        """Names of all functions that it remembers."""
+        return list(self._world.functions)
+
+    def _demand_seen(self, event: DemandSeen, now_ns: int) -> None:
+        world, demand = self._world, event.event
+        if event.shard not in world.owned:
+            world.counters["demand_of_other_shard"] += 1
+            return
+        state = world.function(demand.function)
+        level = state.levels.level
+        expires_ns = state.levels.absorb(demand, event.seen_ns, world.config.source_ttl_ns, now_ns)
+        if expires_ns is not None:
+            world.timers.arm(TimerKey("source", demand.function, demand.source), expires_ns)
+            if demand.in_flight:
+                state.newest = event.origin
+        else:
+            world.counters["demand_superseded"] += 1
+        if state.function is None:
+            self._remember(state)
+        elif expires_ns is not None or state.levels.level != level:
+            if len(state.levels.sources) > world.config.sources_max:
+                state.levels.drop_oldest()
+                world.counters["sources_dropped"] += 1
+            instances.settle(world, state, now_ns, Need(event.origin, min(demand.at, now_ns)))
+
+    def _remember(self, state: FunctionState) -> None:
+        """Keep the demand of a function that has no document, within bounds: a later apply acts on it."""
+        world = self._world
+        world.counters["demand_of_unknown_function"] += 1
+        world.touched[state.name] = None
+        if len(state.levels.sources) > world.config.unknown_sources_max:
+            state.levels.drop_oldest()
+        world.unknown.pop(state.name, None)
+        world.unknown[state.name] = None
+        if len(world.unknown) > world.config.unknown_functions_max:
+            oldest = next(iter(world.unknown))
+            del world.unknown[oldest]
+            world.counters["unknown_functions_forgotten"] += 1
+            world.functions[oldest].levels.clear()
+            world.forget_if_empty(world.functions[oldest])
+        world.forget_if_empty(state)
+
+    def _function_applied(self, event: FunctionApplied, now_ns: int) -> None:
+        world, state = self._world, self._world.function(event.function.name)
+        world.unknown.pop(state.name, None)
+        state.apply(event.function)
+        world.touched[state.name] = None
+        checkpoints.settle(world, state, now_ns)
+        instances.settle(world, state, now_ns, _waiting_demand(state, now_ns))
+
+    def _function_deleted(self, event: FunctionDeleted, now_ns: int) -> None:
+        world = self._world
+        state = world.functions.get(event.name)
+        if state is None:
+            return
+        world.touched[state.name] = None
+        holders = {**state.checkpoint.cached, **state.checkpoint.asked}
+        state.withdraw()
+        instances.settle(world, state, now_ns)
+        for node in holders:
+            if node in world.nodes:
+                checkpoints.evict(world, state, node, now_ns)
+        if state.levels.sources:
+            world.unknown[state.name] = None
+        world.forget_if_empty(state)
+
+    def _tick(self, event: Tick, now_ns: int) -> None:
+        world = self._world
+        for key in world.timers.pop_due(now_ns):
+            if key.kind == "answer":
+                reports.overdue(world, key.subject, now_ns)
+                continue
+            state = world.functions.get(key.subject)
+            if state is None:
+                continue
+            if key.kind == "source":
+                later_ns = state.levels.expire(key.detail, now_ns)
+                if later_ns is not None:
+                    world.timers.arm(key, later_ns)
+                    continue
+            if key.kind == "checkpoint":
+                checkpoints.settle(world, state, now_ns)
+            else:
+                instances.settle(world, state, now_ns)
+            world.forget_if_empty(state)
+
+    def _node_report(self, event: NodeReport, now_ns: int) -> None:
+        reports.handle(self._world, event.node, event.report, now_ns, event.connected)
+
+    def _node_down(self, event: NodeDown, now_ns: int) -> None:
+        if (node := self._world.nodes.get(event.node)) is not None:
+            node.up = False
+
+    def _node_lost(self, event: NodeLost, now_ns: int) -> None:
+        reports.node_lost(self._world, event.node, now_ns)
+
+    def _shard_gained(self, event: ShardGained, now_ns: int) -> None:
+        owned = self._world.owned.get(event.shard)
+        if owned is None:
+            self._world.owned[event.shard] = Shard(event.epoch)
+        else:
+            owned.epoch = event.epoch
+
+    def _shard_ready(self, event: ShardReady, now_ns: int) -> None:
+        world = self._world
+        shard = world.owned.get(event.shard)
+        if shard is None or shard.ready:
+            return
+        shard.ready = True
+        for name in list(world.by_shard.get(event.shard, {})):
+            state = world.functions[name]
+            checkpoints.settle(world, state, now_ns)
+            instances.settle(world, state, now_ns, _waiting_demand(state, now_ns))
+
+    def _shard_lost(self, event: ShardLost, now_ns: int) -> None:
+        world = self._world
+        if world.owned.pop(event.shard, None) is None:
+            return
+        for name in list(world.by_shard.get(event.shard, {})):
+            state = world.functions[name]
+            for command_id in list(state.starts):
+                instances.forget_start(world, state, command_id)
+            state.disown()
+            world.unknown.pop(name, None)
+            world.waiting.pop(name, None)
+            world.forget_if_empty(state)
+        for command_id, pending in list(world.pending.items()):
+            if world.shard_of(pending.function) == event.shard:
+                world.answered(command_id)
+
+
+def _waiting_demand(state: FunctionState, now_ns: int) -> Need | None:
+    """The demand that has been waiting for the function to be known or owned, if any."""
+    if state.newest is None or not state.levels.level:
+        return None
+    return Need(state.newest, min(state.newest.at_ns, now_ns))

@@ -1,0 +1,284 @@
+"""What an agent's report changes.
+
+In: :class:`scaler.events.NodeReport` and the two ways of losing a node, from :mod:`scaler.planner`. Out: changed
+functions, which :mod:`scaler.instances` and :mod:`scaler.checkpoints` then settle.
+
+The agent is the authority on its node: its inventory adds what the planner did not know and removes what is not there.
+Answers to commands that the planner has given up (their deadline passed, their node was lost) still count as news of
+what exists.
+"""
+
+from __future__ import annotations
+
+from agent.api.messages import (
+    CheckpointPublished,
+    CommandFailed,
+    Evicted,
+    FetchDone,
+    InstanceExited,
+    InstanceInfo,
+    Inventory,
+    StartDone,
+    StartFailed,
+)
+from scaler import checkpoints, instances
+from scaler.commands import Need
+from scaler.events import PlannerReport
+from scaler.placement import Node
+from scaler.state import FunctionState, Instance
+from scaler.world import Pending, World, backoff_ns
+
+#: Reason of a failed release that means: it is gone already.
+GONE = "instance_gone"
+#: Functions that get another try when one instance ends: enough to use the room, few enough to keep an event cheap.
+WOKEN_PER_EXIT = 8
+
+
+def handle(world: World, node: str, report: PlannerReport, now_ns: int, connected: bool) -> None:
+    """Take in one report of one node."""
+    if isinstance(report, Inventory):
+        inventory(world, node, report, now_ns, connected)
+    elif isinstance(report, StartDone):
+        start_done(world, node, report, now_ns)
+    elif isinstance(report, StartFailed):
+        start_failed(world, node, report, now_ns)
+    elif isinstance(report, InstanceExited):
+        instance_exited(world, node, report, now_ns)
+    else:
+        _command_answered(world, node, report, now_ns)
+
+
+def start_done(world: World, node: str, report: StartDone, now_ns: int) -> None:
+    """An instance answered for the first time."""
+    record = report.record
+    state = world.function(report.instance.function)
+    start = state.starts.get(report.command_id)
+    _adopt(world, state, node, report.instance)
+    state.last_start_mode = record.start_mode
+    state.last_start_ms = (record.ended_ns - (start.need.since_ns if start else record.started_ns)) / 1e6
+    if report.instance.function_digest == state.digest:
+        if record.start_mode == "cold":
+            checkpoints.started_cold(world, state, node, now_ns)
+        elif record.checkpoint:
+            state.checkpoint.id, state.checkpoint.checked = record.checkpoint, True
+            state.checkpoint.cached[node] = None
+    instances.settle(world, state, now_ns)
+
+
+def start_failed(world: World, node: str, report: StartFailed, now_ns: int) -> None:
+    """A start came to nothing."""
+    world.answered(report.command_id)
+    state = world.functions.get(report.function)
+    start = instances.forget_start(world, state, report.command_id) if state is not None else None
+    if state is None or start is None:
+        return
+    where = world.nodes.get(node)
+    if where is not None and state.function is not None:
+        where.memory_free_mb = min(where.memory_mb, where.memory_free_mb + state.function.spec.limits.memory_mb)
+    state.last_error = f"start on {node}: {report.reason}: {report.message}"
+    if start.digest == state.digest:
+        if report.refused:
+            # Another node at once. With none left, this node again after a pause.
+            state.failures = max(state.failures, start.attempt + 1)
+            state.avoid[node] = now_ns + backoff_ns(world.config.retry_ns, state.failures)
+            if world.acting(state) and state.wanted > state.have + len(state.owed):
+                instances.place(world, state, [start.need], now_ns)
+        else:
+            if where is not None:
+                where.failed_until_ns = now_ns + world.config.failed_lately_ns
+            instances.failed(world, state, start.attempt, start.need, now_ns)
+    instances.settle(world, state, now_ns)
+    world.forget_if_empty(state)
+
+
+def instance_exited(world: World, node: str, report: InstanceExited, now_ns: int) -> None:
+    """An instance is gone: released, or by itself."""
+    pending = world.answered(report.command_id) if report.command_id else None
+    state = world.functions.get(report.function)
+    if state is None:
+        return
+    asked_for = report.instance in state.releasing or pending is not None
+    instance = instances.forget_instance(world, state, report.instance)
+    if instance is not None and not asked_for:
+        state.last_error = f"instance {report.instance} on {node}: {report.reason}, exit code {report.exit_code}"
+        if instance.digest == state.digest and now_ns - instance.started_ns < world.config.early_exit_ns:
+            if (where := world.nodes.get(node)) is not None:
+                where.failed_until_ns = now_ns + world.config.failed_lately_ns
+            instances.failed(world, state, instance.attempt, Need(state.newest, now_ns), now_ns)
+    instances.settle(world, state, now_ns)
+    world.touched[state.name] = None
+    world.forget_if_empty(state)
+    _wake(world, WOKEN_PER_EXIT, now_ns)
+
+
+def inventory(world: World, name: str, report: Inventory, now_ns: int, connected: bool) -> None:
+    """All that exists on a node, and its room."""
+    node = world.nodes.setdefault(name, Node(name))
+    node.up, node.memory_mb, node.memory_free_mb = True, report.memory_mb, report.memory_free_mb
+    present = {info.instance for info in report.instances}
+    changed: dict[str, None] = {}
+    for instance_id, function in [item for item in node.instances.items() if item[0] not in present]:
+        instances.forget_instance(world, world.functions[function], instance_id)
+        changed[function] = None
+    for info in sorted(report.instances, key=lambda item: (item.started_ns, item.instance)):
+        state = world.function(info.function)
+        if state.find(info.instance) is None:
+            _adopt(world, state, name, info)
+            changed[info.function] = None
+            if info.start_mode == "cold" and info.function_digest == state.digest and not state.checkpoint.cold_on:
+                state.checkpoint.cold_on = name
+    held = {item.function: item for item in report.checkpoints}
+    for function, item in held.items():
+        known = world.functions.get(function)
+        if known is not None and item.function_digest == known.digest:
+            known.checkpoint.id = known.checkpoint.id or item.checkpoint
+            if item.checkpoint == known.checkpoint.id:
+                known.checkpoint.cached[name] = None
+            known.checkpoint.checked = True
+    for state in list(world.functions.values()):
+        if name in state.checkpoint.cached and state.name not in held:
+            del state.checkpoint.cached[name]
+        if connected:
+            state.checkpoint.asked.pop(name, None)
+            checkpoints.settle(world, state, now_ns)
+    for function in changed:
+        if (found := world.functions.get(function)) is not None:
+            instances.settle(world, found, now_ns)
+            world.touched[function] = None
+            world.forget_if_empty(found)
+    _wake(world, len(world.waiting), now_ns)
+
+
+def node_lost(world: World, name: str, now_ns: int) -> None:
+    """Everything on a node counts as gone; what is needed of it is started elsewhere."""
+    node = world.nodes.pop(name, None)
+    if node is None:
+        return
+    again: dict[str, list[Need]] = {}
+    for instance_id, function in list(node.instances.items()):
+        instances.forget_instance(world, world.functions[function], instance_id)
+        again.setdefault(function, [])
+    for command_id, pending in [item for item in world.pending.items() if item[1].node == name]:
+        world.answered(command_id)
+        state = world.functions.get(pending.function)
+        if state is None:
+            continue
+        start = instances.forget_start(world, state, command_id)
+        if start is not None and start.digest == state.digest:
+            again.setdefault(state.name, []).append(start.need)
+        if pending.kind in ("fetch", "checkpoint"):
+            lost = CommandFailed(
+                command_id=command_id,
+                function=state.name,
+                command=pending.kind,
+                reason="node_lost",
+                message="the node is away",
+            )
+            checkpoints.failed(world, state, name, lost, now_ns)
+    for state in list(world.functions.values()):
+        state.checkpoint.cached.pop(name, None)
+        state.checkpoint.asked.pop(name, None)
+        state.avoid.pop(name, None)
+    for function, needs in again.items():
+        state = world.functions[function]
+        missing = state.wanted - state.have - len(state.owed)
+        if world.acting(state) and missing > 0:
+            instances.place(world, state, needs[:missing], now_ns)
+        instances.settle(world, state, now_ns)
+        world.touched[function] = None
+        world.forget_if_empty(state)
+
+
+def overdue(world: World, command_id: str, now_ns: int) -> None:
+    """A command was not answered in time: it counts as failed."""
+    pending = world.pending.get(command_id)
+    if pending is None:
+        return
+    message = "no answer within deadline and grace"
+    if pending.kind == "start":
+        failed = StartFailed(command_id=command_id, function=pending.function, reason="no_answer", message=message)
+        start_failed(world, pending.node, failed, now_ns)
+    else:
+        _command_answered(
+            world,
+            pending.node,
+            CommandFailed(
+                command_id=command_id,
+                function=pending.function,
+                command=pending.kind,
+                reason="no_answer",
+                message=message,
+            ),
+            now_ns,
+        )
+
+
+def _command_answered(
+    world: World, node: str, report: FetchDone | CheckpointPublished | Evicted | CommandFailed, now_ns: int
+) -> None:
+    pending = world.answered(report.command_id)
+    state = world.functions.get(report.function)
+    if state is None:
+        return
+    world.touched[state.name] = None
+    if isinstance(report, FetchDone):
+        checkpoints.fetched(world, state, node, report, now_ns)
+    elif isinstance(report, CheckpointPublished):
+        checkpoints.published(world, state, node, report, now_ns)
+    elif isinstance(report, Evicted):
+        state.checkpoint.cached.pop(node, None)
+        state.checkpoint.asked.pop(node, None)
+    elif pending is not None and pending.kind == "release":
+        _release_failed(world, state, node, pending, report, now_ns)
+    else:
+        checkpoints.failed(world, state, node, report, now_ns)
+
+
+def _release_failed(
+    world: World, state: FunctionState, node: str, pending: Pending, report: CommandFailed, now_ns: int
+) -> None:
+    state.last_error = f"release of {pending.instance} on {node}: {report.reason}: {report.message}"
+    released = state.releasing.get(pending.instance)
+    if released is None or released[1] != report.command_id:
+        return
+    if report.reason == GONE:
+        instances.forget_instance(world, state, pending.instance)
+    else:
+        instance = state.releasing.pop(pending.instance)[0]
+        instance.release_after_ns = now_ns + world.config.release_retry_ns
+        state.add(instance)
+    instances.settle(world, state, now_ns)
+    world.forget_if_empty(state)
+
+
+def _adopt(world: World, state: FunctionState, node: str, info: InstanceInfo) -> None:
+    """Put an instance into the books; settles the start that it came of, whoever sent that."""
+    world.answered(info.command_id)
+    start = instances.forget_start(world, state, info.command_id)
+    if start is not None:
+        state.failures = 0
+    if state.find(info.instance) is not None:
+        return
+    where = world.nodes.setdefault(node, Node(node))
+    where.instances[info.instance] = state.name
+    state.add(
+        Instance(
+            id=info.instance,
+            node=node,
+            digest=info.function_digest,
+            address=info.address,
+            start_mode=info.start_mode,
+            started_ns=info.started_ns,
+            attempt=start.attempt if start is not None else 0,
+        )
+    )
+    world.touched[state.name] = None
+
+
+def _wake(world: World, count: int, now_ns: int) -> None:
+    """Let up to ``count`` functions that found no node try again: there may be room now."""
+    for name in list(world.waiting)[:count]:
+        del world.waiting[name]
+        if (state := world.functions.get(name)) is not None:
+            state.avoid.clear()
+            instances.settle(world, state, now_ns)

@@ -1,0 +1,161 @@
+"""Everything the planner knows, and the one way in which it sends a command.
+
+In: used by :mod:`scaler.planner` (events), :mod:`scaler.reports`, :mod:`scaler.instances` and
+:mod:`scaler.checkpoints`. Out: :attr:`World.out`, the commands of the event being handled.
+
+All collections are dicts, also where a set would do: their order is that of insertion, so that the same events give the
+same commands in every process.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Literal, TypedDict
+
+from agent.api.messages import AgentCommand
+from scaler.commands import Need, NodeCommand
+from scaler.errors import InvalidTransition
+from scaler.levels import NS
+from scaler.placement import Node
+from scaler.state import FunctionState
+from scaler.timers import TimerKey, Timers
+
+
+@dataclass(frozen=True)
+class PlannerConfig:
+    """Times and bounds of the planner. From settings by :func:`scaler.service.planner_config`."""
+
+    source_ttl_ns: int = 10 * NS
+    start_deadline_ns: int = 60 * NS
+    checkpoint_deadline_ns: int = 300 * NS
+    #: Deadline of fetch, release and evict.
+    command_deadline_ns: int = 60 * NS
+    #: An answer later than deadline + this does not count.
+    answer_grace_ns: int = 2 * NS
+    #: Added to a function's own readiness timeout, for the time before and after it.
+    readiness_margin_ns: int = 10 * NS
+    #: First pause after a failed or refused start; doubles up to 16x.
+    retry_ns: int = NS // 4
+    #: The same after a failed fetch.
+    fetch_retry_ns: int = NS
+    #: The same after a failed checkpoint.
+    checkpoint_retry_ns: int = 10 * NS
+    #: A node that failed a start is avoided this long.
+    failed_lately_ns: int = 10 * NS
+    #: An instance that ends by itself within this time after its start counts as a failed start.
+    early_exit_ns: int = 10 * NS
+    #: Pause before a failed release is tried again.
+    release_retry_ns: int = NS
+    #: Idle time of instances whose function is not known.
+    orphan_idle_ns: int = 30 * NS
+    #: Functions without a document whose demand is remembered, and sources of each.
+    unknown_functions_max: int = 1000
+    unknown_sources_max: int = 100
+    #: Sources of a known function.
+    sources_max: int = 10_000
+
+
+@dataclass(slots=True)
+class Shard:
+    """A shard that this scaler owns."""
+
+    epoch: int
+    ready: bool = False
+
+
+@dataclass(slots=True)
+class Pending:
+    """A command that was not answered."""
+
+    kind: Literal["start", "release", "fetch", "checkpoint", "evict"]
+    function: str
+    node: str
+    #: The instance, for a release.
+    instance: str = ""
+
+
+class Header(TypedDict):
+    """The fields that every command has."""
+
+    id: str
+    deadline_ns: int
+    shard: int
+    epoch: int
+
+
+@dataclass(slots=True)
+class World:
+    """The planner's memory."""
+
+    prefix: str
+    shard_of: Callable[[str], int]
+    config: PlannerConfig
+    functions: dict[str, FunctionState] = field(default_factory=dict)
+    #: Names of :attr:`functions` by shard, owned or not.
+    by_shard: dict[int, dict[str, None]] = field(default_factory=dict)
+    owned: dict[int, Shard] = field(default_factory=dict)
+    nodes: dict[str, Node] = field(default_factory=dict)
+    pending: dict[str, Pending] = field(default_factory=dict)
+    timers: Timers = field(default_factory=Timers)
+    #: Functions with owed starts that found no node: tried again when a node reports room.
+    waiting: dict[str, None] = field(default_factory=dict)
+    #: Functions with demand and no document, least recently asked for first.
+    unknown: dict[str, None] = field(default_factory=dict)
+    #: Functions whose snapshot may have changed.
+    touched: dict[str, None] = field(default_factory=dict)
+    counters: Counter[str] = field(default_factory=Counter)
+    out: list[NodeCommand] = field(default_factory=list)
+    issued: int = 0
+
+    def function(self, name: str) -> FunctionState:
+        """The state of a function, made if need be."""
+        state = self.functions.get(name)
+        if state is None:
+            state = self.functions[name] = FunctionState(name, self.shard_of(name))
+            self.by_shard.setdefault(state.shard, {})[name] = None
+        return state
+
+    def forget_if_empty(self, state: FunctionState) -> None:
+        """Drop a function of which nothing is left."""
+        if state.empty and self.functions.get(state.name) is state:
+            del self.functions[state.name]
+            self.by_shard[state.shard].pop(state.name, None)
+            self.unknown.pop(state.name, None)
+            self.waiting.pop(state.name, None)
+            self.touched[state.name] = None
+
+    def acting(self, state: FunctionState) -> bool:
+        """This scaler decides for the function, now."""
+        shard = self.owned.get(state.shard)
+        return shard is not None and shard.ready
+
+    def header(self, state: FunctionState, now_ns: int, deadline_ns: int) -> Header:
+        """A new command's id, deadline and proof of ownership."""
+        self.issued += 1
+        return Header(
+            id=f"{self.prefix}-{self.issued}",
+            deadline_ns=now_ns + deadline_ns,
+            shard=state.shard,
+            epoch=self.owned[state.shard].epoch,
+        )
+
+    def send(self, pending: Pending, message: AgentCommand, need: Need | None = None) -> None:
+        """Give out one command and expect its answer."""
+        if message.id in self.pending:
+            raise InvalidTransition(f"command id {message.id} is in use for {self.pending[message.id]}")
+        self.pending[message.id] = pending
+        self.timers.arm(TimerKey("answer", message.id), message.deadline_ns + self.config.answer_grace_ns)
+        self.out.append(NodeCommand(node=pending.node, message=message, need=need))
+        self.touched[pending.function] = None
+
+    def answered(self, command_id: str) -> Pending | None:
+        """Stop waiting for a command; None when it was not (or no longer) waited for."""
+        self.timers.disarm(TimerKey("answer", command_id))
+        return self.pending.pop(command_id, None)
+
+
+def backoff_ns(first_ns: int, failures: int) -> int:
+    """Pause after the n-th failure in a row: doubles up to 16x."""
+    return first_ns << min(max(failures - 1, 0), 4)
