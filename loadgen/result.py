@@ -7,6 +7,7 @@ In: :class:`RequestRecord` of :mod:`loadgen.driver`, or a ``requests.jsonl`` of 
 from __future__ import annotations
 
 import collections
+import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -131,7 +132,11 @@ def latency(records: Iterable[RequestRecord]) -> Latency:
             n += 1
     if not n:
         return Latency(0, 0.0, 0.0, 0.0, 0.0, 0.0)
-    p50, p90, p99, most = (histogram.get_value_at_percentile(p) / 1000 for p in (50, 90, 99, 100))
+    # The value that at least p % of all do not exceed; the library itself rounds the rank to the nearest, which for few
+    # requests may leave out the slowest.
+    p50, p90, p99, most = (
+        histogram.get_value_at_percentile(100 * math.ceil(p * n / 100) / n) / 1000 for p in (50, 90, 99, 100)
+    )
     return Latency(n, p50, p90, p99, most, round(histogram.get_mean_value() / 1000, 3))
 
 
