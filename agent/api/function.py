@@ -28,7 +28,7 @@ class _Struct(msgspec.Struct, frozen=True, forbid_unknown_fields=True, rename="c
     """Common options: immutable, strict, camelCase outside."""
 
 
-class Readiness(_Struct):
+class Readiness(_Struct, frozen=True, kw_only=True):
     """How to tell that an instance answers: an HTTP GET that returns 2xx, or only an accepted connection."""
 
     #: Path of the GET; empty: an accepted TCP connection is enough.
@@ -37,7 +37,7 @@ class Readiness(_Struct):
     timeout_seconds: Seconds = 60.0
 
 
-class WarmUp(_Struct):
+class WarmUp(_Struct, frozen=True, kw_only=True):
     """One request sent before the freeze, so that the checkpoint holds a warm process."""
 
     path: str = "/"
@@ -46,7 +46,7 @@ class WarmUp(_Struct):
     repeat: Annotated[int, msgspec.Meta(ge=1, le=10000)] = 1
 
 
-class RootFile(_Struct):
+class RootFile(_Struct, frozen=True, kw_only=True):
     """A file or directory of the node that the function sees at ``target``, read-only in origin."""
 
     #: Absolute after reading; in YAML relative to the document's folder.
@@ -54,7 +54,7 @@ class RootFile(_Struct):
     target: str
 
 
-class Limits(_Struct):
+class Limits(_Struct, frozen=True, kw_only=True):
     """What one instance may use."""
 
     memory_mb: Annotated[int, msgspec.Meta(ge=4, le=1 << 20)] = 512
@@ -64,14 +64,14 @@ class Limits(_Struct):
     pids: Annotated[int, msgspec.Meta(ge=1, le=32768)] = 512
 
 
-class Instances(_Struct):
+class Instances(_Struct, frozen=True, kw_only=True):
     """Bounds on the number of running instances."""
 
     min: Annotated[int, msgspec.Meta(ge=0, le=10000)] = 0
     max: Annotated[int, msgspec.Meta(ge=1, le=10000)] = 10
 
 
-class Policy(_Struct):
+class Policy(_Struct, frozen=True, kw_only=True):
     """How the function is held."""
 
     #: An instance that nobody needs is released after this long, s.
@@ -80,7 +80,7 @@ class Policy(_Struct):
     checkpoint: Literal["auto", "off"] = "auto"
 
 
-class FunctionSpec(_Struct):
+class FunctionSpec(_Struct, frozen=True, kw_only=True):
     """The body of a Function document."""
 
     command: Annotated[list[str], msgspec.Meta(min_length=1, max_length=256)]
@@ -97,14 +97,14 @@ class FunctionSpec(_Struct):
     policy: Policy = msgspec.field(default_factory=Policy)
 
 
-class Metadata(_Struct):
+class Metadata(_Struct, frozen=True, kw_only=True):
     """Identity of the document."""
 
     name: str
     labels: dict[str, str] = {}
 
 
-class Function(_Struct):
+class Function(_Struct, frozen=True, kw_only=True):
     """One Function document.
 
     Attributes:
