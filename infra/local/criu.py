@@ -1,4 +1,4 @@
-"""CRIU: built once from Debian's source as one static file, because it must run inside roots that hold only an application.
+"""CRIU: built once from Debian's source as one static file: it runs inside roots that hold only an application.
 
 In: the pinned source tarball, and one patch of ours (``criu-rlimits.patch``: reads limits from /proc where the host
 gives no CAP_SYS_RESOURCE). Out: ``<cache_dir>/criu-<version>-<recipe>/criu``. Next: :mod:`agent.criu` runs it.
@@ -24,11 +24,18 @@ _TARBALL_SHA256 = "29ec0ee09e296479fe7048c80980e8ef1d0684d0b0204c2b101dfea19f672
 _SUITES = ("forky", "sid")
 _PATCH = Path(__file__).with_name("criu-rlimits.patch")
 #: Changes when the build below does, so that an old binary is not taken for a new one.
-_RECIPE = "1"
+_RECIPE = "2"
 #: pkg-config sees only these, so that the result does not depend on what else the machine has.
 _PKG_CONFIG_MODULES = ("libnl-3.0", "libprotobuf-c", "protobuf")
-#: A path that nothing in an application's root can provide: neither plugins nor configuration are ever read from there.
-_NOWHERE = "/proc/thaw-has-none"
+#: A path that nothing can be put in. CRIU runs as root inside roots of functions: a plugin or a configuration there
+#: (whose ``action-script`` is a command) would be a way to root. ``$HOME/.criu`` remains: run CRIU without HOME.
+_NOWHERE = "/proc/thaw-has-none/"
+_CONFIG_DEFINES = {
+    "SYSCONFDIR": _NOWHERE,
+    "GLOBAL_CONFIG_DIR": _NOWHERE,
+    "DEFAULT_CONFIG_FILENAME": "default.conf",
+    "USER_CONFIG_DIR": ".criu/",
+}
 
 
 def folder(settings: Settings) -> Path:
@@ -93,7 +100,8 @@ def _compile(tarball: Path, work: Path, log: Path) -> Path:
     jobs = min(os.cpu_count() or 1, 4)
     # The caller may itself run under make or a distribution's build: its flags are not for this build.
     clean = ["env", *(word for name in ("CFLAGS", "LDFLAGS", "MAKEFLAGS", "CC") for word in ("-u", name))]
-    settings = ["NO_GNUTLS=1", "V=1", f"PLUGINDIR={_NOWHERE}", f"SYSCONFDIR={_NOWHERE}"]
+    settings = ["NO_GNUTLS=1", "V=1", f"PLUGINDIR={_NOWHERE}"]
+    settings.append("CONFIG-DEFINES=" + " ".join(f"-D{name}='\"{value}\"'" for name, value in _CONFIG_DEFINES.items()))
     text = install.run(
         [*clean, "make", f"-j{jobs}", *settings, "criu"],
         what="compiling CRIU",

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 import shutil
 import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -20,21 +21,39 @@ _KEYRING = Path("/usr/share/keyrings/debian-archive-keyring.gpg")
 
 
 def packages(group: str, text: str | None = None) -> list[str]:
-    """Return the Debian packages of one group of ``packages.txt`` (lines ``group: name name…``)."""
-    lines = (PACKAGE_LIST.read_text() if text is None else text).splitlines()
+    """Return the entries of one group of ``packages.txt``, unchanged."""
+    lines = [line for line in (PACKAGE_LIST.read_text() if text is None else text).splitlines() if line[:1] != "#"]
     found = [line.partition(":")[2].split() for line in lines if line.partition(":")[0].strip() == group]
-    return [name for names in found for name in names]
+    return [entry for entries in found for entry in entries]
 
 
-def missing(group: str) -> list[str]:
-    """Return the packages of a group that this machine lacks; all of them where there is no dpkg."""
-    names = packages(group)
-    if shutil.which("dpkg-query") is None:
-        return names
+def missing(*groups: str) -> list[str]:
+    """Return the packages of some groups that this machine lacks; all of them where there is no dpkg."""
+    entries = list(dict.fromkeys(entry for group in groups for entry in packages(group)))
+    wanted = [entry.partition("?") for entry in entries]
+    names = [(choice.split("|")) for choice, _, command in wanted if not command or shutil.which(command) is None]
+    there = _installed([name for choice in names for name in choice])
+    lacking = [choice for choice in names if not there.intersection(choice)]
+    return [choice[0] if len(choice) == 1 else _first_known(choice) for choice in lacking]
+
+
+def _installed(names: Sequence[str]) -> set[str]:
+    if not names or shutil.which("dpkg-query") is None:
+        return set()
     command = ["dpkg-query", "-W", "-f", "${Package} ${db:Status-Status}\n", *names]
     shown = subprocess.run(command, capture_output=True, text=True, check=False).stdout
-    there = {line.split()[0] for line in shown.splitlines() if line.endswith(" installed")}
-    return [name for name in names if name not in there]
+    return {line.split()[0] for line in shown.splitlines() if line.endswith(" installed")}
+
+
+def _first_known(choice: Sequence[str]) -> str:
+    """Return the first alternative that this Debian release has."""
+    for name in choice:
+        if shutil.which("apt-cache") is None:
+            break
+        shown = subprocess.run(["apt-cache", "show", "--no-all-versions", name], capture_output=True, check=False)
+        if shown.returncode == 0:
+            return name
+    return choice[0]
 
 
 def require(group: str, purpose: str) -> None:
@@ -107,3 +126,8 @@ def _mirror() -> str:
         if origin == label == "Debian":
             return uri
     raise InstallError("apt knows no Debian mirror; run `apt-get update` as root on a Debian machine first")
+
+
+if __name__ == "__main__":
+    # `python3 -m infra.local.debian GROUP…`, for scripts/setup; must run with the standard library alone.
+    print(" ".join(missing(*sys.argv[1:])))

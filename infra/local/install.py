@@ -25,6 +25,7 @@ from infra.errors import InstallError
 Report = Callable[[str], None]
 
 RECEIPT = "receipt.json"
+LOCK = ".lock"
 _TEMPORARY = ".building-"
 
 
@@ -116,27 +117,27 @@ def run(
 
 
 @contextlib.contextmanager
-def exclusive(cache_dir: Path, report: Report, *, timeout_s: float = 1800.0) -> Iterator[None]:
-    """Hold the cache's lock, so that two installations never build the same thing at once.
+def exclusive(file: Path, report: Report, *, timeout_s: float = 1800.0) -> Iterator[None]:
+    """Hold a lock file, so that two runs never do the same work at once.
 
-    The kernel drops the lock when its holder dies, so that a killed installation blocks nobody.
+    The kernel drops the lock when its holder dies, so that a killed run blocks nobody.
 
     Raises:
-        InstallError: another installation still holds it after ``timeout_s``.
+        InstallError: another run still holds it after ``timeout_s``.
     """
-    cache_dir.mkdir(parents=True, exist_ok=True)
-    with (cache_dir / ".lock").open("a") as file:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with file.open("a") as lock:
         deadline = time.monotonic() + timeout_s
         told = False
         while True:
             try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 break
             except BlockingIOError:
                 if time.monotonic() > deadline:
-                    raise InstallError(f"another installation has held {cache_dir}/.lock for {timeout_s:.0f} s") from None
+                    raise InstallError(f"another run of thaw has held {file} for {timeout_s:.0f} s") from None
                 if not told:
-                    report("waiting for another installation to finish")
+                    report(f"waiting for another run of thaw, which holds {file}")
                     told = True
                 time.sleep(0.2)
         yield
@@ -158,7 +159,7 @@ def install_folder(
     """
     if final.is_dir() and not force:
         return final
-    with exclusive(final.parent, report):
+    with exclusive(final.parent / LOCK, report):
         if final.is_dir():
             if not force:
                 return final

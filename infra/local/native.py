@@ -36,7 +36,18 @@ def build(source: Path, cache_dir: Path, report: install.Report = lambda _line: 
         # Compiled from a copy: the folder's name must describe what was compiled even if the file changes meanwhile.
         copy = temporary / f"{name}.c"
         copy.write_bytes(content)
-        command = ["gcc", "-std=gnu11", "-O2", "-Wall", "-Wextra", "-static", "-s", "-o", temporary / name, copy]
+        command: list[str | Path] = [
+            "gcc",
+            "-std=gnu11",
+            "-O2",
+            "-Wall",
+            "-Wextra",
+            "-static",
+            "-s",
+            "-o",
+            temporary / name,
+            copy,
+        ]
         install.run(command, what=f"compiling {source}", log=temporary / "build.log", timeout_s=120)
         return [name]
 

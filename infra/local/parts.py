@@ -1,0 +1,268 @@
+"""The parts of the embedded stack, each behind the same few questions.
+
+In: settings, and what earlier runs left in ``<state_dir>/stack``. Out: :class:`Part` objects that can be started,
+checked, stopped and described. Next: :mod:`infra.local.stack` does all of that in the right order.
+"""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+import json
+import os
+import secrets
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from infra.errors import StackError
+from infra.local import broker, health, objectstore, ports, processes
+from infra.local.install import Report
+from infra.settings import Settings
+
+
+def write_private(path: Path, value: Mapping[str, Any]) -> None:
+    """Write JSON that only this user can read, so that readers see the old or the new file and never half of one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    new = path.with_name(f"{path.name}.new")
+    new.unlink(missing_ok=True)
+    with os.fdopen(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+        json.dump(value, file, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
+    new.rename(path)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object; an absent or unreadable file is an empty one."""
+    try:
+        value = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+class Part(abc.ABC):
+    """One server of the stack."""
+
+    #: Key in stack.json and word for messages.
+    name: str
+    #: What is taken from settings.stack, and the ports that this part keeps for the life of the state folder.
+    port_names: tuple[str, ...]
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self.home = settings.paths.state_dir / "stack"
+        self.data = self.home / self.name
+        self.record = self.home / f"{self.name}.pid"
+
+    @property
+    @abc.abstractmethod
+    def configured(self) -> str:
+        """The address in the settings, empty when there is none."""
+
+    @property
+    @abc.abstractmethod
+    def address(self) -> str:
+        """The address of the embedded server, empty when no port was chosen yet."""
+
+    @abc.abstractmethod
+    def install(self, report: Report) -> None:
+        """Install it unless it is there, and verify what is there."""
+
+    @abc.abstractmethod
+    def launch(self) -> processes.Identity:
+        """Start the process."""
+
+    @abc.abstractmethod
+    def check(self) -> None:
+        """Raise an InfraError unless the embedded server works."""
+
+    @abc.abstractmethod
+    def check_external(self) -> None:
+        """Raise an InfraError unless the user's own server works."""
+
+    @abc.abstractmethod
+    def entry(self) -> dict[str, Any]:
+        """Return what stack.json says about it, the pid excepted."""
+
+    @abc.abstractmethod
+    def logs(self) -> list[Path]:
+        """Return its log files, the most telling last."""
+
+    @property
+    def external(self) -> bool:
+        """Whether the user named a server of their own.
+
+        Settings also carry the embedded server's address once it was read from stack.json: that one is ours.
+        """
+        return bool(self.configured) and self.configured != self.address
+
+    @property
+    def identity(self) -> processes.Identity | None:
+        """The process that was started last, running or not."""
+        return processes.read(self.record)
+
+    @property
+    def alive(self) -> bool:
+        """Whether that process runs."""
+        identity = self.identity
+        return identity is not None and identity.alive()
+
+    def port(self, name: str) -> int:
+        """Return the port chosen for ``name``, 0 when none was."""
+        return int(read_json(self.home / "ports.json").get(name, 0))
+
+    def choose_ports(self, report: Report) -> None:
+        """Settle on ports: those of the settings, else the ones used before, else free ones.
+
+        Raises:
+            StackError: a port that the settings ask for is taken.
+        """
+        known = read_json(self.home / "ports.json")
+        chosen = dict(known)
+        for name in self.port_names:
+            wanted = int(getattr(self.settings.stack, f"{name}_port", 0))
+            if wanted and not ports.is_free(wanted):
+                raise StackError(
+                    f"{self.name}: port {wanted} (stack.{name}_port) is taken by {ports.holder(wanted)}; "
+                    "choose another one, or 0 for any"
+                )
+            if wanted:
+                chosen[name] = wanted
+            elif not known.get(name) or not ports.is_free(known[name]):
+                if known.get(name):
+                    report(f"{self.name}: port {known[name]} is now taken by {ports.holder(known[name])}, moving")
+                # Distinct from those of the other parts, which may not listen yet.
+                chosen[name] = next(port for port in ports.free(len(chosen) + 1) if port not in chosen.values())
+        write_private(self.home / "ports.json", chosen)
+
+    def last_words(self, lines: int = 4) -> str:
+        """Return the end of its newest log, for an error message; lines that tell of errors win."""
+        for path in reversed(self.logs()):
+            found = path.read_text(errors="replace").splitlines()[-200:]
+            telling = [line for line in found if any(word in line for word in (" ERROR ", " FATAL ", "rror:", "panic"))]
+            if found:
+                return " | ".join((telling or found)[-lines:])
+        return "its log is empty"
+
+
+class Broker(Part):
+    """Apache Kafka."""
+
+    name = "kafka"
+    port_names = ("kafka", "controller")
+
+    @property
+    def configured(self) -> str:
+        """See :class:`Part`."""
+        return self.settings.kafka.bootstrap_servers
+
+    @property
+    def address(self) -> str:
+        """See :class:`Part`."""
+        port = self.port("kafka")
+        return f"127.0.0.1:{port}" if port else ""
+
+    def install(self, report: Report) -> None:
+        """See :class:`Part`."""
+        broker.ensure(self.settings, report)
+
+    def launch(self) -> processes.Identity:
+        """See :class:`Part`."""
+        return broker.start(
+            self.settings,
+            data=self.data,
+            port=self.port("kafka"),
+            controller_port=self.port("controller"),
+            record=self.record,
+        )
+
+    def check(self) -> None:
+        """See :class:`Part`."""
+        health.check_kafka(self.address, write=True)
+
+    def check_external(self) -> None:
+        """See :class:`Part`."""
+        health.check_kafka(self.configured, write=False)
+
+    def entry(self) -> dict[str, Any]:
+        """See :class:`Part`."""
+        return {"bootstrap_servers": self.address}
+
+    def logs(self) -> list[Path]:
+        """See :class:`Part`."""
+        return broker.logs(self.data)
+
+
+class ObjectStore(Part):
+    """The S3 server."""
+
+    name = "s3"
+    port_names = ("s3",)
+
+    @property
+    def configured(self) -> str:
+        """See :class:`Part`."""
+        return self.settings.s3.endpoint_url
+
+    @property
+    def address(self) -> str:
+        """See :class:`Part`."""
+        port = self.port("s3")
+        return f"http://127.0.0.1:{port}" if port else ""
+
+    def credentials(self) -> tuple[str, str]:
+        """Return access key and secret key, made at the first start and kept for the life of the state folder."""
+        path = self.home / "credentials.json"
+        found = read_json(path)
+        if not found.get("access_key") or not found.get("secret_key"):
+            found = {"access_key": f"thaw{secrets.token_hex(6)}", "secret_key": secrets.token_urlsafe(30)}
+            write_private(path, found)
+        return found["access_key"], found["secret_key"]
+
+    def install(self, report: Report) -> None:
+        """See :class:`Part`."""
+        objectstore.ensure(self.settings, report)
+
+    def launch(self) -> processes.Identity:
+        """See :class:`Part`."""
+        access_key, secret_key = self.credentials()
+        return objectstore.start(
+            self.settings,
+            data=self.data,
+            port=self.port("s3"),
+            access_key=access_key,
+            secret_key=secret_key,
+            record=self.record,
+        )
+
+    def check(self) -> None:
+        """See :class:`Part`."""
+        access_key, secret_key = self.credentials()
+        health.check_s3(
+            dataclasses.replace(
+                self.settings.s3, endpoint_url=self.address, access_key=access_key, secret_key=secret_key
+            )
+        )
+
+    def check_external(self) -> None:
+        """See :class:`Part`."""
+        if not urlsplit(self.configured).hostname:
+            raise StackError(f"s3.endpoint_url must be a URL such as http://host:9000, not {self.configured!r}")
+        health.check_s3(self.settings.s3)
+
+    def entry(self) -> dict[str, Any]:
+        """See :class:`Part`."""
+        access_key, secret_key = self.credentials()
+        return {"endpoint_url": self.address, "access_key": access_key, "secret_key": secret_key}
+
+    def logs(self) -> list[Path]:
+        """See :class:`Part`."""
+        return objectstore.logs(self.data)
+
+
+def parts(settings: Settings) -> list[Part]:
+    """Return every part of the stack; the slowest to start comes first."""
+    return [Broker(settings), ObjectStore(settings)]

@@ -1,0 +1,78 @@
+"""Loopback ports: which are free, who holds one.
+
+In: ports from settings or from an earlier run. Out: ports to use, and words for an error when one is taken.
+Next: :mod:`infra.local.parts` and :mod:`infra.doctor`.
+"""
+
+from __future__ import annotations
+
+import socket
+from pathlib import Path
+
+_LISTEN = "0A"
+
+
+def free(count: int) -> list[int]:
+    """Return loopback ports that nothing listens on, all different."""
+    sockets = [socket.socket() for _ in range(count)]
+    try:
+        for each in sockets:
+            each.bind(("127.0.0.1", 0))
+        return [each.getsockname()[1] for each in sockets]
+    finally:
+        for each in sockets:
+            each.close()
+
+
+def is_free(port: int) -> bool:
+    """Tell whether a server could listen on this loopback port now."""
+    with socket.socket() as probe:
+        # As servers do: connections of an earlier server in TIME_WAIT don't count.
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", port))
+            probe.listen(1)
+        except OSError:
+            return False
+    return True
+
+
+def answers(host: str, port: int, timeout_s: float = 1.0) -> bool:
+    """Tell whether something accepts connections there."""
+    try:
+        socket.create_connection((host, port), timeout_s).close()
+    except OSError:
+        return False
+    return True
+
+
+def holder(port: int, proc: Path = Path("/proc")) -> str:
+    """Say which process listens on a port, as far as this user may know."""
+    inodes = {
+        inode
+        for name in ("tcp", "tcp6")
+        for listening, inode in listeners(_read(proc / "net" / name))
+        if listening == port
+    }
+    for folder in proc.glob("[0-9]*"):
+        try:
+            links = [str(link.readlink()) for link in (folder / "fd").iterdir()]
+        except OSError:
+            continue
+        if any(f"socket:[{inode}]" in links for inode in inodes):
+            command = _read(folder / "cmdline").replace("\0", " ").strip()
+            return f"process {folder.name} ({command[:80]})"
+    return "another process"
+
+
+def listeners(table: str) -> list[tuple[int, str]]:
+    """Read ``/proc/net/tcp``: ``(port, socket inode)`` of each listening socket."""
+    rows = [line.split() for line in table.splitlines()[1:]]
+    return [(int(row[1].rpartition(":")[2], 16), row[9]) for row in rows if len(row) > 9 and row[3] == _LISTEN]
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(errors="replace")
+    except OSError:
+        return ""
