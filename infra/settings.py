@@ -196,9 +196,7 @@ def with_embedded_stack(settings: Settings) -> Settings:
     found = _read_json(settings.stack_file)
     kafka, s3 = found.get("kafka", {}), found.get("s3", {})
     if kafka and not settings.kafka.bootstrap_servers:
-        settings = dataclasses.replace(
-            settings, kafka=dataclasses.replace(settings.kafka, bootstrap_servers=kafka["bootstrap_servers"])
-        )
+        settings = dataclasses.replace(settings, kafka=dataclasses.replace(settings.kafka, bootstrap_servers=kafka["bootstrap_servers"]))
     if s3 and not settings.s3.endpoint_url:
         settings = dataclasses.replace(
             settings,

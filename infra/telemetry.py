@@ -16,6 +16,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
+from types import MappingProxyType
 
 from opentelemetry import trace as otel
 from opentelemetry.sdk.resources import Resource
@@ -27,7 +28,7 @@ from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapProp
 from infra.settings import Settings
 
 Attribute = str | int | float | bool
-_log_fields: ContextVar[dict[str, str]] = ContextVar("log_fields", default={})
+_log_fields: ContextVar[Mapping[str, str]] = ContextVar("log_fields", default=MappingProxyType({}))
 _PROPAGATOR = TraceContextTextMapPropagator()
 
 
@@ -118,9 +119,7 @@ class Tracer:
         span = self._tracer.start_span(name, context=context, start_time=start_ns, attributes=attributes)
         return OpenSpan(span)
 
-    def span(
-        self, name: str, parent: str, start_ns: int, end_ns: int, attributes: Mapping[str, Attribute] | None = None
-    ) -> str:
+    def span(self, name: str, parent: str, start_ns: int, end_ns: int, attributes: Mapping[str, Attribute] | None = None) -> str:
         """Record a finished span and return its traceparent."""
         opened = self.begin(name, parent, start_ns, attributes)
         opened.end(end_ns)

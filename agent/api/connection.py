@@ -10,7 +10,7 @@ import asyncio
 import socket
 import ssl
 
-from agent.api.messages import AnyMessage, Hello, Message, PROTOCOL_VERSION, decode, encode
+from agent.api.messages import PROTOCOL_VERSION, AnyMessage, Hello, Message, decode, encode
 from agent.errors import ProtocolError
 
 #: An inventory of 10,000 instances is about 2 MB; nothing legitimate is larger.

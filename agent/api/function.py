@@ -196,9 +196,7 @@ def to_builtins(function: Function) -> Any:
 def _check(function: Function) -> None:
     spec = function.spec
     if not NAME.fullmatch(function.name):
-        raise FunctionInvalid(
-            f"metadata.name: {function.name!r} must be lower-case letters, digits and dashes, 63 at most, as in DNS"
-        )
+        raise FunctionInvalid(f"metadata.name: {function.name!r} must be lower-case letters, digits and dashes, 63 at most, as in DNS")
     if not spec.command[0]:
         raise FunctionInvalid("spec.command: the program's name is empty")
     if any("\0" in part for part in [*spec.command, *spec.environment, *spec.environment.values()]):

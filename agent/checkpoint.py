@@ -1,0 +1,245 @@
+"""The checkpoint sequence: from a function to a published, warmed-up image.
+
+In: a function and its layers. Out: an image in the node's cache, its objects in S3, and the pointer moved last. Steps: start a donor,
+warm it up, freeze and dump it, restore the dump once with an empty working set to see which pages the first requests touch, pack,
+upload. Each step is timed; a failure leaves nothing on the node, and in S3 at most chunks that no manifest names.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hashlib
+import logging
+import os
+import platform
+import shutil
+import time
+from collections.abc import AsyncIterator, Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import msgpack
+import msgspec
+
+from agent.api.function import Function
+from agent.api.records import PhaseClock
+from agent.cold import start_cold
+from agent.criu import images, tool
+from agent.errors import ImageInvalid
+from agent.instance import Instance, Workshop
+from agent.pager.client import PagerClient
+from agent.ready import warm_up
+from agent.restore import RestoreEvidence, start_restored
+from agent.sandbox.rootfs import RootLayers
+from agent.store import archive, chunks, host, manifest, workingset
+from agent.store.cache import ARCHIVE, IMAGES, LAYER, MANIFEST, CachedImage, ImageCache
+from agent.store.manifest import Blob, Manifest, Pages
+from infra.errors import ObjectConflict, ObjectMissing
+from infra.s3 import ObjectStore
+from infra.tasks import TaskGroup
+
+logger = logging.getLogger(__name__)
+WARM_UP_TIMEOUT_S = 30.0
+
+
+class Checkpointer:
+    """Makes checkpoints on one node."""
+
+    def __init__(
+        self,
+        workshop: Workshop,
+        cache: ImageCache,
+        store: ObjectStore,
+        pager: Callable[[], PagerClient],
+        tasks: TaskGroup,
+        criu_version: str,
+    ) -> None:
+        self._workshop = workshop
+        self._cache = cache
+        self._store = store
+        self._pager = pager
+        self._tasks = tasks
+        self._criu_version = criu_version
+
+    async def make(self, function: Function, layers: RootLayers, name: str, deadline_ns: int) -> tuple[CachedImage, dict[str, float]]:
+        """Make and publish a checkpoint.
+
+        Args:
+            function, layers: what to freeze.
+            name: prefix of the instances that this needs.
+            deadline_ns: wall clock ns at which to give up.
+
+        Returns:
+            The image in the node's cache, and the seconds of each step.
+
+        Raises:
+            AgentError, StoreError, OSError: a step failed; nothing of it is left on the node.
+        """
+        clock = PhaseClock()
+        building = await asyncio.to_thread(self._cache.new_directory)
+        try:
+            (building / IMAGES).mkdir()
+            draft = await self._freeze(function, layers, f"{name}-donor", building, deadline_ns, clock)
+            touched = await self._record(function, layers, f"{name}-recording", building, draft, deadline_ns, clock)
+            with clock.phase("pack"):
+                packed = await asyncio.to_thread(workingset.pack, building / IMAGES, draft, touched)
+            finished, encoded, working_set = packed
+            with clock.phase("upload"):
+                await asyncio.to_thread(self._upload, building, finished, encoded, working_set)
+            with clock.phase("publish"):
+                await asyncio.to_thread(self._publish, finished, manifest.name(encoded))
+            image = await asyncio.to_thread(self._cache.insert, building, encoded, complete=True)
+        except BaseException:
+            await asyncio.to_thread(shutil.rmtree, building, True)
+            raise
+        seconds = {phase.name: round((phase.end_ns - phase.start_ns) / 1e9, 3) for phase in clock.phases}
+        return image, seconds
+
+    async def _freeze(
+        self, function: Function, layers: RootLayers, donor_id: str, building: Path, deadline_ns: int, clock: PhaseClock
+    ) -> Manifest:
+        """Start, warm up and dump a donor; returns the manifest as far as it is known."""
+        async with _pipe_to(self._workshop.logs / f"{donor_id}.log") as (write_fd, pipe_name):
+            with clock.phase("start"):
+                donor = await start_cold(self._workshop, function, layers, donor_id, deadline_ns, PhaseClock(), output_fd=write_fd)
+            try:
+                with clock.phase("warm_up"):
+                    await warm_up(donor.sandbox.address, function, WARM_UP_TIMEOUT_S)
+                with clock.phase("mapped_files"):
+                    mapped = await asyncio.to_thread(host.mapped_files, donor.sandbox.processes(), layers.lower)
+                with clock.phase("dump"):
+                    left_s = max(1.0, (deadline_ns - time.time_ns()) / 1e9)
+                    await tool.dump(donor.sandbox, self._workshop.criu_fd, donor.root_pid, building / IMAGES, left_s)
+                with clock.phase("pack_files"):
+                    packed, plain_bytes = await asyncio.to_thread(archive.pack, building / IMAGES, donor.sandbox.layer)
+            finally:
+                await donor.stop(self._workshop)
+        (building / ARCHIVE).write_bytes(packed)
+        archive.unpack(packed, plain_bytes, building / IMAGES, building / LAYER)
+        with clock.phase("digest"):
+            pages = await asyncio.to_thread(_digest_pages, building / IMAGES)
+        return Manifest(
+            function=function.name,
+            function_digest=function.digest,
+            files_digest=layers.files_digest,
+            created_ns=time.time_ns(),
+            criu=self._criu_version,
+            kernel=platform.release(),
+            machine=platform.machine(),
+            cpu_flags=host.cpu_flags(),
+            root_pid=donor.root_pid,
+            outputs=[pipe_name],
+            mapped_files=mapped,
+            archive=Blob(len(packed), hashlib.sha256(packed).digest(), plain_bytes),
+            working_set=Blob(0, b"\0" * 32, 0),
+            extents=[],
+            prefetch={},
+            pages=pages,
+            image_bytes=sum(item.size for item in pages.values()) + plain_bytes,
+        )
+
+    async def _record(
+        self,
+        function: Function,
+        layers: RootLayers,
+        instance_id: str,
+        building: Path,
+        draft: Manifest,
+        deadline_ns: int,
+        clock: PhaseClock,
+    ) -> list[tuple[int, int]]:
+        """Restore the dump once, send the warm-up requests again, and return the (pid, address) of each page touched."""
+        encoded = manifest.encode(draft)
+        (building / MANIFEST).write_bytes(encoded)
+        image = CachedImage(manifest.name(encoded), draft, building, complete=True)
+        pager = self._pager()
+        with clock.phase("record"):
+            await pager.open_image(image.checkpoint, building, complete=True)
+            instance: Instance | None = None
+            try:
+                instance = await start_restored(
+                    self._workshop, pager, self._tasks, image, function, layers, instance_id, deadline_ns,
+                    PhaseClock(), RestoreEvidence(), record=True,
+                )  # fmt: skip
+                await warm_up(instance.sandbox.address, function, WARM_UP_TIMEOUT_S)
+                stats = await pager.stats(instance_id, touched=True)
+            finally:
+                if instance is not None:
+                    await instance.stop(self._workshop)
+                await pager.close_image(image.checkpoint)
+        return [(pid, address) for pid, address in stats["touched"]]
+
+    def _upload(self, building: Path, finished: Manifest, encoded: bytes, working_set: bytes) -> None:
+        with ThreadPoolExecutor(self._workshop.settings.store_parallel, thread_name_prefix="upload") as pool:
+            jobs = []
+            for key, pages in finished.pages.items():
+                path = building / IMAGES / f"pages-{key}.img"
+                for index, digest in enumerate(pages.chunks):
+                    if digest is not None:
+                        jobs.append(pool.submit(self._upload_chunk, path, index * finished.chunk_bytes, finished.chunk_bytes, digest))
+            try:
+                for job in jobs:
+                    job.result()
+            except BaseException:
+                pool.shutdown(cancel_futures=True)
+                raise
+        name = manifest.name(encoded)
+        self._store.put(manifest.working_set_key(finished.function, name), working_set)
+        packed = (building / ARCHIVE).read_bytes()
+        self._store.put(manifest.head_key(finished.function, name), manifest.pack_head(encoded, packed))
+
+    def _upload_chunk(self, path: Path, offset: int, size: int, digest: bytes) -> None:
+        with path.open("rb") as source:
+            source.seek(offset)
+            chunks.upload(self._store, digest, source.read(size))
+
+    def _publish(self, finished: Manifest, name: str) -> None:
+        """Move the pointer; of two nodes that publish at once one wins, and the other's image stays unused."""
+        key = manifest.pointer_key(finished.function)
+        pointer: bytes = msgpack.packb(msgspec.to_builtins(host.pointer(finished, name)))
+        try:
+            _, tag = self._store.get_with_tag(key, size_max=4096)
+        except ObjectMissing:
+            tag = ""
+        try:
+            self._store.put(key, pointer, only_if_absent=not tag, only_if_tag=tag)
+        except ObjectConflict as error:
+            raise ImageInvalid("another node published a checkpoint of this function first", function=finished.function) from error
+
+
+def _digest_pages(directory: Path) -> dict[str, Pages]:
+    found = {}
+    for pages_id in sorted({page_map.pages_id for page_map in images.read_page_maps(directory).values()}):
+        path = directory / f"pages-{pages_id}.img"
+        digests = []
+        with path.open("rb") as source:
+            while piece := source.read(manifest.CHUNK_BYTES):
+                digests.append(chunks.digest(piece))
+        found[str(pages_id)] = Pages(path.stat().st_size, digests)
+    return found
+
+
+@asynccontextmanager
+async def _pipe_to(log: Path) -> AsyncIterator[tuple[int, str]]:
+    """A pipe whose content goes to ``log``; yields its write end and the name by which CRIU knows it."""
+    read_fd, write_fd = os.pipe2(os.O_CLOEXEC)
+    name = str(Path(f"/proc/self/fd/{write_fd}").readlink())
+    os.set_blocking(read_fd, False)
+    loop = asyncio.get_running_loop()
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("ab") as output:
+
+        def drain() -> None:
+            with contextlib.suppress(BlockingIOError):
+                output.write(os.read(read_fd, 65536))
+
+        loop.add_reader(read_fd, drain)
+        try:
+            yield write_fd, name
+        finally:
+            loop.remove_reader(read_fd)
+            os.close(write_fd)
+            drain()
+            os.close(read_fd)

@@ -1,0 +1,76 @@
+"""The cold start: run the command and wait until it answers.
+
+In: a function and its layers. Out: a ready :class:`~agent.instance.Instance` of start mode ``cold``; also the donor of a checkpoint
+(:mod:`agent.checkpoint`), whose output is a pipe because CRIU can hand a pipe over to another descriptor later.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+
+from agent.api.function import Function
+from agent.api.records import PhaseClock
+from agent.errors import AgentError
+from agent.instance import Instance, Workshop, furnish, last_output, open_log
+from agent.ready import wait_ready
+from agent.sandbox.local import Process
+from agent.sandbox.rootfs import RootLayers
+
+DEFAULT_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+
+
+async def start_cold(
+    workshop: Workshop,
+    function: Function,
+    layers: RootLayers,
+    instance_id: str,
+    deadline_ns: int,
+    clock: PhaseClock,
+    *,
+    output_fd: int | None = None,
+) -> Instance:
+    """Start ``function`` by running its command.
+
+    Args:
+        workshop: what the node works with.
+        function: what to run.
+        layers: its root files.
+        instance_id: name of the new instance.
+        deadline_ns: wall clock ns at which to give up; the readiness rule's own timeout may be earlier.
+        clock: gets the phases ``sandbox``, ``exec``, ``ready``, ``first_response``.
+        output_fd: takes the process's output instead of its log file.
+
+    Raises:
+        AgentError: it did not come up; nothing is left.
+    """
+    with clock.phase("sandbox"):
+        sandbox = await workshop.pool.take()
+        instance = Instance(instance_id, function, sandbox, workshop.logs / f"{instance_id}.log")
+        instance.watch()
+    try:
+        with clock.phase("sandbox.root"):
+            await furnish(sandbox, workshop, function, layers, instance_id, "")
+        with clock.phase("exec"):
+            spec = function.spec
+            environment = {"PATH": DEFAULT_PATH, "LANG": "C.UTF-8", **spec.environment}
+            process = Process(spec.command, environment, spec.working_directory, workshop.settings.run_as)
+            output = open_log(instance.log) if output_fd is None else output_fd
+            try:
+                instance.root_pid = await sandbox.start_application(process, output)
+            finally:
+                if output_fd is None:
+                    os.close(output)
+        limit_ns = time.time_ns() + int(spec.readiness.timeout_seconds * 1e9)
+        start_ns = time.time_ns()
+        readiness = await wait_ready(sandbox.address, function, min(deadline_ns, limit_ns), instance.ended)
+        clock.add("ready", start_ns, readiness.accepted_ns)
+        clock.add("first_response", readiness.accepted_ns, readiness.responded_ns)
+        instance.started_ns = readiness.responded_ns
+    except BaseException as error:
+        await instance.stop(workshop)
+        said = last_output(instance.log)
+        if isinstance(error, AgentError) and said:
+            raise type(error)(f"{error}; its last output: {said}") from error
+        raise
+    return instance

@@ -1,0 +1,299 @@
+"""The node: what exists on it, and what is done to it by command.
+
+In: commands from :mod:`agent.server`, the ends of instances, the loss of the pager. Out: reports through one callback. It is the
+authority on its instances; everything is idempotent by command id, so that a scaler may repeat what it got no answer to.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import time
+from collections import OrderedDict
+from collections.abc import Callable
+from pathlib import Path
+
+from agent.api.function import Function
+from agent.api.messages import (
+    AgentCommand,
+    CheckpointInfo,
+    CheckpointPublished,
+    CommandFailed,
+    EndpointDown,
+    Evict,
+    Evicted,
+    Fetch,
+    FetchDone,
+    InstanceExited,
+    InstanceInfo,
+    Inventory,
+    MakeCheckpoint,
+    Message,
+    Release,
+    Start,
+    StartDone,
+    StartFailed,
+)
+from agent.catalog import Catalog
+from agent.checkpoint import Checkpointer
+from agent.errors import AgentError, Refused
+from agent.instance import Instance, Workshop, last_output
+from agent.starts import Starter, StartFailure
+from agent.store.cache import CachedImage
+from infra.errors import InfraError
+from infra.tasks import TaskGroup
+from infra.telemetry import log_context, trace_id
+
+logger = logging.getLogger(__name__)
+#: Answers kept for repeated commands.
+_ANSWERS_MAX = 4096
+#: Memory that functions never get, MB.
+_MEMORY_RESERVE_MB = 256
+#: Time between SIGTERM and the end of a released instance, s.
+_RELEASE_GRACE_S = 2.0
+#: Output files of ended instances that are kept.
+_LOGS_MAX = 200
+
+
+class Node:
+    """One node's instances, and the commands on them."""
+
+    def __init__(
+        self,
+        name: str,
+        workshop: Workshop,
+        catalog: Catalog,
+        starter: Starter,
+        checkpointer: Checkpointer,
+        tasks: TaskGroup,
+        report: Callable[[Message], None],
+    ) -> None:
+        self.name = name
+        self._workshop = workshop
+        self._catalog = catalog
+        self._starter = starter
+        self._checkpointer = checkpointer
+        self._tasks = tasks
+        self._report = report
+        self.instances: dict[str, Instance] = {}
+        self._answers: OrderedDict[str, Message | None] = OrderedDict()
+        self._epochs: dict[int, int] = {}
+        self._checkpointing: set[str] = set()
+
+    def inventory(self) -> Inventory:
+        """Everything that is here now."""
+        total_mb, free_mb = _memory_mb()
+        return Inventory(
+            node=self.name,
+            memory_mb=total_mb,
+            memory_free_mb=free_mb,
+            instances=[self._info(instance) for instance in self.instances.values()],
+            checkpoints=[_checkpoint_info(image) for image in self._catalog.images()],
+        )
+
+    def handle(self, command: AgentCommand) -> None:
+        """Begin a command; its report comes through the callback. A repeated command is answered from memory."""
+        received_ns = time.time_ns()
+        if command.id in self._answers:
+            answer = self._answers[command.id]
+            if answer is not None:
+                self._report(answer)
+            return
+        self._answers[command.id] = None
+        while len(self._answers) > _ANSWERS_MAX:
+            self._answers.popitem(last=False)
+        self._tasks.spawn(self._carry_out(command, received_ns), f"command {command.id}")
+
+    async def release_all(self) -> None:
+        """End every instance; for the agent's own end."""
+        await asyncio.gather(*(self._end(instance, "released", "", 0.0) for instance in list(self.instances.values())))
+
+    async def pager_lost(self) -> None:
+        """End what the lost pager served: nothing reads a wrong page, because PID 1 of each sandbox holds the descriptors."""
+        lost = [instance for instance in self.instances.values() if instance.pager is not None]
+        logger.error("the pager is gone; %d instances that it served are ended and will be started again", len(lost))
+        self._catalog.pager_lost()
+        await asyncio.gather(*(self._end(instance, "pager_lost", "", 0.0) for instance in lost))
+
+    async def reconcile(self) -> None:
+        """Housekeeping: cut long logs, drop old ones, keep the cache within its ceiling."""
+        await self._catalog.trim()
+        await asyncio.to_thread(_trim_logs, self._workshop.logs, set(self.instances), self._workshop.settings.log_mb << 20)
+
+    async def _carry_out(self, command: AgentCommand, received_ns: int) -> None:
+        function = getattr(command, "function", None)
+        name = function.name if isinstance(function, Function) else getattr(command, "function_name", "")
+        with log_context(node=self.name, command=command.id, function=name, trace=trace_id(command.traceparent)):
+            try:
+                self._check_epoch(command)
+                answer = await self._dispatch(command, received_ns)
+            except (AgentError, InfraError, OSError, TimeoutError) as error:
+                logger.warning("%s failed: %s", type(command).__name__, error)
+                answer = CommandFailed(
+                    command_id=command.id,
+                    function=name,
+                    command=type(command).__name__,
+                    reason=getattr(error, "reason", "host"),
+                    message=str(error) or type(error).__name__,
+                    refused=isinstance(error, Refused),
+                )
+                if isinstance(command, Start):
+                    answer = StartFailed(
+                        command_id=command.id, function=name, reason=answer.reason, message=answer.message, refused=answer.refused
+                    )
+        if command.id in self._answers:
+            self._answers[command.id] = answer
+        if answer is not None:
+            self._report(answer)
+
+    async def _dispatch(self, command: AgentCommand, received_ns: int) -> Message | None:
+        match command:
+            case Start():
+                return await self._start(command, received_ns)
+            case Fetch():
+                return await self._fetch(command)
+            case MakeCheckpoint():
+                return await self._checkpoint(command)
+            case Evict():
+                await self._catalog.evict(command.function_name)
+                return Evicted(command_id=command.id, function=command.function_name)
+            case Release():
+                instance = self.instances.get(command.instance)
+                if instance is None:
+                    return InstanceExited(instance=command.instance, function="", reason="released", command_id=command.id)
+                return await self._end(instance, "released", command.id, _RELEASE_GRACE_S)
+
+    def _check_epoch(self, command: AgentCommand) -> None:
+        newest = self._epochs.get(command.shard, 0)
+        if command.epoch < newest:
+            raise Refused(f"the command is of epoch {command.epoch} of shard {command.shard}, which epoch {newest} has taken over")
+        self._epochs[command.shard] = command.epoch
+
+    async def _start(self, command: Start, received_ns: int) -> Message:
+        _, free_mb = _memory_mb()
+        wanted_mb = command.function.spec.limits.memory_mb
+        if free_mb - _MEMORY_RESERVE_MB < wanted_mb:
+            raise Refused(f"{free_mb} MB of memory are free, the function may use {wanted_mb} MB")
+        try:
+            instance, record = await self._starter.start(command, received_ns)
+        except StartFailure as failure:
+            logger.warning("start of %s failed: %s", command.function.name, failure)
+            return StartFailed(
+                command_id=command.id,
+                function=command.function.name,
+                reason=failure.cause.reason,
+                message=str(failure),
+                record=failure.record,
+            )
+        self.instances[instance.id] = instance
+        self._tasks.spawn(self._watch(instance), f"watch of {instance.id}")
+        if instance.image is not None and not instance.image.complete:
+            self._tasks.spawn(self._catalog.complete(instance.image), f"download of {instance.image.checkpoint}")
+        logger.info("instance %s answers at %s after %s", instance.id, instance.address, record.start_mode)
+        return StartDone(command_id=command.id, instance=self._info(instance), record=record)
+
+    async def _fetch(self, command: Fetch) -> Message:
+        resolution = await self._catalog.resolve(command.function, refresh=True)
+        image = self._catalog.usable(resolution)
+        if image is not None:
+            await self._catalog.open(image)
+            self._tasks.spawn(self._catalog.complete(image), f"download of {image.checkpoint}")
+        return FetchDone(
+            command_id=command.id,
+            function=command.function.name,
+            function_digest=command.function.digest,
+            checkpoint=_checkpoint_info(image) if image else None,
+        )
+
+    async def _checkpoint(self, command: MakeCheckpoint) -> Message:
+        function = command.function
+        if function.name in self._checkpointing:
+            raise Refused("a checkpoint of this function is being made")
+        self._checkpointing.add(function.name)
+        try:
+            resolution = await self._catalog.resolve(function)
+            left_s = (command.deadline_ns - time.time_ns()) / 1e9
+            async with asyncio.timeout(max(0.0, left_s)):
+                image, seconds = await self._checkpointer.make(
+                    function, resolution.layers, f"{function.name}-{time.time_ns():x}", command.deadline_ns
+                )
+            self._catalog.made(function, resolution.layers, image)
+            await self._catalog.open(image)
+        finally:
+            self._checkpointing.discard(function.name)
+        logger.info("checkpoint %s of %s is published: %s", image.checkpoint, function.name, seconds)
+        return CheckpointPublished(
+            command_id=command.id,
+            function=function.name,
+            function_digest=function.digest,
+            checkpoint=_checkpoint_info(image),
+            seconds=seconds,
+        )
+
+    async def _watch(self, instance: Instance) -> None:
+        """Report the end of an instance that nobody asked to end."""
+        status = await asyncio.shield(instance.ended)
+        if instance.releasing:
+            return
+        code = os.waitstatus_to_exitcode(status)
+        oom = instance.sandbox.cgroup.was_oom_killed()
+        why = "it used more memory than its limit" if oom else f"exit code {code}"
+        logger.warning("instance %s ended by itself: %s; last output: %s", instance.id, why, last_output(instance.log))
+        report = await self._end(instance, "killed" if code < 0 else "exited", "", 0.0, code)
+        if report is not None:
+            self._report(report)
+
+    async def _end(
+        self, instance: Instance, reason: str, command_id: str, grace_s: float, code: int | None = None
+    ) -> InstanceExited | None:
+        if self.instances.pop(instance.id, None) is None:
+            return None
+        instance.releasing = True
+        report = InstanceExited(instance=instance.id, function=instance.function.name, reason=reason, exit_code=code, command_id=command_id)
+        self._report_down(instance)
+        await instance.stop(self._workshop, grace_s)
+        if reason == "pager_lost":
+            self._report(report)
+        return report
+
+    def _report_down(self, instance: Instance) -> None:
+        """Watchers learn of the end before it happens, so that no new request is sent there."""
+        self._report(EndpointDown(function=instance.function.name, instance=instance.id))
+
+    def _info(self, instance: Instance) -> InstanceInfo:
+        return InstanceInfo(
+            instance=instance.id,
+            function=instance.function.name,
+            function_digest=instance.function.digest,
+            address=instance.address,
+            start_mode=instance.start_mode,
+            started_ns=instance.started_ns,
+            command_id=instance.command_id,
+        )
+
+
+def _checkpoint_info(image: CachedImage) -> CheckpointInfo:
+    return CheckpointInfo(
+        function=image.manifest.function,
+        function_digest=image.manifest.function_digest,
+        checkpoint=image.checkpoint,
+        image_bytes=image.manifest.image_bytes,
+        complete=image.complete,
+    )
+
+
+def _memory_mb() -> tuple[int, int]:
+    """Total and available memory of the machine."""
+    fields = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
+    return int(fields["MemTotal"].split()[0]) >> 10, int(fields["MemAvailable"].split()[0]) >> 10
+
+
+def _trim_logs(directory: Path, live: set[str], bytes_max: int) -> None:
+    files = sorted(directory.glob("*.log"), key=lambda path: path.stat().st_mtime)
+    for path in files:
+        if path.stat().st_size > bytes_max:
+            os.truncate(path, 0)  # writers append, so they go on at the new end
+    ended = [path for path in files if path.stem not in live]
+    for path in ended[:-_LOGS_MAX]:
+        path.unlink(missing_ok=True)

@@ -1,0 +1,357 @@
+// PID 1 of a sandbox: makes the namespaces, waits for orders on a socket, starts programs, reaps, reports.
+//
+// usage: init CONTROL_FD MOUNT_POINT
+//   CONTROL_FD   SOCK_SEQPACKET peer of the agent. When it closes, PID 1 exits and the kernel ends everything in the sandbox:
+//                an agent that dies leaves nothing behind.
+//   MOUNT_POINT  any empty directory; the sandbox's tmpfs is mounted there, in the sandbox's own mount namespace.
+// The host pid of PID 1 is printed on standard output. It is a child of the caller (CLONE_PARENT), who reaps it.
+//
+// Orders: one letter, then NUL-terminated arguments, with descriptors attached. Answers go to the agent in the order of the orders.
+//   M lower hostname             mount the root (overlay of `lower` and our tmpfs), pivot into it    -> k | e message
+//   N address netmask            configure eth0 and lo                                              -> k | e message
+//   A uid gid nofile dir nenv env... argv...  [stdout+stderr]   start the application                -> P pid
+//   X argv...  [exe, fds -> 100, 101, ...]    start a tool by descriptor (CRIU)                      -> P pid
+//   W argv...  [exe, fds -> 100, 101, ...]    the same, its end of a new socket pair on fd 3         -> S pid + fd, P pid
+//   K key      [fd]              keep a descriptor open as long as the sandbox lives (a userfaultfd) -> k
+//   D key                        close the descriptor kept under key                                 -> k
+// Unasked: R + descriptor of the writable layer when ready; E pid status for each process reaped.
+//
+// It trusts the agent; it trusts nothing that runs inside. Built statically by infra.local.native.
+#define _GNU_SOURCE
+#include <errno.h>
+#include <fcntl.h>
+#include <grp.h>
+#include <linux/capability.h>
+#include <net/if.h>
+#include <netinet/in.h>
+#include <arpa/inet.h>
+#include <poll.h>
+#include <sched.h>
+#include <signal.h>
+#include <stdarg.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/ioctl.h>
+#include <sys/mount.h>
+#include <sys/prctl.h>
+#include <sys/resource.h>
+#include <sys/signalfd.h>
+#include <sys/socket.h>
+#include <sys/stat.h>
+#include <sys/syscall.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+enum { MESSAGE_MAX = 128 * 1024, FDS_MAX = 32, ARGS_MAX = 1024, KEPT_MAX = 4096, TOOL_FD = 100, FIRST_PID = 1000 };
+
+extern char **environ;
+static int control;
+static char mount_point[4096];
+static struct { long key; int fd; } kept[KEPT_MAX];
+static int kept_count;
+
+static void send_message(int fd, const char *format, ...) {
+    char text[512], space[CMSG_SPACE(sizeof(int))];
+    va_list arguments;
+    va_start(arguments, format);
+    int length = vsnprintf(text, sizeof text, format, arguments);
+    va_end(arguments);
+    if (length >= (int)sizeof text) length = sizeof text - 1;
+    struct iovec part = {text, length};
+    struct msghdr message = {.msg_iov = &part, .msg_iovlen = 1};
+    if (fd >= 0) {
+        message.msg_control = space;
+        message.msg_controllen = sizeof space;
+        struct cmsghdr *header = CMSG_FIRSTHDR(&message);
+        header->cmsg_level = SOL_SOCKET;
+        header->cmsg_type = SCM_RIGHTS;
+        header->cmsg_len = CMSG_LEN(sizeof(int));
+        memcpy(CMSG_DATA(header), &fd, sizeof fd);
+    }
+    while (sendmsg(control, &message, MSG_NOSIGNAL) < 0 && errno == EINTR) {}
+}
+
+static int receive_message(char *buffer, int *fds, int *count) {
+    char space[CMSG_SPACE(FDS_MAX * sizeof(int))];
+    struct iovec part = {buffer, MESSAGE_MAX - 1};
+    struct msghdr message = {.msg_iov = &part, .msg_iovlen = 1, .msg_control = space, .msg_controllen = sizeof space};
+    int length;
+    while ((length = recvmsg(control, &message, MSG_CMSG_CLOEXEC)) < 0 && errno == EINTR) {}
+    *count = 0;
+    if (length <= 0) return length;
+    for (struct cmsghdr *header = CMSG_FIRSTHDR(&message); header; header = CMSG_NXTHDR(&message, header))
+        if (header->cmsg_level == SOL_SOCKET && header->cmsg_type == SCM_RIGHTS) {
+            *count = (header->cmsg_len - CMSG_LEN(0)) / sizeof(int);
+            memcpy(fds, CMSG_DATA(header), *count * sizeof(int));
+        }
+    buffer[length] = 0;
+    return length;
+}
+
+#define TRY(call) do { if ((call) < 0) { snprintf(why, sizeof why, "%s: %s", #call, strerror(errno)); return why; } } while (0)
+static char why[400];
+
+static void join(char *out, size_t size, const char *a, const char *b) {
+    if (snprintf(out, size, "%s%s", a, b) >= (int)size) _exit(111);
+}
+
+// The writable layer: one tmpfs with the overlay's upper and work directories and what becomes /tmp, /dev/shm and /run.
+static const char *make_layer(void) {
+    static const struct { const char *name; mode_t mode; } directories[] = {
+        {"/upper", 0755}, {"/work", 0755}, {"/root", 0755}, {"/tmp", 01777}, {"/shm", 01777}, {"/run", 0755}};
+    char path[4200];
+    TRY(mount(NULL, "/", NULL, MS_REC | MS_PRIVATE, NULL));
+    TRY(mount("tmpfs", mount_point, "tmpfs", MS_NOSUID | MS_NODEV, "mode=755"));
+    for (size_t i = 0; i < sizeof directories / sizeof *directories; i++) {
+        join(path, sizeof path, mount_point, directories[i].name);
+        TRY(mkdir(path, 0700));
+        TRY(chmod(path, directories[i].mode));
+    }
+    return NULL;
+}
+
+static const char *bind_mount(const char *root, const char *source, const char *target, int is_file) {
+    char path[4400];
+    join(path, sizeof path, root, target);
+    if (is_file) {
+        int fd = open(path, O_CREAT | O_WRONLY | O_CLOEXEC, 0666);
+        if (fd >= 0) close(fd);
+    } else {
+        mkdir(path, 0755);
+    }
+    TRY(mount(source, path, NULL, MS_BIND, NULL));
+    return NULL;
+}
+
+static const char *mount_root(const char *lower, const char *hostname) {
+    static const char *const nodes[] = {"/dev/null", "/dev/zero", "/dev/full", "/dev/random", "/dev/urandom", "/dev/tty"};
+    char root[4200], path[4400], options[16384], source[4200];
+    const char *failed;
+    join(root, sizeof root, mount_point, "/root");
+    if (snprintf(options, sizeof options, "lowerdir=%s,upperdir=%s/upper,workdir=%s/work", lower, mount_point, mount_point)
+        >= (int)sizeof options) return "the list of lower directories is too long";
+    TRY(mount("overlay", root, "overlay", MS_NOSUID | MS_NODEV, options));
+    static const char *const directories[] = {"/proc", "/dev", "/tmp", "/run"};
+    for (size_t i = 0; i < sizeof directories / sizeof *directories; i++) {
+        join(path, sizeof path, root, directories[i]);
+        mkdir(path, 0755);
+    }
+    join(path, sizeof path, root, "/proc");
+    TRY(mount("proc", path, "proc", MS_NOSUID | MS_NODEV | MS_NOEXEC, NULL));
+    join(path, sizeof path, root, "/dev");
+    TRY(mount("tmpfs", path, "tmpfs", MS_NOSUID, "mode=755,size=64k"));
+    for (size_t i = 0; i < sizeof nodes / sizeof *nodes; i++)
+        if ((failed = bind_mount(root, nodes[i], nodes[i], 1))) return failed;
+    join(path, sizeof path, root, "/dev/fd");
+    TRY(symlink("/proc/self/fd", path));
+    static const struct { const char *from, *to; } binds[] = {{"/tmp", "/tmp"}, {"/shm", "/dev/shm"}, {"/run", "/run"}};
+    for (size_t i = 0; i < sizeof binds / sizeof *binds; i++) {
+        join(source, sizeof source, mount_point, binds[i].from);
+        if ((failed = bind_mount(root, source, binds[i].to, 0))) return failed;
+    }
+    TRY(chdir(root));
+    TRY(syscall(SYS_pivot_root, ".", "."));
+    TRY(umount2(".", MNT_DETACH));
+    TRY(chdir("/"));
+    TRY(sethostname(hostname, strlen(hostname)));
+    return NULL;
+}
+
+static const char *configure_link(int fd, const char *name, const char *address, const char *netmask) {
+    struct ifreq request = {0};
+    struct sockaddr_in *slot = (struct sockaddr_in *)&request.ifr_addr;
+    strncpy(request.ifr_name, name, IFNAMSIZ - 1);
+    if (address) {
+        slot->sin_family = AF_INET;
+        if (inet_pton(AF_INET, address, &slot->sin_addr) != 1) return "not an address";
+        TRY(ioctl(fd, SIOCSIFADDR, &request));
+        if (inet_pton(AF_INET, netmask, &slot->sin_addr) != 1) return "not a netmask";
+        TRY(ioctl(fd, SIOCSIFNETMASK, &request));
+    }
+    TRY(ioctl(fd, SIOCGIFFLAGS, &request));
+    request.ifr_flags |= IFF_UP;
+    TRY(ioctl(fd, SIOCSIFFLAGS, &request));
+    return NULL;
+}
+
+static const char *configure_network(const char *address, const char *netmask) {
+    int fd = socket(AF_INET, SOCK_DGRAM | SOCK_CLOEXEC, 0);
+    if (fd < 0) return "no socket";
+    const char *failed = configure_link(fd, "lo", NULL, NULL);
+    if (!failed && *address) failed = configure_link(fd, "eth0", address, netmask);
+    close(fd);
+    return failed;
+}
+
+static void die(const char *what) {
+    dprintf(2, "thaw-init: %s: %s\n", what, strerror(errno));
+    _exit(127);
+}
+
+// Give up every privilege for good: no capability in any set, none to be gained by exec.
+static void drop_privileges(uid_t uid, gid_t gid) {
+    struct __user_cap_header_struct header = {_LINUX_CAPABILITY_VERSION_3, 0};
+    struct __user_cap_data_struct data[2] = {{0}};
+    for (int cap = 0; prctl(PR_CAPBSET_READ, cap, 0, 0, 0) >= 0; cap++)
+        if (prctl(PR_CAPBSET_DROP, cap, 0, 0, 0)) die("drop of the bounding set");
+    if (prctl(PR_CAP_AMBIENT, PR_CAP_AMBIENT_CLEAR_ALL, 0, 0, 0)) die("ambient capabilities");
+    if (setgroups(0, NULL) || setresgid(gid, gid, gid) || setresuid(uid, uid, uid)) die("change of user");
+    if (syscall(SYS_capset, &header, data)) die("capset");
+    if (prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)) die("no_new_privs");
+}
+
+// CRIU restores processes under the pids they had: keep low ones free for PID 1, CRIU and its helpers.
+static void reserve_low_pids(void) {
+    char text[16];
+    int fd = open("/proc/sys/kernel/ns_last_pid", O_WRONLY | O_CLOEXEC);
+    if (fd < 0) return;
+    int length = snprintf(text, sizeof text, "%d", FIRST_PID - 1);
+    if (write(fd, text, length) < 0) {}
+    close(fd);
+}
+
+static void run_application(char **arguments, int count, const int *fds, int fd_count) {
+    if (count < 6 || fd_count < 1) die("bad order");
+    uid_t uid = strtoul(arguments[0], NULL, 10);
+    gid_t gid = strtoul(arguments[1], NULL, 10);
+    rlim_t files = strtoul(arguments[2], NULL, 10);
+    int variables = atoi(arguments[4]);
+    if (variables < 0 || count < 6 + variables) die("bad order");
+    int null = open("/dev/null", O_RDWR);
+    if (null < 0) die("/dev/null");
+    dup2(null, 0);
+    dup2(fds[0], 1);
+    dup2(fds[0], 2);
+    if (null > 2) close(null);
+    setsid();
+    struct rlimit limit = {files, files}, none = {0, 0};
+    setrlimit(RLIMIT_NOFILE, &limit);
+    setrlimit(RLIMIT_CORE, &none);
+    if (chdir(arguments[3])) die(arguments[3]);
+    clearenv();
+    for (int i = 0; i < variables; i++) putenv(arguments[5 + i]);
+    drop_privileges(uid, gid);
+    char **command = arguments + 5 + variables;
+    execvp(command[0], command);
+    die(command[0]);
+}
+
+static void run_tool(char **arguments, const int *fds, int fd_count, int worker_socket) {
+    char *environment[] = {"PATH=/usr/sbin:/usr/bin:/sbin:/bin", NULL};
+    if (fd_count < 1) die("bad order");
+    for (int i = 1; i < fd_count; i++)
+        if (dup2(fds[i], TOOL_FD + i - 1) < 0) die("dup2");
+    if (worker_socket >= 0) dup2(worker_socket, 3);
+    syscall(SYS_execveat, fds[0], "", arguments, environment, AT_EMPTY_PATH);
+    die("exec of the tool");
+}
+
+static void start(char order, char **arguments, int count, const int *fds, int fd_count, const sigset_t *blocked) {
+    if (order == 'A') reserve_low_pids();
+    pid_t child = fork();
+    if (child == 0) {
+        int pair[2] = {-1, -1};
+        sigprocmask(SIG_UNBLOCK, blocked, NULL);
+        if (order == 'A') run_application(arguments, count, fds, fd_count);
+        if (order == 'W') {
+            // Made in the child: CRIU looks up its peer's pid, and it must find itself.
+            if (socketpair(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0, pair)) die("socketpair");
+            send_message(pair[0], "S %d", getpid());
+        }
+        run_tool(arguments, fds, fd_count, pair[1]);
+    }
+    if (child < 0) send_message(-1, "e fork: %s", strerror(errno));
+    else send_message(-1, "P %d", child);
+}
+
+static const char *keep(const char *key, const int *fds, int *fd_count) {
+    if (*fd_count != 1) return "bad order";
+    if (kept_count == KEPT_MAX) return "too many descriptors are kept";
+    kept[kept_count].key = atol(key);
+    kept[kept_count++].fd = fds[0];
+    *fd_count = 0;
+    return NULL;
+}
+
+static void drop(const char *key) {
+    for (int i = 0; i < kept_count; i++)
+        if (kept[i].key == atol(key)) {
+            close(kept[i].fd);
+            kept[i--] = kept[--kept_count];
+        }
+}
+
+static void handle(char *buffer, int length, int *fds, int fd_count, const sigset_t *blocked) {
+    char *arguments[ARGS_MAX + 1];
+    int count = 0;
+    for (char *at = buffer + 1; at < buffer + length && count < ARGS_MAX; at += strlen(at) + 1) arguments[count++] = at;
+    arguments[count] = NULL;
+    const char *failed = NULL;
+    switch (buffer[0]) {
+    case 'M': failed = count == 2 ? mount_root(arguments[0], arguments[1]) : "bad order"; break;
+    case 'N': failed = count == 2 ? configure_network(arguments[0], arguments[1]) : "bad order"; break;
+    case 'K': failed = keep(count == 1 ? arguments[0] : "", fds, &fd_count); break;
+    case 'D': drop(count == 1 ? arguments[0] : ""); break;
+    case 'A': case 'X': case 'W': start(buffer[0], arguments, count, fds, fd_count, blocked); break;
+    default: failed = "unknown order";
+    }
+    for (int i = 0; i < fd_count; i++) close(fds[i]);
+    if (strchr("MNKD", buffer[0]) || failed) failed ? send_message(-1, "e %s", failed) : send_message(-1, "k");
+}
+
+static void reap(void) {
+    int status;
+    pid_t child;
+    while ((child = waitpid(-1, &status, WNOHANG)) > 0) send_message(-1, "E %d %d", child, status);
+}
+
+static int serve(void) {
+    static char buffer[MESSAGE_MAX];
+    int fds[FDS_MAX], fd_count;
+    sigset_t blocked;
+    prctl(PR_SET_NAME, "thaw-init");
+    prctl(PR_SET_DUMPABLE, 0);
+    const char *failed = make_layer();
+    if (failed) { send_message(-1, "e %s", failed); return 1; }
+    int layer = open(mount_point, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+    sigemptyset(&blocked);
+    sigaddset(&blocked, SIGCHLD);
+    sigprocmask(SIG_BLOCK, &blocked, NULL);
+    int signals = signalfd(-1, &blocked, SFD_CLOEXEC | SFD_NONBLOCK);
+    send_message(layer, "R");
+    close(layer);
+    for (;;) {
+        struct pollfd wait[2] = {{control, POLLIN, 0}, {signals, POLLIN, 0}};
+        poll(wait, 2, -1);
+        if (wait[1].revents) {
+            struct signalfd_siginfo info;
+            while (read(signals, &info, sizeof info) > 0) {}
+            reap();
+        }
+        if (wait[0].revents) {
+            int length = receive_message(buffer, fds, &fd_count);
+            if (length <= 0) return 0;
+            handle(buffer, length, fds, fd_count, &blocked);
+        }
+    }
+}
+
+int main(int count, char **arguments) {
+    if (count != 3) { dprintf(2, "usage: init CONTROL_FD MOUNT_POINT\n"); return 2; }
+    control = atoi(arguments[1]);
+    join(mount_point, sizeof mount_point, arguments[2], "");
+    fcntl(control, F_SETFD, FD_CLOEXEC);
+    struct { unsigned long long flags, pidfd, child_tid, parent_tid, exit_signal, stack, stack_size, tls; } clone_args = {
+        CLONE_NEWPID | CLONE_NEWNS | CLONE_NEWNET | CLONE_NEWIPC | CLONE_NEWUTS | CLONE_PARENT, 0, 0, 0, 0, 0, 0, 0};
+    pid_t child = syscall(SYS_clone3, &clone_args, sizeof clone_args);
+    if (child < 0) { dprintf(2, "thaw-init: clone3: %s\n", strerror(errno)); return 1; }
+    if (child == 0) {
+        int null = open("/dev/null", O_RDWR | O_CLOEXEC);
+        if (null < 0 || dup2(null, 1) < 0 || dup2(null, 2) < 0) return 1;  // the caller reads our output to its end
+        close(null);
+        return serve();
+    }
+    dprintf(1, "%d\n", child);
+    return 0;
+}

@@ -1,0 +1,106 @@
+"""Root files of a function: read-only layers on the node, and what each instance gets anew.
+
+In: a function's ``root`` and ``files``. Out: :class:`RootLayers` (lower directories of the overlay, and a digest of the files' content
+that a checkpoint must match), and the identity file that tells an instance who it is. Used by :mod:`agent.node` and the sequences.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import stat
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from agent.api.function import Function
+from agent.errors import FunctionInvalid
+
+
+@dataclass(frozen=True)
+class RootLayers:
+    """What is mounted under the writable layer, topmost first."""
+
+    lower: tuple[str, ...]
+    files_digest: str
+
+
+def prepare(function: Function, layers: Path) -> RootLayers:
+    """Copy the function's ``files`` into a layer of their own (once per content) and name the lower directories.
+
+    Blocking; reads every file.
+
+    Raises:
+        FunctionInvalid: a source is missing or unreadable, or ``root`` is no directory.
+    """
+    spec = function.spec
+    if not Path(spec.root).is_dir():
+        raise FunctionInvalid(f"spec.root: {spec.root} is not a directory on this node", function=function.name)
+    if not spec.files:
+        return RootLayers((spec.root,), hashlib.sha256(b"").hexdigest())
+    layers.mkdir(parents=True, exist_ok=True)
+    building = Path(tempfile.mkdtemp(prefix=".building-", dir=layers))
+    try:
+        seen = hashlib.sha256()
+        building.chmod(0o755)
+        for item in spec.files:
+            source, target = Path(item.source), building / item.target.lstrip("/")
+            _make_parents(building, target)
+            try:
+                _copy(source, target, item.target, seen)
+            except OSError as error:
+                raise FunctionInvalid(f"spec.files: cannot read {error.filename or source}: {error.strerror}") from error
+        final = layers / seen.hexdigest()[:32]
+        if not final.exists():
+            building.rename(final)
+        return RootLayers((str(final), spec.root), seen.hexdigest())
+    finally:
+        shutil.rmtree(building, ignore_errors=True)
+
+
+def write_identity(layer: Path, *, instance: str, function: str, checkpoint: str, user: int) -> None:
+    """Tell the instance who it is: ``/run/thaw/instance.json``, new for each start, and there before the process runs."""
+    directory = layer / "run" / "thaw"
+    directory.mkdir(mode=0o755, exist_ok=True)
+    content = {"instance": instance, "function": function, "checkpoint": checkpoint, "seed": os.urandom(32).hex()}
+    path = directory / "instance.json"
+    path.write_text(json.dumps(content) + "\n")
+    path.chmod(0o400)
+    os.chown(path, user, user)
+
+
+def _make_parents(root: Path, target: Path) -> None:
+    for parent in reversed(target.relative_to(root).parents[:-1]):
+        path = root / parent
+        if not path.exists():
+            path.mkdir()
+            path.chmod(0o755)
+
+
+def _copy(source: Path, target: Path, name: str, seen: hashlib._Hash) -> None:
+    """Copy a file or tree, readable by all, owned by root; names, modes and bytes go into ``seen`` (of caches of Python: no)."""
+    status = source.lstat() if source.is_symlink() and target.parent != target else source.stat()
+    if stat.S_ISLNK(status.st_mode):
+        link = str(source.readlink())
+        seen.update(f"l {name} {link}\n".encode())
+        target.symlink_to(link)
+    elif stat.S_ISDIR(status.st_mode):
+        seen.update(f"d {name}\n".encode())
+        target.mkdir(exist_ok=True)
+        target.chmod(0o755)
+        for child in sorted(source.iterdir()):
+            _copy(child, target / child.name, f"{name}/{child.name}", seen)
+    elif stat.S_ISREG(status.st_mode):
+        mode = 0o755 if status.st_mode & 0o111 else 0o644
+        content = hashlib.sha256()
+        with source.open("rb") as read, target.open("wb") as write:
+            while piece := read.read(1 << 20):
+                content.update(piece)
+                write.write(piece)
+        target.chmod(mode)
+        # Python trusts its compiled files only next to sources with the date they were compiled from.
+        os.utime(target, ns=(status.st_atime_ns, status.st_mtime_ns))
+        if "/__pycache__/" not in name:
+            seen.update(f"f {name} {mode:o} {content.hexdigest()}\n".encode())

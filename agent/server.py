@@ -1,0 +1,250 @@
+"""The agent: opens the node, listens for scalers and watchers, and closes everything when it ends.
+
+In: settings; streams of :mod:`agent.api.connection`. Out: commands to :mod:`agent.node`, reports to every scaler, endpoints to every
+watcher; ``state_dir/agent.json`` says where it listens. Started by ``thaw agent``.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import logging
+import os
+import shutil
+import signal
+from dataclasses import dataclass
+from pathlib import Path
+
+from agent.api.connection import Connection
+from agent.api.messages import (
+    Endpoint,
+    EndpointDown,
+    Endpoints,
+    EndpointUp,
+    Hello,
+    InstanceInfo,
+    Message,
+    StartDone,
+)
+from agent.catalog import Catalog
+from agent.checkpoint import Checkpointer
+from agent.errors import AgentError, CriuError, PagerError, ProtocolError, SandboxError
+from agent.instance import Workshop
+from agent.node import Node
+from agent.pager.client import PagerClient
+from agent.sandbox.cgroup import CgroupTree
+from agent.sandbox.local import SandboxFactory
+from agent.sandbox.network import Network
+from agent.sandbox.pool import SandboxPool
+from agent.starts import Starter
+from agent.store.cache import ImageCache
+from infra.s3 import ObjectStore
+from infra.settings import Settings
+from infra.tasks import TaskGroup
+
+logger = logging.getLogger(__name__)
+_CRIU_TIMEOUT_S = 30.0
+
+
+@dataclass(frozen=True)
+class Tools:
+    """Executables that the agent runs; where they come from is the caller's business."""
+
+    criu: Path
+    #: Images are restored by the version that made them.
+    criu_version: str
+    init: Path
+
+
+class Agent:
+    """One node agent."""
+
+    def __init__(self, settings: Settings, tools: Tools) -> None:
+        self._settings = settings
+        self._tools = tools
+        self._state = settings.paths.state_dir / "agent"
+        self._scalers: set[Connection] = set()
+        self._watchers: set[Connection] = set()
+
+    async def run(self, stop: asyncio.Event) -> None:
+        """Serve until ``stop`` is set or an essential part fails.
+
+        Raises:
+            AgentError: the node cannot be opened, or an essential part failed.
+        """
+        self._tasks = TaskGroup("agent")
+        async with contextlib.AsyncExitStack() as stack:
+            stack.push_async_callback(self._tasks.close)
+            node = await self._open(stack)
+            server = await self._listen(node)
+            stack.push_async_callback(self._hang_up, server)
+            stopping = self._tasks.spawn(stop.wait(), "wait for the end")
+            await asyncio.wait([stopping, self._tasks.failed], return_when=asyncio.FIRST_COMPLETED)
+            if self._tasks.failed.done():
+                self._tasks.failed.result()
+
+    async def _open(self, stack: contextlib.AsyncExitStack) -> Node:
+        settings = self._settings.agent
+        state = self._state
+        await asyncio.to_thread(shutil.rmtree, state / "work", True)
+        for name in ("work", "images", "layers"):
+            (state / name).mkdir(parents=True, exist_ok=True)
+        network = Network(settings.bridge, settings.subnet)
+        await network.open()
+        stack.push_async_callback(network.close)
+        cgroups = CgroupTree(f"thaw-{settings.node_name}")
+        for leftover in cgroups.leftovers():
+            await asyncio.to_thread(leftover.remove)
+        stack.callback(cgroups.close)
+        factory = SandboxFactory(self._tools.init, state / "mount", cgroups, network)
+        criu_fd = os.open(self._tools.criu, os.O_RDONLY | os.O_CLOEXEC)
+        stack.callback(os.close, criu_fd)
+        kdat = await _probe_criu(factory, criu_fd)
+        version = self._tools.criu_version
+        pool = SandboxPool(factory, settings.pool_size, self._tasks)
+        stack.push_async_callback(pool.close)
+        store = ObjectStore(self._settings.s3, settings.store_parallel)
+        stack.callback(store.close)
+        self._pager = await self._start_pager()
+        stack.push_async_callback(self._close_pager)
+        workshop = Workshop(settings, criu_fd, kdat, pool, state / "work", self._settings.paths.state_dir / "logs" / "instances")
+        cache = ImageCache(state / "images", settings.cache_mb << 20)
+        adopted = await asyncio.to_thread(cache.adopt)
+        logger.info("node %s: CRIU %s, %d checkpoints in the cache", settings.node_name, version, len(adopted))
+        catalog = Catalog(settings, cache, store, lambda: self._pager, state / "layers", version)
+        starter = Starter(settings.node_name, workshop, catalog, lambda: self._pager, self._tasks)
+        checkpointer = Checkpointer(workshop, cache, store, lambda: self._pager, self._tasks, version)
+        node = Node(settings.node_name, workshop, catalog, starter, checkpointer, self._tasks, self._report)
+        stack.push_async_callback(node.release_all)
+        self._tasks.spawn(self._keep_pager(node), "watch of the pager", essential=True)
+        self._tasks.spawn(self._reconcile(node), "housekeeping", essential=True)
+        return node
+
+    async def _start_pager(self) -> PagerClient:
+        log = self._settings.paths.state_dir / "logs" / "pager.log"
+        log.parent.mkdir(parents=True, exist_ok=True)
+        return await PagerClient.start(self._settings.s3, self._settings.agent.store_parallel, log)
+
+    async def _close_pager(self) -> None:
+        await self._pager.close()
+
+    async def _keep_pager(self, node: Node) -> None:
+        while True:
+            await asyncio.shield(self._pager.lost)
+            self._pager = await self._start_pager()
+            await node.pager_lost()
+
+    async def _reconcile(self, node: Node) -> None:
+        while True:
+            await asyncio.sleep(self._settings.agent.reconcile_s)
+            await node.reconcile()
+
+    async def _listen(self, node: Node) -> asyncio.Server:
+        settings = self._settings.agent
+
+        async def connected(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            connection = Connection(reader, writer)
+            try:
+                await self._serve(node, connection)
+            except (ProtocolError, ConnectionError) as error:
+                logger.warning("stream of %s is closed: %s", connection.peer, error)
+            finally:
+                self._scalers.discard(connection)
+                self._watchers.discard(connection)
+                await connection.close()
+
+        def accept(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            self._tasks.spawn(connected(reader, writer), "stream")
+
+        try:
+            server = await asyncio.start_server(accept, settings.listen_host, settings.listen_port)
+        except OSError as error:
+            text = f"cannot listen on {settings.listen_host}:{settings.listen_port}: {error.strerror}; set agent.listen_port"
+            raise AgentError(text) from error
+        port = server.sockets[0].getsockname()[1]
+        where = {"host": settings.listen_host, "port": port, "pid": os.getpid(), "node": settings.node_name}
+        temporary = self._settings.agent_file.with_suffix(".new")
+        temporary.write_text(json.dumps(where) + "\n")
+        temporary.rename(self._settings.agent_file)
+        logger.info("node %s listens on %s:%d", settings.node_name, settings.listen_host, port)
+        return server
+
+    async def _hang_up(self, server: asyncio.Server) -> None:
+        server.close()
+        self._settings.agent_file.unlink(missing_ok=True)
+        for connection in [*self._scalers, *self._watchers]:
+            await connection.close()
+
+    async def _serve(self, node: Node, connection: Connection) -> None:
+        mine = Hello(identity=node.name, role="agent", capabilities=["restore", "remote", "cold", "checkpoint"])
+        theirs = await connection.shake_hands(mine)
+        if theirs.role == "watcher":
+            endpoints = [_endpoint(info) for info in node.inventory().instances]
+            connection.send(Endpoints(node=node.name, endpoints=endpoints))
+            self._watchers.add(connection)
+        else:
+            connection.send(node.inventory())
+            self._scalers.add(connection)
+        while (message := await connection.receive()) is not None:
+            if theirs.role != "scaler" or not hasattr(message, "deadline_ns"):
+                raise ProtocolError(f"a {theirs.role} may not send {type(message).__name__}")
+            node.handle(message)  # type: ignore[arg-type]
+
+    def _report(self, message: Message) -> None:
+        """Pass a report on: endpoints to watchers first (a request waits for them), everything else to scalers."""
+        watched: Message | None = message if isinstance(message, EndpointDown) else None
+        if isinstance(message, StartDone):
+            watched = EndpointUp(endpoint=_endpoint(message.instance))
+        if watched is not None:
+            self._send(self._watchers, watched)
+        if not isinstance(message, EndpointDown):
+            self._send(self._scalers, message)
+
+    def _send(self, connections: set[Connection], message: Message) -> None:
+        for connection in list(connections):
+            try:
+                connection.send(message)
+            except ConnectionError as error:
+                connections.discard(connection)
+                logger.warning("a peer is gone: %s", error)
+
+
+def _endpoint(info: InstanceInfo) -> Endpoint:
+    return Endpoint(info.function, info.instance, info.address, info.start_mode)
+
+
+async def _probe_criu(factory: SandboxFactory, criu_fd: int) -> bytes:
+    """CRIU's kernel feature cache, made once by ``criu check`` in a sandbox.
+
+    The check may complain of devices that a sandbox lacks; what counts is the cache that it writes.
+
+    Raises:
+        CriuError: it wrote none.
+    """
+    sandbox = await factory.create()
+    try:
+        await sandbox.mount_root(["/"], "thaw-probe")
+        await sandbox.run_tool(criu_fd, ["criu", "check"], [], _CRIU_TIMEOUT_S)
+        path = sandbox.layer / "run" / "criu.kdat"
+        if not path.exists():
+            raise CriuError("criu check found that this kernel cannot be used; run `thaw doctor`", stage="criu.check")
+        return path.read_bytes()
+    finally:
+        await sandbox.destroy(factory.network)
+
+
+async def serve(settings: Settings, tools: Tools) -> None:
+    """Run an agent until SIGTERM or SIGINT.
+
+    Raises:
+        AgentError: it cannot run here; the message says why.
+    """
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    try:
+        await Agent(settings, tools).run(stop)
+    except (SandboxError, PagerError, CriuError) as error:
+        raise AgentError(f"the agent cannot run: {error}") from error

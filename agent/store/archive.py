@@ -1,0 +1,192 @@
+"""Packs CRIU's metadata images and a sandbox's writable layer, and unpacks them without trusting what is inside.
+
+In: directories. Out: bytes of the head object's archive; on the way back, files under a directory that is given, never outside of it.
+An archive is a zstd-packed tar of ``img/<file>`` members and one ``layer.tar``. Used by :mod:`agent.checkpoint` and
+:mod:`agent.store.cache`; the layer is unpacked into each sandbox by :mod:`agent.sandbox.rootfs`.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import re
+import stat
+import tarfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from agent.errors import ImageInvalid
+from agent.store import chunks
+
+#: Parts of the writable layer that travel with a checkpoint.
+LAYER_PARTS = ("upper", "tmp", "shm", "run")
+#: Made by the sandbox for each instance anew.
+_EXCLUDED = {"run/criu.kdat", "run/thaw"}
+LAYER_BYTES_MAX = 256 << 20
+_IMAGE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,120}")
+_PAGES_NAME = re.compile(r"pages-\d+\.img")
+_XATTR = "SCHILY.xattr."
+
+
+def pack(images: Path, layer: Path) -> tuple[bytes, int]:
+    """Pack everything but page contents; returns the archive and its size before compression.
+
+    Raises:
+        ImageInvalid: the function wrote more than :data:`LAYER_BYTES_MAX` to its root.
+    """
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w", format=tarfile.PAX_FORMAT) as archive:
+        for path in sorted(images.iterdir()):
+            if path.is_file() and not _PAGES_NAME.fullmatch(path.name) and not path.name.endswith(".log"):
+                archive.add(path, f"img/{path.name}", recursive=False)
+        packed_layer = pack_layer(layer)
+        member = tarfile.TarInfo("layer.tar")
+        member.size = len(packed_layer)
+        archive.addfile(member, io.BytesIO(packed_layer))
+    plain = buffer.getvalue()
+    return chunks.compress(plain), len(plain)
+
+
+def unpack(archive: bytes, size: int, images: Path, layer_file: Path) -> None:
+    """Unpack a verified archive: images into ``images``, the layer as one file.
+
+    Raises:
+        ImageInvalid: not such an archive.
+    """
+    plain = chunks.decompress(archive, size, "the archive")
+    try:
+        with tarfile.open(fileobj=io.BytesIO(plain), mode="r:") as members:
+            for member in members:
+                source = members.extractfile(member) if member.isreg() else None
+                directory, _, base = member.name.rpartition("/")
+                if source is None:
+                    raise ImageInvalid(f"the archive holds {member.name!r}, which is not a plain file")
+                if member.name == "layer.tar":
+                    layer_file.write_bytes(source.read())
+                elif directory == "img" and _IMAGE_NAME.fullmatch(base) and not _PAGES_NAME.fullmatch(base):
+                    (images / base).write_bytes(source.read())
+                else:
+                    raise ImageInvalid(f"the archive holds an unexpected file {member.name!r}")
+    except tarfile.TarError as error:
+        raise ImageInvalid(f"the archive is corrupt: {error}") from error
+    if not layer_file.exists():
+        raise ImageInvalid("the archive holds no layer.tar")
+
+
+def pack_layer(layer: Path) -> bytes:
+    """The writable layer as a tar, in an order in which every parent comes before what is in it."""
+    buffer = io.BytesIO()
+    total = 0
+    with tarfile.open(fileobj=buffer, mode="w", format=tarfile.PAX_FORMAT) as archive:
+        for path, name in _walk(layer):
+            member = archive.gettarinfo(path, name)
+            if member is None:
+                continue  # a socket: CRIU makes it again
+            total += member.size
+            if total > LAYER_BYTES_MAX:
+                raise ImageInvalid(
+                    f"the function wrote more than {LAYER_BYTES_MAX >> 20} MB of files; keep them out of / and /tmp before the freeze"
+                )
+            member.pax_headers = {
+                _XATTR + attribute: os.getxattr(path, attribute, follow_symlinks=False).decode("latin-1")
+                for attribute in os.listxattr(path, follow_symlinks=False)
+                if attribute.startswith("trusted.overlay.")
+            }
+            if member.isreg():
+                with path.open("rb") as source:
+                    archive.addfile(member, source)
+            else:
+                archive.addfile(member)
+    return buffer.getvalue()
+
+
+def unpack_layer(layer_file: Path, layer_fd: int) -> None:
+    """Unpack a layer into the fresh writable layer behind ``layer_fd``.
+
+    Every step is taken by descriptor without following links, so that no member lands outside.
+
+    Raises:
+        ImageInvalid: a member has a name or kind that a layer cannot hold.
+    """
+    try:
+        with tarfile.open(layer_file, mode="r:") as members:
+            for member in members:
+                parts = member.name.split("/")
+                if parts[0] not in LAYER_PARTS or any(part in ("", ".", "..") for part in parts):
+                    raise ImageInvalid(f"the layer holds a file with the name {member.name!r}")
+                _extract(members, member, parts, layer_fd)
+    except tarfile.TarError as error:
+        raise ImageInvalid(f"the layer is corrupt: {error}") from error
+    except OSError as error:
+        raise ImageInvalid(f"the layer cannot be unpacked: {error}") from error
+
+
+def _walk(layer: Path) -> Iterator[tuple[Path, str]]:
+    pending = [(layer / part, part) for part in reversed(LAYER_PARTS)]
+    while pending:
+        path, name = pending.pop()
+        if name in _EXCLUDED:
+            continue
+        yield path, name
+        if path.is_dir() and not path.is_symlink():
+            pending.extend((child, f"{name}/{child.name}") for child in sorted(path.iterdir(), reverse=True))
+
+
+def _open_parent(root_fd: int, parts: list[str]) -> int:
+    current = os.dup(root_fd)
+    for part in parts:
+        try:
+            following = os.open(part, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=current)
+        finally:
+            os.close(current)
+        current = following
+    return current
+
+
+def _extract(members: tarfile.TarFile, member: tarfile.TarInfo, parts: list[str], root_fd: int) -> None:
+    parent, base = _open_parent(root_fd, parts[:-1]), parts[-1]
+    try:
+        mode = member.mode & 0o1777  # no set-user-id: the sandbox is nosuid anyway
+        if member.isdir():
+            try:
+                os.mkdir(base, 0o700, dir_fd=parent)
+            except FileExistsError:
+                if not stat.S_ISDIR(os.stat(base, dir_fd=parent, follow_symlinks=False).st_mode):
+                    raise
+        elif member.isreg():
+            source = members.extractfile(member)
+            fd = os.open(base, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600, dir_fd=parent)
+            with os.fdopen(fd, "wb") as target:
+                while source and (piece := source.read(1 << 20)):
+                    target.write(piece)
+        elif member.issym():
+            os.symlink(member.linkname, base, dir_fd=parent)
+        elif member.islnk():
+            origin = member.linkname.split("/")
+            if origin[0] not in LAYER_PARTS or ".." in origin:
+                raise ImageInvalid(f"the layer holds a link to {member.linkname!r}")
+            source_parent = _open_parent(root_fd, origin[:-1])
+            try:
+                os.link(origin[-1], base, src_dir_fd=source_parent, dst_dir_fd=parent, follow_symlinks=False)
+            finally:
+                os.close(source_parent)
+        elif member.isfifo():
+            os.mkfifo(base, 0o600, dir_fd=parent)
+        elif member.ischr() and (member.devmajor, member.devminor) == (0, 0):
+            os.mknod(base, stat.S_IFCHR, 0, dir_fd=parent)  # the overlay's sign for a deleted file
+        else:
+            raise ImageInvalid(f"the layer holds {member.name!r}, which is neither file, directory, link nor pipe")
+        os.chown(base, member.uid, member.gid, dir_fd=parent, follow_symlinks=False)
+        if not member.issym():
+            fd = os.open(base, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=parent)
+            try:
+                handle = Path(f"/proc/self/fd/{fd}")
+                handle.chmod(mode)
+                os.utime(handle, (member.mtime, member.mtime))
+                for attribute, value in member.pax_headers.items():
+                    if attribute.startswith(_XATTR + "trusted.overlay."):
+                        os.setxattr(handle, attribute.removeprefix(_XATTR), value.encode("latin-1"))
+            finally:
+                os.close(fd)
+    finally:
+        os.close(parent)

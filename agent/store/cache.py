@@ -1,0 +1,188 @@
+"""Checkpoints on this node: one directory each, verified before use, least recently used dropped first.
+
+In: directories made by :mod:`agent.checkpoint`, or objects fetched from S3. Out: :class:`CachedImage` for :mod:`agent.restore` and the
+pager. Layout of a directory::
+
+    manifest          the encoded manifest, its digest is the directory's name
+    archive           the packed archive of the head object, to verify the two below after a restart
+    layer.tar         file changes, unpacked into each sandbox
+    img/              CRIU's metadata images and sparse pages files
+    complete          present when every page is here; without it only the working set is sure to be
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from agent.errors import ImageInvalid
+from agent.store import archive, chunks, manifest
+from agent.store.manifest import Manifest
+
+logger = logging.getLogger(__name__)
+MANIFEST, ARCHIVE, LAYER, IMAGES, COMPLETE = "manifest", "archive", "layer.tar", "img", "complete"
+
+
+@dataclass
+class CachedImage:
+    """One checkpoint on this node."""
+
+    checkpoint: str
+    manifest: Manifest
+    directory: Path
+    complete: bool
+    #: Starts and instances that use it now; it is not evicted meanwhile.
+    users: int = 0
+    used_at: float = field(default_factory=time.monotonic)
+    #: Failed restores in a row that were the image's fault.
+    failures: int = 0
+    #: The pager has it open.
+    opened: bool = False
+
+    @property
+    def images(self) -> Path:
+        """CRIU's image directory."""
+        return self.directory / IMAGES
+
+    @property
+    def layer(self) -> Path:
+        """The layer's tar file."""
+        return self.directory / LAYER
+
+    def mark_complete(self) -> None:
+        """Note, for a later agent too, that every page is here."""
+        (self.directory / COMPLETE).touch()
+        self.complete = True
+
+
+class ImageCache:
+    """The node's checkpoints. Methods block; callers use worker threads for all but lookups."""
+
+    def __init__(self, root: Path, bytes_max: int) -> None:
+        self._root = root
+        self._bytes_max = bytes_max
+        self._images: dict[str, CachedImage] = {}
+        root.mkdir(parents=True, exist_ok=True)
+
+    def __iter__(self) -> Iterator[CachedImage]:
+        return iter(list(self._images.values()))
+
+    def get(self, checkpoint: str) -> CachedImage | None:
+        """A checkpoint that is here."""
+        return self._images.get(checkpoint)
+
+    def adopt(self) -> list[CachedImage]:
+        """Take over what an earlier agent left, after verifying every byte; what does not verify is deleted."""
+        for path in sorted(self._root.iterdir()):
+            if path.name.startswith("."):
+                shutil.rmtree(path, ignore_errors=True)
+                continue
+            try:
+                found = manifest.decode((path / MANIFEST).read_bytes(), path.name)
+                complete = (path / COMPLETE).exists()
+                if not complete:
+                    raise ImageInvalid("it was only partly fetched")
+                _verify_pages(path / IMAGES, found)
+                packed = (path / ARCHIVE).read_bytes()
+                manifest.verify(packed, found.archive, f"the archive of checkpoint {path.name}")
+                archive.unpack(packed, found.archive.unpacked, path / IMAGES, path / LAYER)
+            except (OSError, ImageInvalid) as error:
+                logger.info("checkpoint %s in the node's cache is dropped: %s", path.name, error)
+                shutil.rmtree(path, ignore_errors=True)
+                continue
+            self._images[path.name] = CachedImage(path.name, found, path, complete)
+        return list(self._images.values())
+
+    def new_directory(self) -> Path:
+        """A place to build an image in; insert or delete it."""
+        return Path(tempfile.mkdtemp(prefix=".building-", dir=self._root))
+
+    def insert(self, building: Path, encoded_manifest: bytes, *, complete: bool) -> CachedImage:
+        """Give a built directory its name."""
+        name = manifest.name(encoded_manifest)
+        existing = self._images.get(name)
+        if existing is not None:
+            shutil.rmtree(building, ignore_errors=True)
+            return existing
+        (building / MANIFEST).write_bytes(encoded_manifest)
+        if complete:
+            (building / COMPLETE).touch()
+        final = self._root / name
+        building.rename(final)
+        image = CachedImage(name, manifest.decode(encoded_manifest, name), final, complete)
+        self._images[name] = image
+        return image
+
+    def fetch(self, head: bytes, working_set: bytes, checkpoint: str) -> CachedImage:
+        """Build the image of a checkpoint from its two objects; every byte is verified first.
+
+        Raises:
+            ImageInvalid: an object is not what the checkpoint's name says. OSError: no room on the disk.
+        """
+        found, encoded, packed = manifest.unpack_head(head, checkpoint)
+        manifest.verify(working_set, found.working_set, f"the working set of checkpoint {checkpoint}")
+        building = self.new_directory()
+        try:
+            (building / IMAGES).mkdir()
+            (building / ARCHIVE).write_bytes(packed)
+            archive.unpack(packed, found.archive.unpacked, building / IMAGES, building / LAYER)
+            plain = chunks.decompress(working_set, found.working_set.unpacked, "the working set")
+            files = {}
+            try:
+                for key, pages in found.pages.items():
+                    fd = os.open(building / IMAGES / f"pages-{key}.img", os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+                    os.ftruncate(fd, pages.size)
+                    files[int(key)] = fd
+                at = 0
+                for extent in found.extents:
+                    os.pwrite(files[extent.pages_id], plain[at : at + extent.size], extent.offset)
+                    at += extent.size
+            finally:
+                for fd in files.values():
+                    os.close(fd)
+            return self.insert(building, encoded, complete=False)
+        except BaseException:
+            shutil.rmtree(building, ignore_errors=True)
+            raise
+
+    def evict(self, checkpoint: str) -> bool:
+        """Drop a checkpoint that nothing uses; False when something does."""
+        image = self._images.get(checkpoint)
+        if image is None:
+            return True
+        if image.users:
+            return False
+        del self._images[checkpoint]
+        shutil.rmtree(image.directory, ignore_errors=True)
+        return True
+
+    def over_budget(self) -> list[CachedImage]:
+        """Unused images to evict, least recently used first, until the rest fits."""
+        total = sum(image.manifest.image_bytes for image in self._images.values())
+        victims = []
+        for image in sorted(self._images.values(), key=lambda item: item.used_at):
+            if total <= self._bytes_max:
+                break
+            if not image.users:
+                victims.append(image)
+                total -= image.manifest.image_bytes
+        return victims
+
+
+def _verify_pages(images: Path, found: Manifest) -> None:
+    for key, pages in found.pages.items():
+        path = images / f"pages-{key}.img"
+        if path.stat().st_size != pages.size:
+            raise ImageInvalid(f"{path.name} has another size than the manifest says")
+        with path.open("rb") as source:
+            for index, expected in enumerate(pages.chunks):
+                data = source.read(found.chunk_bytes)
+                actual = chunks.digest(data)
+                if actual != expected:
+                    raise ImageInvalid(f"chunk {index} of {path.name} is corrupt")

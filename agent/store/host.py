@@ -1,0 +1,111 @@
+"""What ties a checkpoint to hosts: mapped files, CPU flags; and the pointer that ties a function to its checkpoint.
+
+In: /proc of this machine. Out: values for the manifest, and on another node the answer to "can it be restored here?".
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import msgpack
+import msgspec
+
+from agent.errors import ImageInvalid
+from agent.store.manifest import Manifest, MappedFile
+
+
+class Pointer(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Content of ``functions/<function>/current``."""
+
+    checkpoint: str
+    function_digest: str
+    files_digest: str
+
+
+def pointer(manifest: Manifest, name: str) -> Pointer:
+    """The pointer to a checkpoint."""
+    return Pointer(name, manifest.function_digest, manifest.files_digest)
+
+
+def read_pointer(data: bytes) -> Pointer:
+    """Decode a pointer.
+
+    Raises:
+        ImageInvalid: it is corrupt.
+    """
+    try:
+        value: Any = msgpack.unpackb(data)
+        found = msgspec.convert(value, Pointer)
+    except (ValueError, TypeError, msgpack.UnpackException, msgspec.ValidationError) as error:
+        raise ImageInvalid(f"the pointer to the current checkpoint is corrupt: {error}") from error
+    if len(found.checkpoint) != 32 or set(found.checkpoint) - set("0123456789abcdef"):
+        raise ImageInvalid("the pointer to the current checkpoint is corrupt: not the name of a checkpoint")
+    return found
+
+
+def cpu_flags() -> list[str]:
+    """CPU features of this machine."""
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        name, _, value = line.partition(":")
+        if name.strip() in ("flags", "Features"):
+            return sorted(value.split())
+    return []
+
+
+def mapped_files(pids: Iterable[int], lower: Sequence[str]) -> list[MappedFile]:
+    """Files of the root that processes map, as they are in the lower directories."""
+    paths: set[str] = set()
+    for pid in pids:
+        for line in Path(f"/proc/{pid}/maps").read_text().splitlines():
+            fields = line.split(None, 5)
+            if len(fields) == 6 and fields[5].startswith("/") and not fields[5].endswith(" (deleted)"):
+                paths.add(fields[5])
+    found = []
+    for path in sorted(paths):
+        source = resolve(path, lower)
+        if source is not None:  # else it is in the writable layer, which travels with the checkpoint
+            found.append(MappedFile(path, *_size_and_digest(source)))
+    return found
+
+
+def resolve(path: str, lower: Sequence[str]) -> Path | None:
+    """Where a path of the root is on the node."""
+    for directory in lower:
+        candidate = Path(directory) / path.lstrip("/")
+        if candidate.is_file():
+            return candidate
+    return None
+
+
+def check(manifest: Manifest, lower: Sequence[str], criu_version: str) -> None:
+    """Whether the checkpoint can be restored on this node; reads every mapped file.
+
+    Raises:
+        ImageInvalid: says what differs.
+    """
+    if manifest.machine != platform.machine():
+        raise ImageInvalid(f"the checkpoint is of a {manifest.machine} machine, this is {platform.machine()}")
+    if manifest.criu != criu_version:
+        raise ImageInvalid(f"the checkpoint was made by CRIU {manifest.criu}, this node has {criu_version}")
+    missing = set(manifest.cpu_flags) - set(cpu_flags())
+    if missing:
+        raise ImageInvalid(f"this node's CPU lacks {', '.join(sorted(missing)[:5])}, which the checkpoint's had")
+    for item in manifest.mapped_files:
+        source = resolve(item.path, lower)
+        if source is None:
+            raise ImageInvalid(f"{item.path}, which the checkpoint maps, is not on this node")
+        if _size_and_digest(source) != (item.size, item.digest):
+            raise ImageInvalid(f"{item.path} differs from the file that the checkpoint maps")
+
+
+def _size_and_digest(path: Path) -> tuple[int, bytes]:
+    content = hashlib.sha256()
+    with path.open("rb") as source:
+        while piece := source.read(1 << 20):
+            content.update(piece)
+        return os.fstat(source.fileno()).st_size, content.digest()

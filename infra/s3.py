@@ -1,0 +1,136 @@
+"""The object store: one small synchronous client over boto3, with errors that name bucket and key.
+
+In: S3 settings. Out: bytes, or an exception of :mod:`infra.errors`. Thread-safe; callers on an event loop use worker threads. Next:
+:mod:`agent.store`, :mod:`infra.local.objectstore`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import boto3
+from botocore.config import Config
+from botocore.exceptions import BotoCoreError, ClientError
+
+from infra.errors import ObjectConflict, ObjectMissing, StoreError, StoreUnavailable
+from infra.settings import S3Settings
+
+_MISSING = {"404", "NoSuchKey", "NoSuchBucket", "NotFound"}
+_CONFLICT = {"412", "PreconditionFailed", "409", "ConditionalRequestConflict"}
+_DENIED = {"403", "AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMatch", "401"}
+
+
+class ObjectStore:
+    """One bucket."""
+
+    def __init__(self, settings: S3Settings, parallel: int = 16) -> None:
+        self.bucket = settings.bucket
+        self._endpoint = settings.endpoint_url or "AWS"
+        config = Config(
+            signature_version="s3v4",
+            connect_timeout=settings.connect_timeout_s,
+            read_timeout=settings.read_timeout_s,
+            retries={"total_max_attempts": settings.attempts, "mode": "standard"},
+            max_pool_connections=parallel,
+            s3={"addressing_style": "path"},
+            # Digests of Thaw's own cover every object; boto3's CRC would be a second pass over each byte.
+            request_checksum_calculation="when_required",
+            response_checksum_validation="when_required",
+        )
+        self._client: Any = boto3.session.Session().client(
+            "s3",
+            endpoint_url=settings.endpoint_url or None,
+            region_name=settings.region,
+            aws_access_key_id=settings.access_key or None,
+            aws_secret_access_key=settings.secret_key or None,
+            config=config,
+        )
+
+    def get(self, key: str, *, size_max: int) -> bytes:
+        """One whole object.
+
+        Raises:
+            ObjectMissing, StoreUnavailable, StoreError: also when the object is larger than ``size_max`` bytes.
+        """
+        try:
+            answer = self._client.get_object(Bucket=self.bucket, Key=key)
+            size = int(answer["ContentLength"])
+            if size > size_max:
+                raise StoreError(f"the object has {size} bytes, {size_max} at most were expected", bucket=self.bucket, key=key)
+            data: bytes = answer["Body"].read()
+        except (BotoCoreError, ClientError, OSError) as error:
+            raise self._explain(error, key) from error
+        if len(data) != size:
+            raise StoreUnavailable(f"the object was cut short: {len(data)} of {size} bytes", bucket=self.bucket, key=key)
+        return data
+
+    def get_with_tag(self, key: str, *, size_max: int) -> tuple[bytes, str]:
+        """A small object and its ETag, for a conditional :meth:`put` later."""
+        try:
+            answer = self._client.get_object(Bucket=self.bucket, Key=key)
+            return answer["Body"].read(size_max), str(answer["ETag"])
+        except (BotoCoreError, ClientError, OSError) as error:
+            raise self._explain(error, key) from error
+
+    def put(self, key: str, body: bytes, *, only_if_absent: bool = False, only_if_tag: str = "") -> None:
+        """Write one object.
+
+        Args:
+            key: its name.
+            body: its bytes.
+            only_if_absent: fail with ObjectConflict when it exists.
+            only_if_tag: fail with ObjectConflict unless it exists with this ETag.
+        """
+        condition: dict[str, str] = {}
+        if only_if_absent:
+            condition["IfNoneMatch"] = "*"
+        if only_if_tag:
+            condition["IfMatch"] = only_if_tag
+        try:
+            self._client.put_object(Bucket=self.bucket, Key=key, Body=body, **condition)
+        except (BotoCoreError, ClientError, OSError) as error:
+            raise self._explain(error, key) from error
+
+    def exists(self, key: str) -> bool:
+        """Whether there is such an object."""
+        try:
+            self._client.head_object(Bucket=self.bucket, Key=key)
+        except (BotoCoreError, ClientError, OSError) as error:
+            explained = self._explain(error, key)
+            if isinstance(explained, ObjectMissing):
+                return False
+            raise explained from error
+        return True
+
+    def delete(self, key: str) -> None:
+        """Remove one object; no error when it is not there."""
+        try:
+            self._client.delete_object(Bucket=self.bucket, Key=key)
+        except (BotoCoreError, ClientError, OSError) as error:
+            raise self._explain(error, key) from error
+
+    def list(self, prefix: str) -> list[str]:
+        """Keys that begin with ``prefix``."""
+        try:
+            pages = self._client.get_paginator("list_objects_v2").paginate(Bucket=self.bucket, Prefix=prefix)
+            return [item["Key"] for page in pages for item in page.get("Contents", [])]
+        except (BotoCoreError, ClientError, OSError) as error:
+            raise self._explain(error, prefix) from error
+
+    def close(self) -> None:
+        """Close connections."""
+        self._client.close()
+
+    def _explain(self, error: Exception, key: str) -> StoreError:
+        if isinstance(error, ClientError):
+            code = str(error.response.get("Error", {}).get("Code", ""))
+            if code in _MISSING:
+                return ObjectMissing("there is no such object", bucket=self.bucket, key=key)
+            if code in _CONFLICT:
+                return ObjectConflict("another writer was first", bucket=self.bucket, key=key)
+            if code in _DENIED:
+                text = f"the object store at {self._endpoint} refuses the credentials ({code}); check settings s3.access_key"
+                return StoreError(text, bucket=self.bucket, key=key)
+            return StoreUnavailable(f"the object store at {self._endpoint} answered {code}: {error}", bucket=self.bucket, key=key)
+        text = f"the object store at {self._endpoint} does not answer: {error}; check settings s3.endpoint_url and that it runs"
+        return StoreUnavailable(text, bucket=self.bucket, key=key)

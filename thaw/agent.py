@@ -1,0 +1,32 @@
+"""``thaw agent``: run the node agent in the foreground."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+import uvloop
+
+import agent.sandbox
+from agent.server import Tools, serve
+from infra import telemetry
+from infra.local import criu, native
+from infra.settings import Settings
+
+
+def tools(settings: Settings) -> Tools:
+    """The executables that an agent needs, installed.
+
+    Raises:
+        InstallError: one is missing and cannot be made.
+    """
+    source = Path(agent.sandbox.__file__).with_name("init.c")
+    return Tools(criu=criu.criu_path(settings), criu_version=criu.VERSION, init=native.build(source, settings.paths.cache_dir))
+
+
+@click.command("agent")
+@click.pass_obj
+def command(settings: Settings) -> None:
+    """Run the agent of this node until SIGTERM. Needs root."""
+    telemetry.configure("agent", settings)
+    uvloop.run(serve(settings, tools(settings)))
