@@ -221,9 +221,7 @@ class _Load:
         self._progress.failed += record.outcome == "failed"
         self._show(self._progress)
 
-    async def _until_answered(
-        self, arrival: Arrival, intended_ns: int, traceparent: str, facts: dict[str, Any]
-    ) -> None:
+    async def _until_answered(self, arrival: Arrival, intended_ns: int, traceparent: str, facts: dict[str, Any]) -> None:
         """Try until an instance answers; ``facts`` holds what is known so far, also when this is cut short."""
         target = self._targets[arrival.function]
         while True:

@@ -51,9 +51,7 @@ class EndpointPool:
         self._now_ns = now_ns
         self._instances: dict[str, dict[str, Instance]] = collections.defaultdict(dict)
         self._by_agent: dict[str, set[tuple[str, str]]] = collections.defaultdict(set)
-        self._waiting: dict[str, collections.deque[asyncio.Future[Instance]]] = collections.defaultdict(
-            collections.deque
-        )
+        self._waiting: dict[str, collections.deque[asyncio.Future[Instance]]] = collections.defaultdict(collections.deque)
 
     # What agents report
 
@@ -126,11 +124,7 @@ class EndpointPool:
     def _free(self, function: str) -> Instance | None:
         time = asyncio.get_running_loop().time()
         limit = self._concurrency[function]
-        free = [
-            instance
-            for instance in self._instances[function].values()
-            if instance.busy < limit and instance.suspect_until <= time
-        ]
+        free = [instance for instance in self._instances[function].values() if instance.busy < limit and instance.suspect_until <= time]
         return min(free, key=lambda instance: instance.busy, default=None)
 
     def _hand_out(self, function: str) -> None:

@@ -186,8 +186,7 @@ def _find_java() -> tuple[str, str]:
             if compiler:
                 return java, compiler
     raise SampleUnavailable(
-        f"the ledger function needs a JDK of version {_JAVA_MIN} or newer at {_JAVA}: "
-        "apt-get install openjdk-17-jdk-headless"
+        f"the ledger function needs a JDK of version {_JAVA_MIN} or newer at {_JAVA}: apt-get install openjdk-17-jdk-headless"
     )
 
 

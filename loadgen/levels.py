@@ -28,9 +28,7 @@ REFRESHES_PER_TTL = 3
 class Producer(Protocol):
     """The part of :class:`aiokafka.AIOKafkaProducer` that is used."""
 
-    async def send(
-        self, topic: str, value: bytes, key: bytes, *, headers: list[tuple[str, bytes]]
-    ) -> asyncio.Future[object]:
+    async def send(self, topic: str, value: bytes, key: bytes, *, headers: list[tuple[str, bytes]]) -> asyncio.Future[object]:
         """Hand a record over; the future ends with its delivery."""
 
     async def flush(self) -> None:
@@ -124,9 +122,7 @@ class Levels:
             event, traceparent = await self._queue.get()
             headers = [(TRACEPARENT_HEADER, traceparent.encode())] if traceparent else []
             try:
-                delivery = await self._producer.send(
-                    DEMAND_TOPIC, encode(event), event.function.encode(), headers=headers
-                )
+                delivery = await self._producer.send(DEMAND_TOPIC, encode(event), event.function.encode(), headers=headers)
             except Exception as error:
                 self._undelivered(event, traceparent, error)
             else:

@@ -125,19 +125,17 @@ class LoadResult(msgspec.Struct, frozen=True, kw_only=True):
 def latency(records: Iterable[RequestRecord]) -> Latency:
     """Percentiles of the answered ones among ``records``."""
     histogram = HdrHistogram(1, _MICROSECONDS_MAX, _DIGITS)
-    n = 0
+    n, total_ms = 0, 0.0
     for record in records:
         if record.response_ns:
             histogram.record_value(min(_MICROSECONDS_MAX, max(1, round(record.latency_ms * 1000))))
-            n += 1
+            n, total_ms = n + 1, total_ms + record.latency_ms
     if not n:
         return Latency(0, 0.0, 0.0, 0.0, 0.0, 0.0)
     # The value that at least p % of all do not exceed; the library itself rounds the rank to the nearest, which for few
     # requests may leave out the slowest.
-    p50, p90, p99, most = (
-        histogram.get_value_at_percentile(100 * math.ceil(p * n / 100) / n) / 1000 for p in (50, 90, 99, 100)
-    )
-    return Latency(n, p50, p90, p99, most, round(histogram.get_mean_value() / 1000, 3))
+    p50, p90, p99, most = (histogram.get_value_at_percentile(100 * math.ceil(p * n / 100) / n) / 1000 for p in (50, 90, 99, 100))
+    return Latency(n, p50, p90, p99, most, round(total_ms / n, 3))
 
 
 def by_mode(records: Sequence[RequestRecord]) -> dict[str, Latency]:
@@ -194,6 +192,5 @@ def _tokens(function: str, records: Iterable[RequestRecord]) -> dict[str, Tokens
         if record.function == function and record.token and record.mode not in (WARM, ""):
             seen["cold" if record.mode == "cold" else "restored"].add((record.instance, record.token))
     return {
-        kind: Tokens(len({instance for instance, _ in pairs}), len({token for _, token in pairs}))
-        for kind, pairs in sorted(seen.items())
+        kind: Tokens(len({instance for instance, _ in pairs}), len({token for _, token in pairs})) for kind, pairs in sorted(seen.items())
     }

@@ -102,11 +102,7 @@ def replay(
     else:
         raise TraceInvalid("no function to replay the trace on")
     source = random.Random(seed)
-    return [
-        Arrival(at_s / time_factor, stands_for[name], source.randrange(ROWS), name)
-        for at_s, name in invocations
-        if name in stands_for
-    ]
+    return [Arrival(at_s / time_factor, stands_for[name], source.randrange(ROWS), name) for at_s, name in invocations if name in stands_for]
 
 
 def _mapped(name: str, mapping: Mapping[str, str]) -> str | None:
