@@ -101,9 +101,7 @@ def logs(data: Path) -> list[Path]:
     return [path for path in (data / "format.log", data / "kafka.out", data / "kafka.log") if path.exists()]
 
 
-def _launch(
-    home: Path, data: Path, port: int, controller_port: int, record: Path, options: Sequence[str]
-) -> processes.Identity:
+def _launch(home: Path, data: Path, port: int, controller_port: int, record: Path, options: Sequence[str]) -> processes.Identity:
     data.mkdir(parents=True, exist_ok=True)
     text = _PROPERTIES.read_text()
     for name, value in (("PORT", port), ("CONTROLLER_PORT", controller_port), ("DATA", data / "data")):
@@ -129,9 +127,7 @@ def _format(java: Sequence[str | Path], properties: Path, data: Path) -> None:
     cluster = base64.urlsafe_b64encode(uuid.uuid4().bytes).decode().rstrip("=")
     words = ["kafka.tools.StorageTool", "format", "--standalone", "-t", cluster, "-c", str(properties)]
     with (data / "format.log").open("wb") as log:
-        code = subprocess.call(
-            [*java, *words], stdin=subprocess.DEVNULL, stdout=log, stderr=log, cwd=data, env=_environment(), timeout=60
-        )
+        code = subprocess.call([*java, *words], stdin=subprocess.DEVNULL, stdout=log, stderr=log, cwd=data, env=_environment(), timeout=60)
     if code:
         raise StackError(f"kafka: its data folder cannot be formatted: {(data / 'format.log').read_text()[-500:]}")
 

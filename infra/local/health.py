@@ -127,9 +127,7 @@ def check_s3(settings: S3Settings, *, timeout_s: float = 5.0) -> None:
         found = client.get_object(Bucket=settings.bucket, Key=key)["Body"].read()
         client.delete_object(Bucket=settings.bucket, Key=key)
     except (botocore.exceptions.BotoCoreError, botocore.exceptions.ClientError, OSError) as error:
-        raise StoreUnavailable(
-            f"the object store at {settings.endpoint_url}: {error}", bucket=settings.bucket
-        ) from error
+        raise StoreUnavailable(f"the object store at {settings.endpoint_url}: {error}", bucket=settings.bucket) from error
     finally:
         client.close()
     if found != nonce:

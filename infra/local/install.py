@@ -143,9 +143,7 @@ def exclusive(file: Path, report: Report, *, timeout_s: float = 1800.0) -> Itera
         yield
 
 
-def install_folder(
-    final: Path, build: Callable[[Path], Sequence[str]], report: Report, *, title: str, force: bool = False
-) -> Path:
+def install_folder(final: Path, build: Callable[[Path], Sequence[str]], report: Report, *, title: str, force: bool = False) -> Path:
     """Make a folder of the cache once: built beside its place, then renamed into it.
 
     An interrupted build leaves only a ``.building-`` folder, which the next build of the same thing removes.

@@ -74,9 +74,7 @@ def ensure(settings: Settings, report: install.Report, *, force: bool = False) -
     return home
 
 
-def start(
-    settings: Settings, *, data: Path, port: int, access_key: str, secret_key: str, record: Path
-) -> processes.Identity:
+def start(settings: Settings, *, data: Path, port: int, access_key: str, secret_key: str, record: Path) -> processes.Identity:
     """Start the object store; it is not ready yet when this returns.
 
     Args:

@@ -126,8 +126,7 @@ class Part(abc.ABC):
             wanted = int(getattr(self.settings.stack, f"{name}_port", 0))
             if wanted and not ports.is_free(wanted):
                 raise StackError(
-                    f"{self.name}: port {wanted} (stack.{name}_port) is taken by {ports.holder(wanted)}; "
-                    "choose another one, or 0 for any"
+                    f"{self.name}: port {wanted} (stack.{name}_port) is taken by {ports.holder(wanted)}; choose another one, or 0 for any"
                 )
             if wanted:
                 chosen[name] = wanted
@@ -241,11 +240,7 @@ class ObjectStore(Part):
     def check(self) -> None:
         """See :class:`Part`."""
         access_key, secret_key = self.credentials()
-        health.check_s3(
-            dataclasses.replace(
-                self.settings.s3, endpoint_url=self.address, access_key=access_key, secret_key=secret_key
-            )
-        )
+        health.check_s3(dataclasses.replace(self.settings.s3, endpoint_url=self.address, access_key=access_key, secret_key=secret_key))
 
     def check_external(self) -> None:
         """See :class:`Part`."""

@@ -6,6 +6,7 @@ Next: :mod:`infra.local.parts` and :mod:`infra.doctor`.
 
 from __future__ import annotations
 
+import contextlib
 import socket
 from pathlib import Path
 
@@ -48,18 +49,9 @@ def answers(host: str, port: int, timeout_s: float = 1.0) -> bool:
 
 def holder(port: int, proc: Path = Path("/proc")) -> str:
     """Say which process listens on a port, as far as this user may know."""
-    inodes = {
-        inode
-        for name in ("tcp", "tcp6")
-        for listening, inode in listeners(_read(proc / "net" / name))
-        if listening == port
-    }
+    inodes = {inode for name in ("tcp", "tcp6") for listening, inode in listeners(_read(proc / "net" / name)) if listening == port}
     for folder in proc.glob("[0-9]*"):
-        try:
-            links = [str(link.readlink()) for link in (folder / "fd").iterdir()]
-        except OSError:
-            continue
-        if any(f"socket:[{inode}]" in links for inode in inodes):
+        if inodes & _sockets(folder / "fd"):
             command = _read(folder / "cmdline").replace("\0", " ").strip()
             return f"process {folder.name} ({command[:80]})"
     return "another process"
@@ -69,6 +61,18 @@ def listeners(table: str) -> list[tuple[int, str]]:
     """Read ``/proc/net/tcp``: ``(port, socket inode)`` of each listening socket."""
     rows = [line.split() for line in table.splitlines()[1:]]
     return [(int(row[1].rpartition(":")[2], 16), row[9]) for row in rows if len(row) > 9 and row[3] == _LISTEN]
+
+
+def _sockets(descriptors: Path) -> set[str]:
+    """Return the inodes of the sockets that a process has open."""
+    found = set()
+    with contextlib.suppress(OSError):
+        for descriptor in list(descriptors.iterdir()):
+            with contextlib.suppress(OSError):  # closed meanwhile
+                name = str(descriptor.readlink())
+                if name.startswith("socket:["):
+                    found.add(name[8:-1])
+    return found
 
 
 def _read(path: Path) -> str:

@@ -79,9 +79,7 @@ def read(record: Path) -> Identity | None:
     return Identity(pid, ticks, boot_id)
 
 
-def start(
-    command: Sequence[str | Path], *, record: Path, output: Path, cwd: Path, environment: Mapping[str, str]
-) -> Identity:
+def start(command: Sequence[str | Path], *, record: Path, output: Path, cwd: Path, environment: Mapping[str, str]) -> Identity:
     """Start a process that outlives this one, in a session of its own.
 
     Args:
@@ -99,9 +97,7 @@ def start(
     words = ["setsid", "--fork", "sh", "-c", _LAUNCH, "sh", str(record), *(str(word) for word in command)]
     with output.open("ab") as file:
         try:
-            subprocess.run(
-                words, check=True, cwd=cwd, env=dict(environment), stdin=subprocess.DEVNULL, stdout=file, stderr=file
-            )
+            subprocess.run(words, check=True, cwd=cwd, env=dict(environment), stdin=subprocess.DEVNULL, stdout=file, stderr=file)
         except (OSError, subprocess.CalledProcessError) as error:
             raise StackError(f"cannot start {command[0]}: {error}") from error
     deadline = time.monotonic() + 10
@@ -132,6 +128,8 @@ def stop(identity: Identity | None, *, grace_s: float = 20.0) -> None:
         for number, wait_s in ((signal.SIGTERM, grace_s), (signal.SIGKILL, 10.0)):
             try:
                 signal.pidfd_send_signal(pidfd, number)
+                # A stopped process only acts on TERM once it goes on.
+                signal.pidfd_send_signal(pidfd, signal.SIGCONT)
             except ProcessLookupError:
                 return
             except PermissionError as error:

@@ -229,8 +229,4 @@ def _status(part: Part) -> PartStatus:
         check()
     except InfraError as error:
         return PartStatus(part.name, "unhealthy", address, None if part.external else pid, str(error))
-    return (
-        PartStatus(part.name, "external", address, None)
-        if part.external
-        else PartStatus(part.name, "running", address, pid)
-    )
+    return PartStatus(part.name, "external", address, None) if part.external else PartStatus(part.name, "running", address, pid)
