@@ -43,15 +43,17 @@ async def open_producer(settings: KafkaSettings, timeout_s: float) -> AsyncItera
         request_timeout_ms=settings.request_timeout_ms,
         metadata_max_age_ms=30_000,
     )
+    problem = f"cannot reach the Kafka broker at {settings.bootstrap_servers}"
     try:
         async with asyncio.timeout(timeout_s):
             await producer.start()
+            problem = f"the topic {DEMAND_TOPIC} is not on the broker at {settings.bootstrap_servers}; a scaler creates it"
             # The first record must not pay for looking up the topic.
             await producer.partitions_for(DEMAND_TOPIC)
     except (KafkaError, OSError, ValueError) as error:
         await producer.stop()
         reason = str(error) or f"no answer within {timeout_s} s"
-        raise LoadImpossible(f"cannot reach the Kafka broker at {settings.bootstrap_servers}: {reason}") from error
+        raise LoadImpossible(f"{problem}: {reason}") from error
     try:
         yield producer
     finally:
