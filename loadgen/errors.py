@@ -1,6 +1,6 @@
 """Exceptions of the loadgen package.
 
-LoadgenError
+LoadError
 ├── TraceInvalid         a trace file or arrival description cannot be read; names file and line
 ├── SampleUnavailable    a sample function cannot be prepared on this machine
 ├── TargetUnknown        load is asked for a function that nobody has applied
@@ -11,25 +11,25 @@ LoadgenError
 from __future__ import annotations
 
 
-class LoadgenError(Exception):
+class LoadError(Exception):
     """Anything the load generator cannot do. The message says what to do about it."""
 
 
-class TraceInvalid(LoadgenError):
+class TraceInvalid(LoadError):
     """A trace or a description of arrivals cannot be read."""
 
 
-class SampleUnavailable(LoadgenError):
+class SampleUnavailable(LoadError):
     """A sample function needs something that this machine does not have."""
 
 
-class TargetUnknown(LoadgenError):
+class TargetUnknown(LoadError):
     """The function that load is asked for does not exist."""
 
 
-class LoadImpossible(LoadgenError):
+class LoadImpossible(LoadError):
     """The broker or an agent cannot be reached."""
 
 
-class AttemptFailed(LoadgenError):
+class AttemptFailed(LoadError):
     """One try of one request failed."""
