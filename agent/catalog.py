@@ -194,7 +194,8 @@ class Catalog:
             image = await self._fetch(function.name, pointer.checkpoint, clock, fetched)
             if (image.manifest.function_digest, image.manifest.files_digest) != (function.digest, layers.files_digest):
                 raise ImageInvalid("the pointer names a checkpoint of something else", function=function.name)
-        await asyncio.to_thread(host.check, image.manifest, layers.lower, self._criu_version)
+        with clock.phase("check_host"):
+            await asyncio.to_thread(host.check, image.manifest, layers.search, self._criu_version)
         return image
 
     async def _fetch(self, function: str, checkpoint: str, clock: PhaseClock, fetched: Fetched) -> CachedImage:

@@ -108,7 +108,7 @@ class Checkpointer:
                 with clock.phase("warm_up"):
                     await warm_up(donor.sandbox.address, function, WARM_UP_TIMEOUT_S)
                 with clock.phase("mapped_files"):
-                    mapped = await asyncio.to_thread(host.mapped_files, donor.sandbox.processes(), layers.lower)
+                    mapped = await asyncio.to_thread(host.mapped_files, donor.sandbox.processes(), layers.search)
                 with clock.phase("dump"):
                     left_s = max(1.0, (deadline_ns - time.time_ns()) / 1e9)
                     await tool.dump(donor.sandbox, self._workshop.criu_fd, donor.root_pid, building / IMAGES, left_s)

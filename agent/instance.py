@@ -125,4 +125,4 @@ async def furnish(sandbox: Sandbox, workshop: Workshop, function: Function, laye
     kdat = sandbox.layer / "run" / "criu.kdat"
     kdat.write_bytes(workshop.kdat)
     kdat.chmod(0o600)
-    await sandbox.mount_root(layers.lower, f"{function.name}-{instance_id[-6:]}"[:63])
+    await sandbox.mount_root(layers.root, f"{function.name}-{instance_id[-6:]}"[:63], layers.binds)

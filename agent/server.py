@@ -224,7 +224,7 @@ async def _probe_criu(factory: SandboxFactory, criu_fd: int) -> bytes:
     """
     sandbox = await factory.create()
     try:
-        await sandbox.mount_root(["/"], "thaw-probe")
+        await sandbox.mount_root("/", "thaw-probe")
         await sandbox.run_tool(criu_fd, ["criu", "check"], [], _CRIU_TIMEOUT_S)
         path = sandbox.layer / "run" / "criu.kdat"
         if not path.exists():

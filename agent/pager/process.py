@@ -327,6 +327,8 @@ class Pager:
         restore.pages_faulted += 1
         available = file.available(offset, ahead)
         result = space.userfault.copy(address, file.address + offset, available)
+        if result.outcome is Outcome.NOT_REGISTERED and result.passed == 0:  # the read-ahead leaves the mapping
+            result = space.userfault.copy(address, file.address + offset, PAGE)
         if result.outcome is Outcome.GONE:
             self._forget(space)
         elif result.outcome is Outcome.EVENT_PENDING and result.passed == 0:
@@ -338,13 +340,14 @@ class Pager:
         """Copy what belongs at ``[address, end)``; returns how far it got. ``skip``: pass over what is not registered."""
         restore = space.restore
         file = restore.image.file(space.pid)
+        most = end - address
         while address < end and not space.gone:
             region = space.regions.find(address)
             if region is None:  # dropped, moved or unmapped in the meantime: not the image's any more
                 address += PAGE
                 continue
             offset = region.offset + address - region.start
-            size = min(end, region.end) - address
+            size = min(end - address, region.end - address, most)
             available = file.available(offset, size)
             if available == 0:
                 address += PAGE
@@ -358,9 +361,14 @@ class Pager:
                 if not self._drain(space) or result.passed == 0:
                     return address
             elif result.outcome is Outcome.NOT_REGISTERED:
+                if available > PAGE:  # one copy must stay in one mapping: find its end by halving
+                    most = max(PAGE, available // 2 & -PAGE)
+                    continue
                 if not skip:
                     return address
                 address += PAGE
+            else:
+                most = end - address
         return address
 
     def _forget(self, space: Space, *, tell: bool = True) -> None:

@@ -7,11 +7,11 @@
 // The host pid of PID 1 is printed on standard output. It is a child of the caller (CLONE_PARENT), who reaps it.
 //
 // Orders: one letter, then NUL-terminated arguments, with descriptors attached. Answers go to the agent in the order of the orders.
-//   M lower hostname             mount the root (overlay of `lower` and our tmpfs), pivot into it    -> k | e message
+//   M lower hostname [source target]...   mount the root (overlay of `lower` and our tmpfs), bind, pivot into it  -> k | e message
 //   N address netmask            configure eth0 and lo                                              -> k | e message
 //   A uid gid nofile dir nenv env... argv...  [stdout+stderr]   start the application                -> P pid
 //   X argv...  [exe, fds -> 100, 101, ...]    start a tool by descriptor (CRIU)                      -> P pid
-//   W argv...  [exe, fds -> 100, 101, ...]    the same, its end of a new socket pair on fd 3         -> S pid + fd, P pid
+//   W argv...  [exe, fds -> 100, 101, ...]    the same, its end of a new socket pair on fd 3         -> S pid + fd
 //   K key      [fd]              keep a descriptor open as long as the sandbox lives (a userfaultfd) -> k
 //   D key                        close the descriptor kept under key                                 -> k
 // Unasked: R + descriptor of the writable layer when ready; E pid status for each process reaped.
@@ -124,7 +124,24 @@ static const char *bind_mount(const char *root, const char *source, const char *
     return NULL;
 }
 
-static const char *mount_root(const char *lower, const char *hostname) {
+// Bind a file or directory of the node over the root, read-only; makes the target and its parents in the writable layer.
+static const char *bind_read_only(const char *root, const char *source, const char *target) {
+    char path[4400];
+    struct stat status;
+    TRY(stat(source, &status));
+    join(path, sizeof path, root, target);
+    for (char *slash = path + strlen(root) + 1; (slash = strchr(slash, '/')); slash++) {
+        *slash = 0;
+        mkdir(path, 0755);
+        *slash = '/';
+    }
+    const char *failed = bind_mount(root, source, target, !S_ISDIR(status.st_mode));
+    if (failed) return failed;
+    TRY(mount(NULL, path, NULL, MS_BIND | MS_REMOUNT | MS_RDONLY | MS_NOSUID | MS_NODEV, NULL));
+    return NULL;
+}
+
+static const char *mount_root(const char *lower, const char *hostname, char **binds, int bind_count) {
     static const char *const nodes[] = {"/dev/null", "/dev/zero", "/dev/full", "/dev/random", "/dev/urandom", "/dev/tty"};
     char root[4200], path[4400], options[16384], source[4200];
     const char *failed;
@@ -145,11 +162,13 @@ static const char *mount_root(const char *lower, const char *hostname) {
         if ((failed = bind_mount(root, nodes[i], nodes[i], 1))) return failed;
     join(path, sizeof path, root, "/dev/fd");
     TRY(symlink("/proc/self/fd", path));
-    static const struct { const char *from, *to; } binds[] = {{"/tmp", "/tmp"}, {"/shm", "/dev/shm"}, {"/run", "/run"}};
-    for (size_t i = 0; i < sizeof binds / sizeof *binds; i++) {
-        join(source, sizeof source, mount_point, binds[i].from);
-        if ((failed = bind_mount(root, source, binds[i].to, 0))) return failed;
+    static const struct { const char *from, *to; } parts[] = {{"/tmp", "/tmp"}, {"/shm", "/dev/shm"}, {"/run", "/run"}};
+    for (size_t i = 0; i < sizeof parts / sizeof *parts; i++) {
+        join(source, sizeof source, mount_point, parts[i].from);
+        if ((failed = bind_mount(root, source, parts[i].to, 0))) return failed;
     }
+    for (int i = 0; i + 1 < bind_count; i += 2)
+        if ((failed = bind_read_only(root, binds[i], binds[i + 1]))) return failed;
     TRY(chdir(root));
     TRY(syscall(SYS_pivot_root, ".", "."));
     TRY(umount2(".", MNT_DETACH));
@@ -211,6 +230,11 @@ static void reserve_low_pids(void) {
     close(fd);
 }
 
+// dup2 that also takes away close-on-exec when both numbers are the same.
+static void place(int fd, int number) {
+    if (fd == number ? fcntl(fd, F_SETFD, 0) < 0 : dup2(fd, number) < 0) die("dup2");
+}
+
 static void run_application(char **arguments, int count, const int *fds, int fd_count) {
     if (count < 6 || fd_count < 1) die("bad order");
     uid_t uid = strtoul(arguments[0], NULL, 10);
@@ -220,9 +244,9 @@ static void run_application(char **arguments, int count, const int *fds, int fd_
     if (variables < 0 || count < 6 + variables) die("bad order");
     int null = open("/dev/null", O_RDWR);
     if (null < 0) die("/dev/null");
-    dup2(null, 0);
-    dup2(fds[0], 1);
-    dup2(fds[0], 2);
+    place(null, 0);
+    place(fds[0], 1);
+    place(fds[0], 2);
     if (null > 2) close(null);
     setsid();
     struct rlimit limit = {files, files}, none = {0, 0};
@@ -240,10 +264,10 @@ static void run_application(char **arguments, int count, const int *fds, int fd_
 static void run_tool(char **arguments, const int *fds, int fd_count, int worker_socket) {
     char *environment[] = {"PATH=/usr/sbin:/usr/bin:/sbin:/bin", NULL};
     if (fd_count < 1) die("bad order");
-    for (int i = 1; i < fd_count; i++)
-        if (dup2(fds[i], TOOL_FD + i - 1) < 0) die("dup2");
-    if (worker_socket >= 0) dup2(worker_socket, 3);
-    syscall(SYS_execveat, fds[0], "", arguments, environment, AT_EMPTY_PATH);
+    int executable = fcntl(fds[0], F_DUPFD_CLOEXEC, TOOL_FD + FDS_MAX);  // out of the way of what is placed below
+    for (int i = 1; i < fd_count; i++) place(fds[i], TOOL_FD + i - 1);
+    if (worker_socket >= 0) place(worker_socket, 3);
+    syscall(SYS_execveat, executable, "", arguments, environment, AT_EMPTY_PATH);
     die("exec of the tool");
 }
 
@@ -262,7 +286,7 @@ static void start(char order, char **arguments, int count, const int *fds, int f
         run_tool(arguments, fds, fd_count, pair[1]);
     }
     if (child < 0) send_message(-1, "e fork: %s", strerror(errno));
-    else send_message(-1, "P %d", child);
+    else if (order != 'W') send_message(-1, "P %d", child);  // a worker's child answers for itself
 }
 
 static const char *keep(const char *key, const int *fds, int *fd_count) {
@@ -289,7 +313,7 @@ static void handle(char *buffer, int length, int *fds, int fd_count, const sigse
     arguments[count] = NULL;
     const char *failed = NULL;
     switch (buffer[0]) {
-    case 'M': failed = count == 2 ? mount_root(arguments[0], arguments[1]) : "bad order"; break;
+    case 'M': failed = count >= 2 ? mount_root(arguments[0], arguments[1], arguments + 2, count - 2) : "bad order"; break;
     case 'N': failed = count == 2 ? configure_network(arguments[0], arguments[1]) : "bad order"; break;
     case 'K': failed = keep(count == 1 ? arguments[0] : "", fds, &fd_count); break;
     case 'D': drop(count == 1 ? arguments[0] : ""); break;

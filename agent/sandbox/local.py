@@ -72,12 +72,11 @@ class Sandbox:
         """The writable layer, reachable only through this process."""
         return Path(f"/proc/self/fd/{self.layer_fd}")
 
-    async def mount_root(self, lower: Sequence[str], hostname: str) -> None:
-        """Mount the root: an overlay of read-only ``lower`` directories (topmost first) under the writable layer."""
-        for path in lower:
-            if any(char in path for char in ":,\\"):
-                raise SandboxError(f"the path {path!r} holds a character that overlay mounts cannot take", stage="rootfs")
-        await self._order(b"M", [":".join(lower), hostname])
+    async def mount_root(self, lower: str, hostname: str, binds: Sequence[tuple[str, str]] = ()) -> None:
+        """Mount the root: ``lower`` read-only under the writable layer, and over it ``binds`` (source, target), read-only."""
+        if any(char in lower for char in ":,\\"):
+            raise SandboxError(f"the path {lower!r} holds a character that overlay mounts cannot take", stage="rootfs")
+        await self._order(b"M", [lower, hostname, *(path for pair in binds for path in pair)])
 
     async def start_application(self, process: Process, output_fd: int) -> int:
         """Start the function's command as an unprivileged session leader; returns its pid inside.
@@ -101,14 +100,9 @@ class Sandbox:
         """Start a tool that serves requests on its descriptor 3; returns our end of that socket and its pid inside."""
         async with self._lock:
             self._send(b"W", arguments, [executable_fd, *fds])
-            _, received = await self._reply(b"S")
-            worker = socket.socket(fileno=received[0])
-            worker.setblocking(False)
-            try:
-                reply, _ = await self._reply(b"P")
-            except BaseException:
-                worker.close()
-                raise
+            reply, received = await self._reply(b"S")
+        worker = socket.socket(fileno=received[0])
+        worker.setblocking(False)
         return worker, int(reply.split()[1])
 
     async def keep(self, key: int, fd: int) -> None:

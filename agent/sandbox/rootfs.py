@@ -13,7 +13,7 @@ import shutil
 import stat
 import tempfile
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from agent.api.function import Function
 from agent.errors import FunctionInvalid
@@ -21,10 +21,30 @@ from agent.errors import FunctionInvalid
 
 @dataclass(frozen=True)
 class RootLayers:
-    """What is mounted under the writable layer, topmost first."""
+    """What a function sees read-only.
 
-    lower: tuple[str, ...]
+    Attributes:
+        root: lower directory of the overlay.
+        layer: the function's files on the node, laid out as in the root; empty when it has none.
+        targets: paths of ``layer`` that are bound over the root. They cannot be a second lower directory: the kernel refuses
+            layers of which one is inside the other (ELOOP), and the root is usually ``/``.
+        files_digest: hex SHA-256 over names, modes and contents of the files.
+    """
+
+    root: str
+    layer: str
+    targets: tuple[str, ...]
     files_digest: str
+
+    @property
+    def search(self) -> tuple[str, ...]:
+        """Directories of the node in which a path of the root is looked for, first match wins."""
+        return (self.layer, self.root) if self.layer else (self.root,)
+
+    @property
+    def binds(self) -> tuple[tuple[str, str], ...]:
+        """(source on the node, target in the root)."""
+        return tuple((self.layer + target, target) for target in self.targets)
 
 
 def prepare(function: Function, layers: Path) -> RootLayers:
@@ -39,7 +59,7 @@ def prepare(function: Function, layers: Path) -> RootLayers:
     if not Path(spec.root).is_dir():
         raise FunctionInvalid(f"spec.root: {spec.root} is not a directory on this node", function=function.name)
     if not spec.files:
-        return RootLayers((spec.root,), hashlib.sha256(b"").hexdigest())
+        return RootLayers(spec.root, "", (), hashlib.sha256(b"").hexdigest())
     layers.mkdir(parents=True, exist_ok=True)
     building = Path(tempfile.mkdtemp(prefix=".building-", dir=layers))
     try:
@@ -55,7 +75,7 @@ def prepare(function: Function, layers: Path) -> RootLayers:
         final = layers / seen.hexdigest()[:32]
         if not final.exists():
             building.rename(final)
-        return RootLayers((str(final), spec.root), seen.hexdigest())
+        return RootLayers(spec.root, str(final), _topmost([item.target for item in spec.files]), seen.hexdigest())
     finally:
         shutil.rmtree(building, ignore_errors=True)
 
@@ -69,6 +89,12 @@ def write_identity(layer: Path, *, instance: str, function: str, checkpoint: str
     path.write_text(json.dumps(content) + "\n")
     path.chmod(0o400)
     os.chown(path, user, user)
+
+
+def _topmost(targets: list[str]) -> tuple[str, ...]:
+    """Targets that are not inside another one."""
+    paths = sorted({PurePosixPath(target) for target in targets})
+    return tuple(str(path) for path in paths if not any(parent in paths for parent in path.parents))
 
 
 def _make_parents(root: Path, target: Path) -> None:

@@ -57,8 +57,8 @@ def cpu_flags() -> list[str]:
     return []
 
 
-def mapped_files(pids: Iterable[int], lower: Sequence[str]) -> list[MappedFile]:
-    """Files of the root that processes map, as they are in the lower directories."""
+def mapped_files(pids: Iterable[int], search: Sequence[str]) -> list[MappedFile]:
+    """Files of the root that processes map, as they are in the directories ``search`` of the node."""
     paths: set[str] = set()
     for pid in pids:
         for line in Path(f"/proc/{pid}/maps").read_text().splitlines():
@@ -67,22 +67,22 @@ def mapped_files(pids: Iterable[int], lower: Sequence[str]) -> list[MappedFile]:
                 paths.add(fields[5])
     found = []
     for path in sorted(paths):
-        source = resolve(path, lower)
+        source = resolve(path, search)
         if source is not None:  # else it is in the writable layer, which travels with the checkpoint
             found.append(MappedFile(path, *_size_and_digest(source)))
     return found
 
 
-def resolve(path: str, lower: Sequence[str]) -> Path | None:
+def resolve(path: str, search: Sequence[str]) -> Path | None:
     """Where a path of the root is on the node."""
-    for directory in lower:
+    for directory in search:
         candidate = Path(directory) / path.lstrip("/")
         if candidate.is_file():
             return candidate
     return None
 
 
-def check(manifest: Manifest, lower: Sequence[str], criu_version: str) -> None:
+def check(manifest: Manifest, search: Sequence[str], criu_version: str) -> None:
     """Whether the checkpoint can be restored on this node; reads every mapped file.
 
     Raises:
@@ -96,7 +96,7 @@ def check(manifest: Manifest, lower: Sequence[str], criu_version: str) -> None:
     if missing:
         raise ImageInvalid(f"this node's CPU lacks {', '.join(sorted(missing)[:5])}, which the checkpoint's had")
     for item in manifest.mapped_files:
-        source = resolve(item.path, lower)
+        source = resolve(item.path, search)
         if source is None:
             raise ImageInvalid(f"{item.path}, which the checkpoint maps, is not on this node")
         if _size_and_digest(source) != (item.size, item.digest):

@@ -65,7 +65,7 @@ class Extent(msgspec.Struct, frozen=True, array_like=True):
 class Prefetch(msgspec.Struct, frozen=True, array_like=True):
     """A run of pages to copy before resume: where in the process, how much."""
 
-    address: Annotated[int, msgspec.Meta(ge=0, lt=1 << 63)]
+    address: Annotated[int, msgspec.Meta(ge=0, le=(1 << 62))]
     size: Size
 
 
