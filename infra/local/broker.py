@@ -118,6 +118,7 @@ def _launch(home: Path, data: Path, port: int, controller_port: int, record: Pat
     if not (data / "data" / "meta.properties").exists():
         _format([*java, *options, *classpath], properties, data)
     command: list[str | Path] = [*java, *options, *classpath, "kafka.Kafka", properties]
+    processes.keep_previous(data / "kafka.log")
     return processes.start(command, record=record, output=data / "kafka.out", cwd=data, environment=_environment())
 
 

@@ -9,7 +9,9 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import contextlib
+import logging
 import secrets
+from collections.abc import Iterator
 from typing import Any
 
 import boto3
@@ -25,6 +27,7 @@ from infra.settings import S3Settings
 
 #: Topic of the embedded broker that health checks write to; its records are dropped after a minute.
 HEALTH_TOPIC = "thaw.health"
+_THREAD = "thaw-health"
 
 
 def check_kafka(bootstrap_servers: str, *, write: bool, timeout_s: float = 10.0) -> None:
@@ -48,12 +51,32 @@ def check_kafka(bootstrap_servers: str, *, write: bool, timeout_s: float = 10.0)
 
     try:
         # In a thread of its own, because the caller may itself be inside a running event loop.
-        with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        with _quiet(), concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix=_THREAD) as pool:
             pool.submit(lambda: asyncio.run(ask())).result()
     except TimeoutError:
         raise KafkaUnavailable(f"the broker at {bootstrap_servers} did not answer in {timeout_s:.0f} s") from None
     except (KafkaError, OSError, AssertionError) as error:
         raise KafkaUnavailable(f"the broker at {bootstrap_servers}: {type(error).__name__} {error}") from error
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep the client's errors about a server that does not work out of the log: the check itself reports them.
+
+    Only those of the checking thread: other parts of this process use the same client.
+    """
+
+    def keep(record: logging.LogRecord) -> bool:
+        return not (record.threadName or "").startswith(_THREAD)
+
+    loggers = [logging.getLogger(name) for name in list(logging.root.manager.loggerDict) if name.startswith("aiokafka")]
+    for logger in loggers:
+        logger.addFilter(keep)
+    try:
+        yield
+    finally:
+        for logger in loggers:
+            logger.removeFilter(keep)
 
 
 def addresses(bootstrap_servers: str) -> list[tuple[str, int]]:

@@ -138,12 +138,13 @@ class Part(abc.ABC):
         write_private(self.home / "ports.json", chosen)
 
     def last_words(self, lines: int = 4) -> str:
-        """Return the end of its newest log, for an error message; lines that tell of errors win."""
+        """Return the end of its newest log, for an error message; lines that tell of errors, and their next, win."""
         for path in reversed(self.logs()):
             found = path.read_text(errors="replace").splitlines()[-200:]
-            telling = [line for line in found if any(word in line for word in (" ERROR ", " FATAL ", "rror:", "panic"))]
+            telling = [any(word in line for word in (" ERROR ", " FATAL ", "rror:", "panic")) for line in found]
+            chosen = [line for index, line in enumerate(found) if telling[index] or (index and telling[index - 1])]
             if found:
-                return " | ".join((telling or found)[-lines:])
+                return " | ".join((chosen or found)[-lines:])
         return "its log is empty"
 
 

@@ -7,6 +7,7 @@ Next: :mod:`infra.local.stack` checks, adopts and stops them.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import select
 import signal
@@ -85,7 +86,7 @@ def start(command: Sequence[str | Path], *, record: Path, output: Path, cwd: Pat
     Args:
         command: program and arguments.
         record: file that holds its identity from before the program runs until :func:`forget`.
-        output: file that gets its standard output and error, appended.
+        output: file that gets its standard output and error; an earlier one is kept as ``*.previous``.
         cwd: its working directory.
         environment: its whole environment.
 
@@ -94,6 +95,7 @@ def start(command: Sequence[str | Path], *, record: Path, output: Path, cwd: Pat
     """
     record.parent.mkdir(parents=True, exist_ok=True)
     record.unlink(missing_ok=True)
+    keep_previous(output)
     words = ["setsid", "--fork", "sh", "-c", _LAUNCH, "sh", str(record), *(str(word) for word in command)]
     with output.open("ab") as file:
         try:
@@ -139,6 +141,12 @@ def stop(identity: Identity | None, *, grace_s: float = 20.0) -> None:
         raise StackError(f"process {identity.pid} does not end, not even by SIGKILL")
     finally:
         os.close(pidfd)
+
+
+def keep_previous(log: Path) -> None:
+    """Move the log of an earlier process aside, so that its errors are not taken for those of the next."""
+    with contextlib.suppress(FileNotFoundError):
+        log.rename(log.with_name(f"{log.name}.previous"))
 
 
 def forget(record: Path) -> None:

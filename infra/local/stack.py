@@ -24,6 +24,9 @@ from infra.local.install import Report
 from infra.local.parts import Part, parts, write_private
 from infra.settings import Settings, with_embedded_stack
 
+#: Below this the broker would die in the middle of a start, unable even to log why, MB.
+_LEAST_DISK_MB = 64
+
 State = Literal["running", "stopped", "dead", "unhealthy", "external"]
 
 
@@ -167,6 +170,10 @@ def _already_healthy(part: Part, settings: Settings, report: Report) -> bool:
 
 def _start(part: Part, report: Report) -> None:
     was_there = part.identity is not None
+    part.home.mkdir(parents=True, exist_ok=True)
+    free_mb = shutil.disk_usage(part.home).free // 2**20
+    if free_mb < _LEAST_DISK_MB:
+        raise StackError(f"{part.name}: no space, {free_mb} MB are left for {part.home}; {_LEAST_DISK_MB} MB are needed")
     part.choose_ports(report)
     report(f"{part.name}: {'was dead, starting again' if was_there else 'starting'}")
     part.launch()
