@@ -94,8 +94,11 @@ class Catalog:
             known = self._known.get(function.name)
             if known and known.digest == function.digest and not refresh and time.monotonic() < known.ask_again_at:
                 return known
-            with clock.phase("files"):
-                layers = await asyncio.to_thread(rootfs.prepare, function, self._layers)
+            if known and known.digest == function.digest and not refresh:
+                layers = known.layers
+            else:
+                with clock.phase("files"):
+                    layers = await asyncio.to_thread(rootfs.prepare, function, self._layers)
             resolution = Resolution(function.digest, layers, None)
             if function.spec.policy.checkpoint != "off":
                 try:
@@ -146,7 +149,7 @@ class Catalog:
             image.users -= 1
 
     async def evict(self, function_name: str) -> None:
-        """Drop a function's image and forget what is known of it.
+        """Drop a function's image; its next start looks in S3 again.
 
         Raises:
             ImageInvalid: instances use it.
@@ -154,15 +157,16 @@ class Catalog:
         resolution = self._known.get(function_name)
         if resolution and resolution.image:
             await self._drop(resolution.image)
-        self._known.pop(function_name, None)
+            resolution.image, resolution.ask_again_at = None, 0.0
 
     async def trim(self) -> None:
         """Drop what exceeds the cache's ceiling."""
         for image in self._cache.over_budget():
             with contextlib.suppress(ImageInvalid):
                 await self._drop(image)
-                for name in [name for name, known in self._known.items() if known.image is image]:
-                    del self._known[name]
+                for known in self._known.values():
+                    if known.image is image:
+                        known.image, known.ask_again_at = None, 0.0
 
     def pager_lost(self) -> None:
         """A new pager knows no image."""

@@ -113,7 +113,7 @@ class Checkpointer:
                     left_s = max(1.0, (deadline_ns - time.time_ns()) / 1e9)
                     await tool.dump(donor.sandbox, self._workshop.criu_fd, donor.root_pid, building / IMAGES, left_s)
                 with clock.phase("pack_files"):
-                    packed, plain_bytes = await asyncio.to_thread(archive.pack, building / IMAGES, donor.sandbox.layer)
+                    packed, plain_bytes = await asyncio.to_thread(archive.pack, building / IMAGES, donor.sandbox.layer, layers.targets)
             finally:
                 await donor.stop(self._workshop)
         (building / ARCHIVE).write_bytes(packed)
@@ -150,7 +150,7 @@ class Checkpointer:
         deadline_ns: int,
         clock: PhaseClock,
     ) -> list[tuple[int, int]]:
-        """Restore the dump once, send the warm-up requests again, and return the (pid, address) of each page touched."""
+        """Restore the dump once, send each warm-up request once, and return the (pid, address) of each page touched."""
         encoded = manifest.encode(draft)
         (building / MANIFEST).write_bytes(encoded)
         image = CachedImage(manifest.name(encoded), draft, building, complete=True)
@@ -163,7 +163,7 @@ class Checkpointer:
                     self._workshop, pager, self._tasks, image, function, layers, instance_id, deadline_ns,
                     PhaseClock(), RestoreEvidence(), record=True,
                 )  # fmt: skip
-                await warm_up(instance.sandbox.address, function, WARM_UP_TIMEOUT_S)
+                await warm_up(instance.sandbox.address, function, WARM_UP_TIMEOUT_S, repeat=False)
                 stats = await pager.stats(instance_id, touched=True)
             finally:
                 if instance is not None:
@@ -225,7 +225,7 @@ def _digest_pages(directory: Path) -> dict[str, Pages]:
 async def _pipe_to(log: Path) -> AsyncIterator[tuple[int, str]]:
     """A pipe whose content goes to ``log``; yields its write end and the name by which CRIU knows it."""
     read_fd, write_fd = os.pipe2(os.O_CLOEXEC)
-    name = str(Path(f"/proc/self/fd/{write_fd}").readlink())
+    name = f"pipe:[{os.fstat(write_fd).st_ino}]"
     os.set_blocking(read_fd, False)
     loop = asyncio.get_running_loop()
     log.parent.mkdir(parents=True, exist_ok=True)

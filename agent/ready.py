@@ -70,14 +70,14 @@ async def wait_ready(address: str, function: Function, deadline_ns: int, ended: 
         pause = min(pause * 1.5, _PAUSE_MAX_S)
 
 
-async def warm_up(address: str, function: Function, timeout_s: float) -> None:
-    """Send the function's warm-up requests, in order.
+async def warm_up(address: str, function: Function, timeout_s: float, *, repeat: bool = True) -> None:
+    """Send the function's warm-up requests, in order; without ``repeat`` each of them once.
 
     Raises:
         NotReady: one fails or answers an error.
     """
     for request in function.spec.warm_up:
-        for _ in range(request.repeat):
+        for _ in range(request.repeat if repeat else 1):
             try:
                 async with asyncio.timeout(timeout_s):
                     with await _connect(address, function.spec.port) as sock:

@@ -7,6 +7,7 @@ receives messages of :mod:`agent.api.messages`. Next: :mod:`agent.server` and th
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import socket
 import ssl
 
@@ -87,10 +88,8 @@ class Connection:
     async def close(self) -> None:
         """Close the stream."""
         self._writer.close()
-        try:
+        with contextlib.suppress(ConnectionError, ssl.SSLError):
             await self._writer.wait_closed()
-        except (ConnectionError, ssl.SSLError):
-            pass
 
 
 async def connect(host: str, port: int, identity: str, role: str, *, timeout_s: float = 5.0) -> tuple[Connection, Hello]:

@@ -61,23 +61,14 @@ def prepare(function: Function, layers: Path) -> RootLayers:
     if not spec.files:
         return RootLayers(spec.root, "", (), hashlib.sha256(b"").hexdigest())
     layers.mkdir(parents=True, exist_ok=True)
-    building = Path(tempfile.mkdtemp(prefix=".building-", dir=layers))
     try:
-        seen = hashlib.sha256()
-        building.chmod(0o755)
-        for item in spec.files:
-            source, target = Path(item.source), building / item.target.lstrip("/")
-            _make_parents(building, target)
-            try:
-                _copy(source, target, item.target, seen)
-            except OSError as error:
-                raise FunctionInvalid(f"spec.files: cannot read {error.filename or source}: {error.strerror}") from error
-        final = layers / seen.hexdigest()[:32]
+        digest = _digest(function)
+        final = layers / digest[:32]
         if not final.exists():
-            building.rename(final)
-        return RootLayers(spec.root, str(final), _topmost([item.target for item in spec.files]), seen.hexdigest())
-    finally:
-        shutil.rmtree(building, ignore_errors=True)
+            _build(function, layers, final)
+    except OSError as error:
+        raise FunctionInvalid(f"spec.files: {error.filename}: {error.strerror}", function=function.name) from error
+    return RootLayers(spec.root, str(final), _topmost([item.target for item in spec.files]), digest)
 
 
 def write_identity(layer: Path, *, instance: str, function: str, checkpoint: str, user: int) -> None:
@@ -105,28 +96,55 @@ def _make_parents(root: Path, target: Path) -> None:
             path.chmod(0o755)
 
 
-def _copy(source: Path, target: Path, name: str, seen: hashlib._Hash) -> None:
-    """Copy a file or tree, readable by all, owned by root; names, modes and bytes go into ``seen`` (of caches of Python: no)."""
-    status = source.lstat() if source.is_symlink() and target.parent != target else source.stat()
+def _digest(function: Function) -> str:
+    """Hex SHA-256 over names, modes and bytes of the files, without Python's caches, which hold dates."""
+    seen = hashlib.sha256()
+    pending = [(Path(item.source), item.target) for item in reversed(function.spec.files)]
+    top = {target for _, target in pending}
+    while pending:
+        source, name = pending.pop()
+        status = source.stat() if name in top else source.lstat()
+        if stat.S_ISLNK(status.st_mode):
+            seen.update(f"l {name} {source.readlink()}\n".encode())
+        elif stat.S_ISDIR(status.st_mode):
+            seen.update(f"d {name}\n".encode())
+            children = sorted(source.iterdir(), reverse=True)
+            pending.extend((child, f"{name}/{child.name}") for child in children if child.name != "__pycache__")
+        elif stat.S_ISREG(status.st_mode):
+            with source.open("rb") as content:
+                seen.update(f"f {name} {_mode(status):o} {hashlib.file_digest(content, 'sha256').hexdigest()}\n".encode())
+    return seen.hexdigest()
+
+
+def _build(function: Function, layers: Path, final: Path) -> None:
+    building = Path(tempfile.mkdtemp(prefix=".building-", dir=layers))
+    try:
+        building.chmod(0o755)
+        for item in function.spec.files:
+            target = building / item.target.lstrip("/")
+            _make_parents(building, target)
+            _copy(Path(item.source).resolve(), target)
+        building.rename(final)
+    finally:
+        shutil.rmtree(building, ignore_errors=True)
+
+
+def _mode(status: os.stat_result) -> int:
+    """Readable by all, and executable by all or none: functions run as another user than the owner of their files."""
+    return 0o755 if status.st_mode & 0o111 else 0o644
+
+
+def _copy(source: Path, target: Path) -> None:
+    status = source.lstat()
     if stat.S_ISLNK(status.st_mode):
-        link = str(source.readlink())
-        seen.update(f"l {name} {link}\n".encode())
-        target.symlink_to(link)
+        target.symlink_to(source.readlink())
     elif stat.S_ISDIR(status.st_mode):
-        seen.update(f"d {name}\n".encode())
         target.mkdir(exist_ok=True)
         target.chmod(0o755)
-        for child in sorted(source.iterdir()):
-            _copy(child, target / child.name, f"{name}/{child.name}", seen)
+        for child in source.iterdir():
+            _copy(child, target / child.name)
     elif stat.S_ISREG(status.st_mode):
-        mode = 0o755 if status.st_mode & 0o111 else 0o644
-        content = hashlib.sha256()
-        with source.open("rb") as read, target.open("wb") as write:
-            while piece := read.read(1 << 20):
-                content.update(piece)
-                write.write(piece)
-        target.chmod(mode)
+        shutil.copyfile(source, target)
+        target.chmod(_mode(status))
         # Python trusts its compiled files only next to sources with the date they were compiled from.
         os.utime(target, ns=(status.st_atime_ns, status.st_mtime_ns))
-        if "/__pycache__/" not in name:
-            seen.update(f"f {name} {mode:o} {content.hexdigest()}\n".encode())

@@ -12,7 +12,7 @@ import os
 import re
 import stat
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from agent.errors import ImageInvalid
@@ -28,8 +28,13 @@ _PAGES_NAME = re.compile(r"pages-\d+\.img")
 _XATTR = "SCHILY.xattr."
 
 
-def pack(images: Path, layer: Path) -> tuple[bytes, int]:
+def pack(images: Path, layer: Path, mount_points: Sequence[str]) -> tuple[bytes, int]:
     """Pack everything but page contents; returns the archive and its size before compression.
+
+    Args:
+        images: CRIU's image directory.
+        layer: the sandbox's writable layer.
+        mount_points: paths of the root that the sandbox binds files over; it makes them anew for each instance.
 
     Raises:
         ImageInvalid: the function wrote more than :data:`LAYER_BYTES_MAX` to its root.
@@ -39,7 +44,7 @@ def pack(images: Path, layer: Path) -> tuple[bytes, int]:
         for path in sorted(images.iterdir()):
             if path.is_file() and not _PAGES_NAME.fullmatch(path.name) and not path.name.endswith(".log"):
                 archive.add(path, f"img/{path.name}", recursive=False)
-        packed_layer = pack_layer(layer)
+        packed_layer = pack_layer(layer, mount_points)
         member = tarfile.TarInfo("layer.tar")
         member.size = len(packed_layer)
         archive.addfile(member, io.BytesIO(packed_layer))
@@ -73,12 +78,15 @@ def unpack(archive: bytes, size: int, images: Path, layer_file: Path) -> None:
         raise ImageInvalid("the archive holds no layer.tar")
 
 
-def pack_layer(layer: Path) -> bytes:
-    """The writable layer as a tar, in an order in which every parent comes before what is in it."""
+def pack_layer(layer: Path, mount_points: Sequence[str] = ()) -> bytes:
+    """The writable layer as a tar, every parent before what is in it; empty when nothing was written."""
+    found = list(_walk(layer, _mount_point_names(layer, mount_points)))
+    if [name for _, name in found] == list(LAYER_PARTS):
+        return b""
     buffer = io.BytesIO()
     total = 0
     with tarfile.open(fileobj=buffer, mode="w", format=tarfile.PAX_FORMAT) as archive:
-        for path, name in _walk(layer):
+        for path, name in found:
             member = archive.gettarinfo(path, name)
             if member is None:
                 continue  # a socket: CRIU makes it again
@@ -108,6 +116,8 @@ def unpack_layer(layer_file: Path, layer_fd: int) -> None:
     Raises:
         ImageInvalid: a member has a name or kind that a layer cannot hold.
     """
+    if layer_file.stat().st_size == 0:
+        return
     try:
         with tarfile.open(layer_file, mode="r:") as members:
             for member in members:
@@ -121,15 +131,29 @@ def unpack_layer(layer_file: Path, layer_fd: int) -> None:
         raise ImageInvalid(f"the layer cannot be unpacked: {error}") from error
 
 
-def _walk(layer: Path) -> Iterator[tuple[Path, str]]:
+def _mount_point_names(layer: Path, mount_points: Sequence[str]) -> set[str]:
+    """Names of the mount points in the layer, and of their parents as far up as they hold nothing else."""
+    names: set[str] = set()
+    for target in mount_points:
+        path = layer / "upper" / target.lstrip("/")
+        while path != layer / "upper" and all(str(child.relative_to(layer)) in names for child in _children(path)):
+            names.add(str(path.relative_to(layer)))
+            path = path.parent
+    return names
+
+
+def _children(path: Path) -> list[Path]:
+    return list(path.iterdir()) if path.is_dir() and not path.is_symlink() else []
+
+
+def _walk(layer: Path, left_out: set[str]) -> Iterator[tuple[Path, str]]:
     pending = [(layer / part, part) for part in reversed(LAYER_PARTS)]
     while pending:
         path, name = pending.pop()
-        if name in _EXCLUDED:
+        if name in _EXCLUDED or name in left_out:
             continue
         yield path, name
-        if path.is_dir() and not path.is_symlink():
-            pending.extend((child, f"{name}/{child.name}") for child in sorted(path.iterdir(), reverse=True))
+        pending.extend((child, f"{name}/{child.name}") for child in sorted(_children(path), reverse=True))
 
 
 def _open_parent(root_fd: int, parts: list[str]) -> int:
