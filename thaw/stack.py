@@ -6,11 +6,9 @@ Next: :mod:`infra.local.stack` and :mod:`infra.doctor` do the work.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
 import sys
-from collections.abc import Iterator
 
 import click
 from rich.console import Console
@@ -19,7 +17,6 @@ from rich.table import Table
 from infra import doctor as pre_flight
 from infra import local
 from infra import settings as settings_module
-from infra.errors import InfraError
 from infra.local import stack as embedded
 from infra.settings import Settings
 
@@ -35,15 +32,6 @@ def _report(line: str) -> None:
     click.echo(line, err=True)
 
 
-@contextlib.contextmanager
-def _told() -> Iterator[None]:
-    """Turn errors that say what to do into one line without a traceback."""
-    try:
-        yield
-    except InfraError as error:
-        raise click.ClickException(str(error)) from error
-
-
 @click.group()
 def stack() -> None:
     """The embedded broker and object store, on loopback."""
@@ -52,16 +40,14 @@ def stack() -> None:
 @stack.command()
 def up() -> None:
     """Install what is missing, start what does not run, wait until it works."""
-    with _told():
-        embedded.up(_settings(), _report)
+    embedded.up(_settings(), _report)
 
 
 @stack.command()
 @click.option("--purge", is_flag=True, help="Also remove all data of the stack: topics, checkpoints, credentials.")
 def down(purge: bool) -> None:
     """Stop every part and wait until it is gone."""
-    with _told():
-        embedded.down(_settings(), _report, purge=purge)
+    embedded.down(_settings(), _report, purge=purge)
 
 
 @stack.command()
@@ -90,18 +76,16 @@ def status(as_json: bool) -> None:
 @click.option("-n", "--lines", default=50, show_default=True, help="Lines of each file.")
 def logs(part: str | None, lines: int) -> None:
     """Show the end of the logs of PART (kafka or s3), or of all."""
-    with _told():
-        for path, text in embedded.logs(_settings(), part, lines):
-            click.echo(f"==> {path} <==")
-            click.echo("\n".join(text))
+    for path, text in embedded.logs(_settings(), part, lines):
+        click.echo(f"==> {path} <==")
+        click.echo("\n".join(text))
 
 
 @stack.command()
 @click.option("--force", is_flag=True, help="Build again what is there.")
 def install(force: bool) -> None:
     """Install CRIU, the broker and the object store into the cache, and verify what is there."""
-    with _told():
-        local.install_all(_settings(), _report, force=force)
+    local.install_all(_settings(), _report, force=force)
 
 
 @click.command()

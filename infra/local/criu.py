@@ -11,7 +11,6 @@ import os
 import re
 import shlex
 import shutil
-import tarfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -92,8 +91,7 @@ def ensure(settings: Settings, report: install.Report, *, force: bool = False) -
 
 
 def _compile(tarball: Path, work: Path, log: Path) -> Path:
-    with tarfile.open(tarball) as archive:
-        archive.extractall(work, filter="data")
+    install.run(["tar", "-xf", tarball], what="unpacking CRIU", log=log, cwd=work)
     source = work / f"criu-{VERSION}"
     install.run(["patch", "-p1", "-i", _PATCH], what="patching CRIU", log=log, cwd=source)
     environment = {"PKG_CONFIG_LIBDIR": str(_pkg_config_folder(work)), "SOURCE_DATE_EPOCH": "1", "LC_ALL": "C"}
