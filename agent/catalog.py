@@ -22,11 +22,13 @@ from agent.sandbox import rootfs
 from agent.sandbox.rootfs import RootLayers
 from agent.store import host, manifest
 from agent.store.cache import CachedImage, ImageCache
-from infra.errors import ObjectMissing, StoreError
+from infra.errors import ObjectMissing, StoreError, StoreUnavailable
 from infra.s3 import ObjectStore
 from infra.settings import AgentSettings
 
 logger = logging.getLogger(__name__)
+#: Longest wait for the pointer, s: a start goes on without the checkpoint when the store is that slow.
+_POINTER_TIMEOUT_S = 2.0
 #: After S3 could not be asked, a start does not ask again for this long, s: it must not wait for a dead store each time.
 _ASK_AGAIN_S = 5.0
 _POINTER_BYTES_MAX = 4096
@@ -121,12 +123,18 @@ class Catalog:
         """A checkpoint was made here."""
         self._known[function.name] = Resolution(function.digest, layers, image)
 
-    def usable(self, resolution: Resolution) -> CachedImage | None:
-        """The image to restore from, unless it failed too often."""
+    def usable(self, function: Function, resolution: Resolution) -> tuple[CachedImage | None, str]:
+        """The image to restore from, or None and why there is none (empty when none is wanted or none was ever made)."""
         image = resolution.image
-        if image is None or image.failures >= self._settings.quarantine_after:
-            return None
-        return image
+        if function.spec.policy.checkpoint == "off":
+            return None, ""
+        if image is None:
+            return None, resolution.reason
+        if image.unusable:
+            return None, f"checkpoint {image.checkpoint} is quarantined: {image.unusable}"
+        if image.failures >= self._settings.quarantine_after:
+            return None, f"checkpoint {image.checkpoint} is quarantined after {image.failures} failed restores"
+        return image, ""
 
     async def open(self, image: CachedImage) -> None:
         """Make the image known to the pager."""
@@ -185,9 +193,13 @@ class Catalog:
         key = manifest.pointer_key(function.name)
         with clock.phase("fetch.pointer"):
             try:
-                data = await asyncio.to_thread(self._store.get, key, size_max=_POINTER_BYTES_MAX)
+                async with asyncio.timeout(_POINTER_TIMEOUT_S):
+                    data = await asyncio.to_thread(self._store.get, key, size_max=_POINTER_BYTES_MAX)
             except ObjectMissing:
                 return None
+            except TimeoutError as error:
+                text = f"the object store did not answer within {_POINTER_TIMEOUT_S:.0f} s"
+                raise StoreUnavailable(text, bucket=self._store.bucket, key=key) from error
         fetched.gets += 1
         fetched.bytes += len(data)
         pointer = host.read_pointer(data)

@@ -195,7 +195,7 @@ class Node:
 
     async def _fetch(self, command: Fetch) -> Message:
         resolution = await self._catalog.resolve(command.function, refresh=True)
-        image = self._catalog.usable(resolution)
+        image, _ = self._catalog.usable(command.function, resolution)
         if image is not None:
             await self._catalog.open(image)
             self._tasks.spawn(self._catalog.complete(image), f"download of {image.checkpoint}")

@@ -137,7 +137,9 @@ def _served(instance: Instance, tasks: TaskGroup) -> Served:
                 logger.warning("a userfaultfd of %s is kept too long: %s", instance.id, error)
 
     def stalled(reason: str) -> None:
-        logger.error("instance %s waits for a page that cannot be had: %s", instance.id, reason)
+        logger.error("instance %s waits for a page that cannot be had, and is ended: %s", instance.id, reason)
+        if instance.image is not None:
+            instance.image.unusable = reason
         if not instance.ended.done():
             instance.ended.set_result(9)
 

@@ -76,10 +76,7 @@ class Starter:
             left_s = (command.deadline_ns - time.time_ns()) / 1e9
             async with asyncio.timeout(max(0.0, left_s)), self._admitted(clock, received_ns):
                 resolution = await self._catalog.resolve(command.function, clock=clock, fetched=fetched)
-                image = self._catalog.usable(resolution)
-                reason = resolution.reason
-                if resolution.image is not None and image is None:
-                    reason = f"the checkpoint is quarantined after {resolution.image.failures} failed restores"
+                image, reason = self._catalog.usable(command.function, resolution)
                 if image is not None:
                     checkpoint = image.checkpoint
                     instance, reason = await self._restore(command, image, resolution.layers, clock, evidence)

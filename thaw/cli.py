@@ -1,10 +1,12 @@
 """The ``thaw`` command: settings from file, environment and flags, then one module per group of commands.
 
-In: the command line. Out: exit codes (0 done, 1 it failed, 2 the call is wrong) and one clear sentence for each error.
+In: the command line. Out: exit codes (0 done, 1 it failed, 2 the call is wrong) and one clear sentence for each error. A command's module is
+imported only when it is called: the agent must not wait for the plotting library of the report.
 """
 
 from __future__ import annotations
 
+import importlib
 import sys
 from pathlib import Path
 from typing import Any
@@ -14,9 +16,38 @@ import click
 from agent.errors import AgentError
 from infra.errors import InfraError
 from infra.settings import load
-from loadgen.errors import LoadError
-from scaler.errors import ScalerError
-from thaw import agent, functions, load as loading, run, scaler, stack, trace
+
+#: Command to where it is defined.
+COMMANDS = {
+    "agent": "thaw.agent:command",
+    "apply": "thaw.functions:apply",
+    "delete": "thaw.functions:delete",
+    "demo": "thaw.demo:command",
+    "doctor": "thaw.stack:doctor",
+    "get": "thaw.functions:get",
+    "load": "thaw.load:load",
+    "run": "thaw.run:command",
+    "scaler": "thaw.scaler:scaler",
+    "stack": "thaw.stack:stack",
+    "trace": "thaw.trace:trace",
+}
+
+
+class _Commands(click.Group):
+    """Finds commands by name, imports them when they are asked for."""
+
+    def list_commands(self, context: click.Context) -> list[str]:
+        """Names in alphabetical order."""
+        return sorted(COMMANDS)
+
+    def get_command(self, context: click.Context, name: str) -> click.Command | None:
+        """The command, imported; None when there is none of that name."""
+        where = COMMANDS.get(name)
+        if where is None:
+            return None
+        module, _, attribute = where.partition(":")
+        command: click.Command = getattr(importlib.import_module(module), attribute)
+        return command
 
 
 def _split(assignments: tuple[str, ...]) -> dict[str, Any]:
@@ -29,7 +60,7 @@ def _split(assignments: tuple[str, ...]) -> dict[str, Any]:
     return flags
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.command(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
 @click.option("--config", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="Settings file (TOML); else $THAW_CONFIG.")
 @click.option("--state-dir", type=click.Path(path_type=Path), help="All mutable data; default ~/.local/state/thaw.")
 @click.option("--set", "assignments", multiple=True, metavar="SECTION.FIELD=VALUE", help="Any setting; may be repeated.")
@@ -42,25 +73,19 @@ def cli(context: click.Context, config: Path | None, state_dir: Path | None, ass
     context.obj = load(config, flags=flags)
 
 
-for command in (
-    agent.command,
-    functions.apply,
-    functions.delete,
-    functions.get,
-    loading.load,
-    run.run,
-    scaler.scaler,
-    stack.doctor,
-    stack.stack,
-    trace.trace,
-):
-    cli.add_command(command)
-
-
 def main() -> None:
     """Entry point of the ``thaw`` script."""
     try:
         cli()
-    except (AgentError, InfraError, LoadError, ScalerError) as error:
-        click.echo(f"thaw: {error}", err=True)
-        sys.exit(1)
+    except (AgentError, InfraError) as error:
+        fail(error)
+    except Exception as error:
+        if type(error).__module__ in ("loadgen.errors", "scaler.errors"):  # not imported above: see the module's first lines
+            fail(error)
+        raise
+
+
+def fail(error: Exception) -> None:
+    """Say what is wrong in one sentence, and end with code 1."""
+    click.echo(f"thaw: {error}", err=True)
+    sys.exit(1)

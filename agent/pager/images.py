@@ -30,6 +30,8 @@ logger = logging.getLogger(__name__)
 #: A fault that the store could not serve for this long is reported; the agent ends the instance.
 STALL_S = 30.0
 _BACKOFF_S, _BACKOFF_MAX_S = 0.05, 2.0
+#: A chunk that does not verify is fetched so many times; then it is not the network that is at fault.
+_CORRUPT_ATTEMPTS = 3
 
 
 @dataclass(frozen=True)
@@ -144,14 +146,15 @@ class Image:
         size = min(self._pages.chunk_bytes, self._pages.files[pages_id].size - index * self._pages.chunk_bytes)
         name = self._pages.chunks[pages_id][index]
         give_up, pause, error = time.monotonic() + STALL_S, _BACKOFF_S, ""
-        data = None
-        while not self._closed and data is None:
+        data, corrupt = None, 0
+        while not self._closed and data is None and corrupt < _CORRUPT_ATTEMPTS:
             try:
                 if name is None:
                     raise PagerError("a chunk of zeros is never fetched")
                 data = chunks.download(self._store, name, size)
             except (StoreError, AgentError) as failure:
                 error = str(failure)
+                corrupt += isinstance(failure, ImageInvalid)
                 logger.warning("chunk %s of pages %s: %s", index, pages_id, error)
                 if time.monotonic() + pause > give_up:
                     break

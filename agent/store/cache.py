@@ -42,6 +42,8 @@ class CachedImage:
     used_at: float = field(default_factory=time.monotonic)
     #: Failed restores in a row that were the image's fault.
     failures: int = 0
+    #: Why nothing is restored from it any more: a page of it cannot be had.
+    unusable: str = ""
     #: The pager has it open.
     opened: bool = False
 

@@ -1,0 +1,161 @@
+"""Faults around the agent: corrupt and missing objects, a full disk, a store that is not there, hostile peers."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from agent.api.connection import connect
+from agent.api.messages import CheckpointPublished, CommandFailed, Evict, InstanceExited, MakeCheckpoint, Release
+from agent.store import manifest
+from infra.s3 import ObjectStore
+from infra.settings import Settings
+from tests.integration.agent.harness import a_function, ask, host_leftovers, running_agent
+
+pytestmark = [pytest.mark.root, pytest.mark.stack]
+
+
+@pytest.fixture
+def store(stack_settings: Settings) -> ObjectStore:
+    return ObjectStore(stack_settings.s3)
+
+
+def flip(store: ObjectStore, key: str) -> None:
+    data = bytearray(store.get(key, size_max=1 << 30))
+    data[len(data) // 2] ^= 1
+    store.put(key, bytes(data))
+
+
+@pytest.mark.parametrize("kind", ["pointer", "head", "working-set"])
+async def test_one_flipped_byte_is_noticed_and_the_start_is_cold(
+    stack_settings: Settings, store: ObjectStore, tmp_path: Path, kind: str
+) -> None:
+    function = a_function(tmp_path, f"flip-{kind}")
+    async with running_agent(stack_settings, tmp_path / "flip") as agent:
+        published = await agent.call(MakeCheckpoint, function=function)
+        assert isinstance(published, CheckpointPublished), published
+        name = published.checkpoint.checkpoint
+        keys = {
+            "pointer": manifest.pointer_key(function.name),
+            "head": manifest.head_key(function.name, name),
+            "working-set": manifest.working_set_key(function.name, name),
+        }
+        await agent.call(Evict, function_name=function.name)
+        flip(store, keys[kind])
+        report = await agent.start_instance(function)
+        assert report.record.start_mode == "cold"
+        if kind != "pointer":  # a flipped pointer may also name another checkpoint, or none
+            assert "corrupt" in report.record.fallback_reason, report.record.fallback_reason
+        assert (await ask(report))["ok"]
+
+
+async def test_a_missing_object_is_named_and_the_start_is_cold(stack_settings: Settings, store: ObjectStore, tmp_path: Path) -> None:
+    function = a_function(tmp_path, "missing")
+    async with running_agent(stack_settings, tmp_path / "missing") as agent:
+        published = await agent.call(MakeCheckpoint, function=function)
+        await agent.call(Evict, function_name="missing")
+        store.delete(manifest.head_key("missing", published.checkpoint.checkpoint))
+        report = await agent.start_instance(function)
+        assert report.record.start_mode == "cold"
+        assert f"s3://{store.bucket}/functions/missing/" in report.record.fallback_reason
+
+
+async def test_a_corrupt_chunk_never_reaches_a_process(stack_settings: Settings, store: ObjectStore, tmp_path: Path) -> None:
+    function = a_function(tmp_path, "chunk", pages=6000)
+    async with running_agent(stack_settings, tmp_path / "chunk") as agent:
+        before = set(store.list("chunks/"))
+        await agent.call(MakeCheckpoint, function=function)
+        await agent.call(Evict, function_name="chunk")
+        for key in set(store.list("chunks/")) - before:
+            flip(store, key)
+        report = await agent.start_instance(function)
+        assert report.record.start_mode == "remote", "head and working set are enough for the first response"
+        answers = []
+        for page in range(0, 6000, 100):
+            try:
+                answers.append((await ask(report, f"/{page}"))["ok"])
+            except OSError:
+                break
+        assert all(answers) and len(answers) < 60, "no page of a corrupt chunk is ever seen"
+        gone = await agent.wait(lambda message: isinstance(message, InstanceExited))
+        assert gone.instance == report.instance.instance
+        again = await agent.start_instance(function)
+        assert again.record.start_mode == "cold" and "quarantined" in again.record.fallback_reason
+        assert all([(await ask(again, f"/{page}"))["ok"] for page in range(0, 6000, 500)])
+
+
+async def test_a_full_disk_fails_the_checkpoint_clearly_and_starts_go_on(stack_settings: Settings, tmp_path: Path) -> None:
+    function = a_function(tmp_path, "full")
+    images = tmp_path / "full" / "agent" / "images"
+    images.mkdir(parents=True)
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=6m", "tmpfs", images], check=True)
+    try:
+        async with running_agent(stack_settings, tmp_path / "full") as agent:
+            report = await agent.call(MakeCheckpoint, function=function)
+            assert isinstance(report, CommandFailed) and "No space left" in report.message, report
+            assert list(images.iterdir()) == []
+            assert (await agent.start_instance(function)).record.start_mode == "cold"
+    finally:
+        subprocess.run(["umount", images], check=True)
+    assert host_leftovers(agent) == []
+
+
+async def test_without_a_store_starts_are_cold_and_say_so(stack_settings: Settings, tmp_path: Path) -> None:
+    function = a_function(tmp_path, "nostore")
+    async with running_agent(stack_settings, tmp_path / "nostore", **{"s3.endpoint_url": "http://127.0.0.1:9"}) as agent:
+        report = await agent.start_instance(function)
+        assert report.record.start_mode == "cold"
+        assert "127.0.0.1:9" in report.record.fallback_reason or "did not answer" in report.record.fallback_reason
+        failed = await agent.call(MakeCheckpoint, function=function)
+        assert isinstance(failed, CommandFailed) and "s3.endpoint_url" in failed.message
+        await agent.call(Release, instance=report.instance.instance)
+        await agent.stop()
+    assert host_leftovers(agent) == []
+
+
+async def test_wrong_credentials_are_told(stack_settings: Settings, tmp_path: Path) -> None:
+    async with running_agent(stack_settings, tmp_path / "denied", **{"s3.secret_key": "wrong"}) as agent:
+        report = await agent.start_instance(a_function(tmp_path, "denied"))
+        assert report.record.start_mode == "cold"
+        assert "refuses the credentials" in report.record.fallback_reason
+
+
+async def test_what_cannot_be_frozen_is_named(stack_settings: Settings, tmp_path: Path) -> None:
+    program = (
+        "import ctypes, runpy, sys; ring = ctypes.CDLL(None).syscall(425, 8, ctypes.create_string_buffer(256));"
+        "assert ring > 0; sys.argv = ['x', '10']; runpy.run_path('/srv/server.py')"
+    )
+    function = a_function(tmp_path, "frozen", command=["/usr/bin/python3", "-c", program])
+    async with running_agent(stack_settings, tmp_path / "frozen") as agent:
+        report = await agent.call(MakeCheckpoint, function=function)
+        assert isinstance(report, CommandFailed) and report.reason == "not_freezable" and "io_uring" in report.message, report
+        assert (await agent.start_instance(function)).record.start_mode == "cold"
+        await agent.stop()
+    assert host_leftovers(agent) == []
+
+
+async def test_strangers_on_the_port_change_nothing(stack_settings: Settings, tmp_path: Path) -> None:
+    async with running_agent(stack_settings, tmp_path / "strangers") as agent:
+        where = json.loads((agent.state / "agent.json").read_text())
+        for noise in (b"GET / HTTP/1.1\r\n\r\n", b"\xff" * 100, b"\0\0\0\1\xc1", b""):
+            reader, writer = await asyncio.open_connection(where["host"], where["port"])
+            writer.write(noise)
+            writer.write_eof()
+            async with asyncio.timeout(10):
+                await reader.read()
+            writer.close()
+        watcher, _ = await connect(where["host"], where["port"], "w", "watcher")
+        report = await agent.start_instance(a_function(tmp_path, "strangers"))
+        names = []
+        while "EndpointUp" not in names:
+            message = await watcher.receive()
+            names.append(type(message).__name__)
+        assert names == ["Endpoints", "EndpointUp"]
+        watcher.send(Release(id="x", deadline_ns=0, instance=report.instance.instance))
+        assert await watcher.receive() is None, "a watcher gives no orders"
+        assert (await ask(report))["ok"]
+        await watcher.close()

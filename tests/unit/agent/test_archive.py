@@ -1,0 +1,136 @@
+"""Packing files, and unpacking them without trusting what is inside."""
+
+import io
+import os
+import tarfile
+from pathlib import Path
+
+import pytest
+
+from agent.errors import ImageInvalid
+from agent.store import archive, chunks
+
+pytestmark = pytest.mark.root
+
+
+@pytest.fixture
+def layer(tmp_path: Path) -> Path:
+    root = tmp_path / "layer"
+    for part in (*archive.LAYER_PARTS, "work", "root"):
+        (root / part).mkdir(parents=True)
+    return root
+
+
+@pytest.fixture
+def fresh(tmp_path: Path) -> Path:
+    root = tmp_path / "fresh"
+    for part in archive.LAYER_PARTS:
+        (root / part).mkdir(parents=True)
+    return root
+
+
+def unpack(data: bytes, tmp_path: Path, fresh: Path) -> None:
+    file = tmp_path / "layer.tar"
+    file.write_bytes(data)
+    fd = os.open(fresh, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        archive.unpack_layer(file, fd)
+    finally:
+        os.close(fd)
+
+
+def tar_of(*members: tarfile.TarInfo) -> bytes:
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as made:
+        for member in members:
+            made.addfile(member, io.BytesIO(b"x" * member.size))
+    return buffer.getvalue()
+
+
+def member(name: str, kind: bytes = tarfile.REGTYPE, link: str = "", **fields: int) -> tarfile.TarInfo:
+    made = tarfile.TarInfo(name)
+    made.type, made.linkname = kind, link
+    for field, value in fields.items():
+        setattr(made, field, value)
+    return made
+
+
+def test_everything_an_instance_can_write_travels(layer: Path, fresh: Path, tmp_path: Path) -> None:
+    (layer / "tmp" / "a.log").write_bytes(b"log")
+    os.chown(layer / "tmp" / "a.log", 65534, 65534)
+    (layer / "upper" / "var").mkdir(mode=0o750)
+    (layer / "upper" / "var" / "link").symlink_to("/etc/passwd")
+    os.link(layer / "tmp" / "a.log", layer / "tmp" / "b.log")
+    os.mkfifo(layer / "run" / "pipe")
+    os.mknod(layer / "upper" / "gone", 0o020000, 0)
+    os.setxattr(layer / "upper" / "var", "trusted.overlay.opaque", b"y")
+    (layer / "run" / "criu.kdat").write_bytes(b"not this")
+    unpack(archive.pack_layer(layer), tmp_path, fresh)
+    assert (fresh / "tmp" / "b.log").read_bytes() == b"log"
+    assert (fresh / "tmp" / "a.log").stat().st_uid == 65534
+    assert (fresh / "tmp" / "a.log").stat().st_ino == (fresh / "tmp" / "b.log").stat().st_ino
+    assert (fresh / "upper" / "var").stat().st_mode & 0o777 == 0o750
+    assert str((fresh / "upper" / "var" / "link").readlink()) == "/etc/passwd"
+    assert (fresh / "run" / "pipe").is_fifo()
+    assert (fresh / "upper" / "gone").stat().st_rdev == 0
+    assert os.getxattr(fresh / "upper" / "var", "trusted.overlay.opaque") == b"y"
+    assert not (fresh / "run" / "criu.kdat").exists()
+
+
+def test_a_layer_nobody_wrote_to_is_empty_even_with_mount_points(layer: Path) -> None:
+    (layer / "upper" / "opt" / "app").mkdir(parents=True)
+    (layer / "upper" / "opt" / "app" / "server").touch()
+    assert archive.pack_layer(layer, ["/opt/app/server"]) == b""
+    (layer / "upper" / "opt" / "data").touch()
+    with tarfile.open(fileobj=io.BytesIO(archive.pack_layer(layer, ["/opt/app/server"]))) as made:
+        assert "upper/opt/data" in made.getnames()
+        assert not any(name.startswith("upper/opt/app") for name in made.getnames())
+
+
+@pytest.mark.parametrize(
+    "members",
+    [
+        pytest.param([member("/etc/x")], id="absolute"),
+        pytest.param([member("upper/../../x")], id="parent"),
+        pytest.param([member("elsewhere/x")], id="no part of a layer"),
+        pytest.param([member("upper/x", tarfile.SYMTYPE, "/etc"), member("upper/x/passwd")], id="through a link"),
+        pytest.param([member("tmp/x", tarfile.LNKTYPE, "../etc/passwd")], id="hard link outside"),
+        pytest.param(
+            [member("tmp/l", tarfile.SYMTYPE, "/etc"), member("tmp/x", tarfile.LNKTYPE, "tmp/l/passwd")], id="hard link through a link"
+        ),
+        pytest.param([member("tmp/disk", tarfile.BLKTYPE, devmajor=8)], id="device"),
+        pytest.param([member("tmp/mem", tarfile.CHRTYPE, devmajor=1, devminor=1)], id="character device"),
+        pytest.param([member("tmp/x"), member("tmp/x/y")], id="below a file"),
+        pytest.param([member("tmp/x"), member("tmp/x")], id="twice"),
+    ],
+)
+def test_nothing_lands_outside(members: list[tarfile.TarInfo], tmp_path: Path, fresh: Path) -> None:
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(ImageInvalid):
+        unpack(tar_of(*members), tmp_path, fresh)
+    assert [path for path in tmp_path.rglob("*") if path not in before and fresh not in path.parents] == [tmp_path / "layer.tar"]
+    assert not Path("/etc/x").exists()
+
+
+def test_set_user_id_is_dropped(tmp_path: Path, fresh: Path) -> None:
+    unpack(tar_of(member("tmp/x", mode=0o6755)), tmp_path, fresh)
+    assert (fresh / "tmp" / "x").stat().st_mode & 0o7777 == 0o755
+
+
+@pytest.mark.parametrize("name", ["img/../x", "img/pages-1.img", "x", "img/a/b", "img/"])
+def test_an_archive_with_unexpected_names_is_refused(name: str, tmp_path: Path) -> None:
+    plain = tar_of(member(name))
+    with pytest.raises(ImageInvalid):
+        archive.unpack(chunks.compress(plain), len(plain), tmp_path, tmp_path / "layer.tar")
+
+
+def test_images_and_layer_come_back(layer: Path, tmp_path: Path) -> None:
+    images = tmp_path / "img"
+    images.mkdir()
+    (images / "core-1.img").write_bytes(b"core")
+    (images / "pages-1.img").write_bytes(b"pages")
+    packed, size = archive.pack(images, layer, [])
+    out = tmp_path / "out"
+    out.mkdir()
+    archive.unpack(packed, size, out, tmp_path / "layer.tar")
+    assert [path.name for path in out.iterdir()] == ["core-1.img"]

@@ -1,0 +1,5 @@
+"""``python -m thaw``."""
+
+from thaw.cli import main
+
+main()
