@@ -26,7 +26,7 @@ import msgspec
 from agent.api.function import Function
 from agent.api.records import PhaseClock
 from agent.cold import start_cold
-from agent.criu import images, tool
+from agent.criu import freezable, images, tool
 from agent.errors import ImageInvalid
 from agent.instance import Instance, Workshop
 from agent.pager.client import PagerClient
@@ -107,6 +107,7 @@ class Checkpointer:
             try:
                 with clock.phase("warm_up"):
                     await warm_up(donor.sandbox.address, function, WARM_UP_TIMEOUT_S)
+                await asyncio.to_thread(freezable.check, donor.sandbox.processes())
                 with clock.phase("mapped_files"):
                     mapped = await asyncio.to_thread(host.mapped_files, donor.sandbox.processes(), layers.search)
                 with clock.phase("dump"):
