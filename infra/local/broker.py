@@ -26,6 +26,7 @@ _HERE = Path(__file__).parent
 _POM = _HERE / "kafka-pom.xml"
 _DIGESTS = _HERE / "kafka-jars.sha256"
 _PROPERTIES = _HERE / "kafka.properties"
+_TRUST_STORE = _HERE / "TrustStore.java"
 _LOGGING = _HERE / "kafka-log4j2.yaml"
 _COPY = "org.apache.maven.plugins:maven-dependency-plugin:3.8.1:copy-dependencies"
 #: A broker for one machine lives short and handles little: a quick start beats peak throughput.
@@ -53,7 +54,9 @@ def ensure(settings: Settings, report: install.Report, *, force: bool = False) -
             *("mvn", "-q", "-B", "-ntp", "--strict-checksums", f"-Dmaven.repo.local={repository}"),
             *("-f", _POM, _COPY, f"-DoutputDirectory={temporary / 'libs'}", "-DincludeScope=runtime"),
         ]
-        install.run(command, what="fetching Kafka", log=temporary / "build.log", cwd=temporary)
+        log = temporary / "build.log"
+        environment = _maven_environment(temporary, log)
+        install.run(command, what="fetching Kafka", log=log, cwd=temporary, environment=environment)
         install.discard(repository)
         _verify_jars(temporary / "libs", remedy="the download is not what Thaw was tested with; try again")
         return []
@@ -99,6 +102,22 @@ def archive_options(home: Path) -> list[str]:
 def logs(data: Path) -> list[Path]:
     """Return the log files, the most telling last."""
     return [path for path in (data / "format.log", data / "kafka.out", data / "kafka.log") if path.exists()]
+
+
+def _maven_environment(folder: Path, log: Path) -> dict[str, str]:
+    """Let Maven trust the authorities that every other program here does.
+
+    Java has a list of its own and ignores the machine's: behind a company's proxy, apt, pip and go would work and Maven
+    would not.
+    """
+    bundle = Path(os.environ.get("SSL_CERT_FILE", "/etc/ssl/certs/ca-certificates.crt"))
+    if not bundle.is_file():
+        return {}
+    store = folder / "trust.p12"
+    install.run([_java(), _TRUST_STORE, bundle, store], what="reading the machine's authorities", log=log, cwd=folder)
+    ours = f"-Djavax.net.ssl.trustStore={store} -Djavax.net.ssl.trustStorePassword=changeit"
+    # Of two equal options the later one wins: the user's.
+    return {"MAVEN_OPTS": f"{ours} {os.environ.get('MAVEN_OPTS', '')}".strip()}
 
 
 def _launch(home: Path, data: Path, port: int, controller_port: int, record: Path, options: Sequence[str]) -> processes.Identity:
