@@ -39,9 +39,7 @@ def settle(world: World, state: FunctionState, now_ns: int) -> None:
         return
     where = world.nodes.get(checkpoint.cold_on)
     if where is None or not where.up:
-        where = placement.choose(
-            world.nodes.values(), memory_mb=function.spec.limits.memory_mb, cached={}, avoid={}, now_ns=now_ns
-        )
+        where = placement.choose(world.nodes.values(), memory_mb=function.spec.limits.memory_mb, cached={}, avoid={}, now_ns=now_ns)
     if where is None:
         return  # the next inventory comes back here
     readiness_ns = int(function.spec.readiness.timeout_seconds * NS) + world.config.readiness_margin_ns

@@ -81,9 +81,7 @@ class Tick(msgspec.Struct, frozen=True, kw_only=True):
 
 
 #: Reports that mean something to the planner; endpoints are for watchers.
-PlannerReport = (
-    Inventory | StartDone | StartFailed | InstanceExited | FetchDone | CheckpointPublished | Evicted | CommandFailed
-)
+PlannerReport = Inventory | StartDone | StartFailed | InstanceExited | FetchDone | CheckpointPublished | Evicted | CommandFailed
 
 
 class NodeReport(msgspec.Struct, frozen=True, kw_only=True):
@@ -134,15 +132,4 @@ class ShardLost(msgspec.Struct, frozen=True, kw_only=True):
     shard: int
 
 
-Event = (
-    DemandSeen
-    | FunctionApplied
-    | FunctionDeleted
-    | Tick
-    | NodeReport
-    | NodeDown
-    | NodeLost
-    | ShardGained
-    | ShardReady
-    | ShardLost
-)
+Event = DemandSeen | FunctionApplied | FunctionDeleted | Tick | NodeReport | NodeDown | NodeLost | ShardGained | ShardReady | ShardLost

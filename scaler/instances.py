@@ -150,9 +150,7 @@ def _release_surplus(world: World, state: FunctionState, now_ns: int) -> None:
         world.timers.disarm(TimerKey("idle", state.name))
 
 
-def _release(
-    world: World, state: FunctionState, pool: dict[str, Instance], count: int, now_ns: int, due: list[int]
-) -> int:
+def _release(world: World, state: FunctionState, pool: dict[str, Instance], count: int, now_ns: int, due: list[int]) -> int:
     """Release up to ``count`` of ``pool``, newest first; adds to ``due`` when one of them may be tried again."""
     if count <= 0:
         return 0

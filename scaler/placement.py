@@ -38,9 +38,7 @@ class Node:
     failed_until_ns: int = 0
 
 
-def choose(
-    nodes: Iterable[Node], *, memory_mb: int, cached: Container[str], avoid: Container[str], now_ns: int
-) -> Node | None:
+def choose(nodes: Iterable[Node], *, memory_mb: int, cached: Container[str], avoid: Container[str], now_ns: int) -> Node | None:
     """The node on which a start is expected to answer first.
 
     Args:

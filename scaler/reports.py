@@ -94,7 +94,8 @@ def start_failed(world: World, node: str, report: StartFailed, now_ns: int) -> N
 def instance_exited(world: World, node: str, report: InstanceExited, now_ns: int) -> None:
     """An instance is gone: released, or by itself."""
     pending = world.answered(report.command_id) if report.command_id else None
-    state = world.functions.get(report.function)
+    # An agent that no longer knows the instance does not know its function either.
+    state = world.functions.get(pending.function if pending is not None else report.function)
     if state is None:
         return
     asked_for = report.instance in state.releasing or pending is not None
@@ -213,11 +214,9 @@ def overdue(world: World, command_id: str, now_ns: int) -> None:
         )
 
 
-def _command_answered(
-    world: World, node: str, report: FetchDone | CheckpointPublished | Evicted | CommandFailed, now_ns: int
-) -> None:
+def _command_answered(world: World, node: str, report: FetchDone | CheckpointPublished | Evicted | CommandFailed, now_ns: int) -> None:
     pending = world.answered(report.command_id)
-    state = world.functions.get(report.function)
+    state = world.functions.get(pending.function if pending is not None else report.function)
     if state is None:
         return
     world.touched[state.name] = None
@@ -234,9 +233,7 @@ def _command_answered(
         checkpoints.failed(world, state, node, report, now_ns)
 
 
-def _release_failed(
-    world: World, state: FunctionState, node: str, pending: Pending, report: CommandFailed, now_ns: int
-) -> None:
+def _release_failed(world: World, state: FunctionState, node: str, pending: Pending, report: CommandFailed, now_ns: int) -> None:
     state.last_error = f"release of {pending.instance} on {node}: {report.reason}: {report.message}"
     released = state.releasing.get(pending.instance)
     if released is None or released[1] != report.command_id:

@@ -193,9 +193,7 @@ class FunctionState:
     @property
     def empty(self) -> bool:
         """Nothing is left that is worth remembering."""
-        return self.function is None and not (
-            self.levels.sources or self.ready or self.stale or self.releasing or self.starts
-        )
+        return self.function is None and not (self.levels.sources or self.ready or self.stale or self.releasing or self.starts)
 
 
 class InstanceSnapshot(msgspec.Struct, frozen=True, kw_only=True):
@@ -238,11 +236,7 @@ class FunctionSnapshot(msgspec.Struct, frozen=True, kw_only=True):
 
 def snapshot(state: FunctionState) -> FunctionSnapshot:
     """The plain form of ``state``."""
-    shown = [
-        (instance, word)
-        for group, word in ((state.ready, "ready"), (state.stale, "stale"))
-        for instance in group.values()
-    ]
+    shown = [(instance, word) for group, word in ((state.ready, "ready"), (state.stale, "stale")) for instance in group.values()]
     shown += [(instance, "releasing") for instance, _ in state.releasing.values()]
     checkpoint = state.checkpoint
     rung = "running" if state.ready or state.stale else "cached" if checkpoint.cached else "stored"

@@ -226,6 +226,13 @@ class TestRelease:
         harness.command_failed(command, reason="instance_gone")
         assert harness.planner.explain("f").instances == []
 
+    def test_an_answer_that_names_no_function_counts(self, harness):
+        running(harness, 2, idle_s=0)
+        first, second = releases(harness.demand(0))
+        harness.released(first, name="")
+        harness.command_failed(second, name="", reason="instance_gone")
+        assert harness.planner.explain("f").instances == []
+
     def test_an_unanswered_release_is_tried_again(self, harness):
         running(harness, 1, idle_s=0)
         harness.demand(0)

@@ -6,9 +6,7 @@ from hypothesis import strategies as st
 from scaler.timers import TimerKey, Timers
 
 KEYS = [TimerKey("idle", name) for name in "abc"]
-STEPS = st.lists(
-    st.tuples(st.sampled_from(["arm", "disarm", "pass"]), st.sampled_from(KEYS), st.integers(0, 20)), max_size=60
-)
+STEPS = st.lists(st.tuples(st.sampled_from(["arm", "disarm", "pass"]), st.sampled_from(KEYS), st.integers(0, 20)), max_size=60)
 
 
 @given(STEPS)
