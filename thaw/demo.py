@@ -1,0 +1,73 @@
+"""``thaw demo``: the main job on real input, beside the same load with every start cold."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.console import Console
+from rich.table import Table
+
+from infra.errors import SettingsError
+from infra.settings import Settings
+from loadgen import demo
+from loadgen.demo import DemoOptions
+from loadgen.traces import SHIPPED
+from thaw import invocation
+
+
+@click.command("demo")
+@click.option("--trace", type=click.Path(exists=True, dir_okay=False, path_type=Path), default=SHIPPED, help="Default: the one shipped.")
+@click.option(
+    "--from", "from_s", type=float, default=600.0, show_default=True, metavar="S", help="Start of the slice, in the trace's time."
+)
+@click.option("--to", "to_s", type=float, default=1800.0, show_default=True, metavar="S", help="End of the slice, in the trace's time.")
+@click.option("--seconds", type=float, default=60.0, show_default=True, help="How long the replay of the slice takes.")
+@click.option("--idle", "idle_s", type=float, default=0.5, show_default=True, help="An unneeded instance is released after this, s.")
+@click.option("--seed", type=int, default=1, show_default=True)
+@click.option("--out", type=click.Path(file_okay=False, path_type=Path), help="Folder of the report; default: reports/demo-TIME here.")
+@click.pass_obj
+def command(
+    settings: Settings, trace: Path, from_s: float, to_s: float, seconds: float, idle_s: float, seed: int, out: Path | None
+) -> None:
+    """Replay a slice of a production trace on restored instances, then on cold ones; print a table and one JSON line."""
+    if os.geteuid() != 0:
+        raise SettingsError("the demo makes namespaces and restores processes with CRIU, so it needs root: run it with sudo")
+    began = time.monotonic()
+    folder = (out or Path("reports") / time.strftime("demo-%Y%m%d-%H%M%S")).resolve()
+    options = DemoOptions(trace, from_s, to_s if to_s > from_s else math.inf, seconds, idle_s, seed, folder)
+    state = settings.paths.state_dir / "demo"
+    own = dataclasses.replace(
+        settings,
+        paths=dataclasses.replace(settings.paths, state_dir=state),
+        agent=dataclasses.replace(settings.agent, listen_port=0, node_name="demo"),
+    )
+    arguments = [*invocation.arguments(), "--state-dir", str(state), "--set", "agent.listen_port=0", "--set", "agent.node_name=demo"]
+
+    def say(line: str) -> None:
+        click.echo(f"[{time.monotonic() - began:6.1f} s] {line}", err=True)
+
+    result, rows = demo.Demo(own, arguments, options, say).run()
+    _table(rows)
+    click.echo(f"report: {result['report']}")
+    click.echo(json.dumps(result))
+    if result["answered"] != result["requests"] or result["wrong"] or result["leaked"]:
+        sys.exit(1)
+
+
+def _table(rows: list[tuple[Any, ...]]) -> None:
+    shown = Table(title="ms from the intended time of a request that found no instance to its answer")
+    shown.add_column("function")
+    for heading in ("restored: n", "p50", "p99", "cold: n", "p50", "p99", "p50 ratio"):
+        shown.add_column(heading, justify="right")
+    for name, n, p50, p99, cold_n, cold_p50, cold_p99 in rows:
+        ratio = f"{cold_p50 / p50:.0f}x" if p50 and cold_p50 else "-"
+        shown.add_row(name, str(n), f"{p50:.1f}", f"{p99:.1f}", str(cold_n), f"{cold_p50:.1f}", f"{cold_p99:.1f}", ratio)
+    Console(width=110).print(shown)
