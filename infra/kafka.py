@@ -1,0 +1,206 @@
+"""Everything that opens a connection to Kafka: topics, producers, consumers, whole tables; and one readable error for all of them.
+
+In: :class:`infra.settings.KafkaSettings`. Out: started aiokafka clients that reconnect by themselves for as long as they live, or
+:class:`infra.errors.KafkaUnavailable`, which names the address and what to do. Used by :mod:`scaler.edges` and the command line.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, ConsumerRecord, TopicPartition
+from aiokafka.admin import AIOKafkaAdminClient, NewTopic
+from aiokafka.errors import KafkaConnectionError, KafkaError, TopicAlreadyExistsError, for_code
+
+from infra.errors import KafkaUnavailable
+from infra.settings import KafkaSettings
+
+logger = logging.getLogger(__name__)
+# What aiokafka says of a failure is said again, readably, by the error that is raised: a command line without logging shows only that.
+logging.getLogger("aiokafka").addHandler(logging.NullHandler())
+#: Longest wait for a client to say goodbye, s.
+_CLOSE_S = 3.0
+
+
+@dataclass(frozen=True)
+class Topic:
+    """A topic that Thaw makes if it is not there.
+
+    Attributes:
+        name: as in Kafka.
+        partitions: None: as many as the settings say.
+        config: Kafka's topic settings.
+    """
+
+    name: str
+    partitions: int | None = None
+    config: Mapping[str, str] = field(default_factory=dict)
+
+
+def unavailable(settings: KafkaSettings, error: BaseException) -> KafkaUnavailable:
+    """The readable form of any failure to talk to the broker."""
+    where = settings.bootstrap_servers
+    if isinstance(error, TimeoutError):
+        reason = f"no answer within {settings.request_timeout_ms / 1000:g} s"
+    elif isinstance(error, KafkaConnectionError):
+        reason = "nothing answers there"
+    else:
+        reason = str(error) or type(error).__name__
+    return KafkaUnavailable(
+        f"cannot reach the Kafka broker at {where}: {reason}. Check that it runs (`thaw stack status` for the embedded one) "
+        "and the setting kafka.bootstrap_servers (THAW_KAFKA_BOOTSTRAP_SERVERS)"
+    )
+
+
+def producer(settings: KafkaSettings, client_id: str) -> AIOKafkaProducer:
+    """A producer that waits for nothing but the broker: no linger, all replicas, no duplicates."""
+    return AIOKafkaProducer(
+        bootstrap_servers=_address(settings),
+        client_id=client_id,
+        acks="all",
+        # Lets records wait out a restart of the broker; without it they fail after request_timeout_ms.
+        enable_idempotence=True,
+        linger_ms=0,
+        request_timeout_ms=settings.request_timeout_ms,
+        metadata_max_age_ms=30_000,
+    )
+
+
+def consumer(settings: KafkaSettings, client_id: str, *, group: str | None = None) -> AIOKafkaConsumer:
+    """A consumer without subscription. It never commits by itself: only its user knows what has been absorbed."""
+    return AIOKafkaConsumer(
+        bootstrap_servers=_address(settings),
+        client_id=client_id,
+        group_id=group,
+        enable_auto_commit=False,
+        auto_offset_reset="earliest",
+        fetch_max_wait_ms=settings.fetch_max_wait_ms,
+        request_timeout_ms=settings.request_timeout_ms,
+        session_timeout_ms=settings.session_timeout_ms,
+        heartbeat_interval_ms=max(100, settings.session_timeout_ms // 6),
+        metadata_max_age_ms=30_000,
+    )
+
+
+@contextlib.asynccontextmanager
+async def started(client: Any, settings: KafkaSettings) -> AsyncIterator[Any]:
+    """Connect a client for the length of a block.
+
+    Raises:
+        KafkaUnavailable: no broker answers within the request timeout.
+    """
+    await start(client, settings)
+    try:
+        yield client
+    finally:
+        await close(client)
+
+
+async def start(client: Any, settings: KafkaSettings) -> None:
+    """Connect a client; the caller closes it.
+
+    Raises:
+        KafkaUnavailable: no broker answers within the request timeout.
+    """
+    try:
+        async with asyncio.timeout(settings.request_timeout_ms / 1000):
+            await client.start()
+    except (KafkaError, OSError, ValueError) as error:
+        await close(client)
+        raise unavailable(settings, error) from error
+    except BaseException:
+        await close(client)
+        raise
+
+
+async def close(client: Any) -> None:
+    """Close a client, whatever state it is in, in bounded time."""
+    stop = client.close if isinstance(client, AIOKafkaAdminClient) else client.stop
+    try:
+        async with asyncio.timeout(_CLOSE_S):
+            await stop()
+    except (KafkaError, OSError) as error:
+        logger.debug("closing a Kafka client: %s", error or type(error).__name__)
+
+
+async def ensure_topics(settings: KafkaSettings, topics: Iterable[Topic]) -> None:
+    """Make the topics that are not there; those that are stay as they are.
+
+    Raises:
+        KafkaUnavailable: the broker cannot be reached or does not make a topic; the message says why.
+    """
+    wanted = [
+        NewTopic(
+            topic.name,
+            topic.partitions or settings.partitions,
+            settings.replication_factor,
+            topic_configs=dict(topic.config),
+        )
+        for topic in topics
+    ]
+    admin = AIOKafkaAdminClient(
+        bootstrap_servers=_address(settings), client_id="thaw-topics", request_timeout_ms=settings.request_timeout_ms
+    )
+    async with started(admin, settings):
+        try:
+            async with asyncio.timeout(settings.request_timeout_ms / 1000):
+                response = await admin.create_topics(wanted)
+        except (KafkaError, OSError) as error:
+            raise unavailable(settings, error) from error
+    for result in response.to_object()["topic_errors"]:
+        if result["error_code"] not in (0, TopicAlreadyExistsError.errno):
+            reason = result.get("error_message") or for_code(result["error_code"]).__name__
+            raise KafkaUnavailable(f"the Kafka broker at {settings.bootstrap_servers} does not make the topic {result['topic']}: {reason}")
+
+
+async def read_table(settings: KafkaSettings, topics: Sequence[str], client_id: str) -> dict[str, list[ConsumerRecord]]:
+    """Every record of some (compacted, small) topics up to now, oldest first; a topic that does not exist is empty.
+
+    Raises:
+        KafkaUnavailable: the broker cannot be reached, or stops answering.
+    """
+    records: dict[str, list[ConsumerRecord]] = {topic: [] for topic in topics}
+    async with started(consumer(settings, client_id), settings) as reader:
+        try:
+            async with asyncio.timeout(settings.request_timeout_ms / 1000):
+                partitions = await partitions_of(reader, topics)
+                async for record in read_to_end(reader, partitions):
+                    records[record.topic].append(record)
+        except (KafkaError, OSError) as error:
+            raise unavailable(settings, error) from error
+    return records
+
+
+async def partitions_of(reader: AIOKafkaConsumer, topics: Iterable[str]) -> list[TopicPartition]:
+    """All partitions of those of ``topics`` that exist."""
+    # The public way, topics() and then partitions_for_topic(), looks into two different caches: the second may be empty.
+    cluster = await reader._client.fetch_all_metadata()
+    return [TopicPartition(topic, number) for topic in topics for number in sorted(cluster.partitions_for_topic(topic) or ())]
+
+
+async def read_to_end(reader: AIOKafkaConsumer, partitions: Sequence[TopicPartition]) -> AsyncIterator[ConsumerRecord]:
+    """Records of ``partitions`` from their beginning to what their end is now. The consumer stays assigned, to be read on."""
+    if not partitions:
+        return
+    reader.assign(partitions)
+    await reader.seek_to_beginning(*partitions)
+    ends = await reader.end_offsets(partitions)
+    # Positions, not offsets of records: the last offset of a compacted partition may hold no record.
+    while any([await reader.position(partition) < ends[partition] for partition in partitions]):
+        for batch in (await reader.getmany(timeout_ms=100)).values():
+            for record in batch:
+                yield record
+
+
+def _address(settings: KafkaSettings) -> str:
+    if not settings.bootstrap_servers:
+        raise KafkaUnavailable(
+            "no Kafka broker is known: start the embedded one with `thaw stack up`, "
+            "or set kafka.bootstrap_servers (THAW_KAFKA_BOOTSTRAP_SERVERS)"
+        )
+    return settings.bootstrap_servers
