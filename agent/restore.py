@@ -89,8 +89,11 @@ async def start_restored(
             work.mkdir(parents=True)
             if image.layer.stat().st_size:  # the thread costs more than the call when there is nothing to unpack
                 await asyncio.to_thread(archive.unpack_layer, image.layer, sandbox.layer_fd)
-            await furnish(sandbox, workshop, function, layers, instance_id, image.checkpoint)
-            await pager.serve(instance_id, image.checkpoint, work, _served(instance, tasks), record=record, prefetch=not record)
+            served = _served(instance, tasks)
+            await asyncio.gather(  # the pager gets ready while the root is mounted
+                furnish(sandbox, workshop, function, layers, instance_id, image.checkpoint),
+                pager.serve(instance_id, image.checkpoint, work, served, record=record, prefetch=not record),
+            )
             output = open_log(instance.log)
             try:
                 worker = await RestoreWorker.start(sandbox, workshop.criu_fd, image.images, work, [output])
