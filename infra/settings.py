@@ -115,6 +115,11 @@ class ScalerSettings:
     retry_s: float = 0.25
     #: Granularity of timers (idle release, expiry), s.
     tick_s: float = 0.1
+    #: A node whose stream is down this long counts as lost and its instances are started elsewhere, s. Short, because a start too
+    #: many costs 10 ms and is released again, while a missing instance costs requests.
+    node_grace_s: float = 1.0
+    #: A scaler that takes over reads demand at most this old, s: longer ttls of sources do not outlive a change of scaler.
+    replay_max_s: float = 3600.0
 
 
 @dataclass(frozen=True)
