@@ -24,12 +24,13 @@ import yaml
 
 from agent.api.function import Function, read_yaml
 from agent.api.records import StartRecord
-from infra import leaks, settings as settings_module, telemetry
+from infra import leaks, telemetry
+from infra import settings as settings_module
 from infra.local import broker, criu, objectstore
 from infra.settings import Settings
 from loadgen import driver, functions_setup, machine, memory, report, starts
 from loadgen.arrivals import Arrival
-from loadgen.checks import target_of
+from loadgen.checks import SAMPLES, target_of
 from loadgen.errors import LoadImpossible
 from loadgen.result import LoadResult, RequestRecord, latency
 from loadgen.traces import read, replay
@@ -54,6 +55,7 @@ class DemoOptions:
         idle_s: an instance that nobody needs is released after this long: idle times are compressed with the trace.
         seed: of the rows that are asked for.
         out: folder for the report.
+        samples: sample functions that stand for the trace's.
     """
 
     trace: Path
@@ -63,6 +65,7 @@ class DemoOptions:
     idle_s: float
     seed: int
     out: Path
+    samples: Sequence[str] = SAMPLES
 
 
 class Demo:
@@ -88,7 +91,7 @@ class Demo:
         self._log.parent.mkdir(parents=True, exist_ok=True)
         before = leaks.census([Path("/tmp")])
         self._say(f"preparing the sample functions in {self._settings.paths.cache_dir}")
-        documents = functions_setup.prepare(self._settings.paths.cache_dir, self._say)
+        documents = functions_setup.prepare(self._settings.paths.cache_dir, self._say, samples=self._options.samples)
         arrivals = self._arrivals([path.parent.name.rpartition("-")[0] for path in documents])
         try:
             with self._stack() as settings, self._node(settings):
@@ -142,16 +145,21 @@ class Demo:
                 process.kill()
                 process.wait()
 
-    def _command(self, *arguments: str, check: bool = True) -> str:
+    def _command(self, *arguments: str, check: bool = True) -> None:
+        """Run a ``thaw`` command and show what it says while it says it."""
         self._say(f"$ thaw {' '.join(arguments)}")
-        done = subprocess.run([*self._thaw, *arguments], stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
-        with self._log.open("a") as log:
-            log.write(done.stdout + done.stderr)
-        for line in [*done.stderr.splitlines(), *(done.stdout.splitlines() if arguments[0] in ("apply", "stack") else [])]:
-            self._say(f"  {line}")
-        if check and done.returncode:
-            raise LoadImpossible(f"thaw {' '.join(arguments)} failed with code {done.returncode}; see {self._keep_logs()}")
-        return done.stdout
+        with (
+            self._log.open("a") as log,
+            subprocess.Popen(
+                [*self._thaw, *arguments], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+            ) as process,
+        ):
+            assert process.stdout is not None
+            for line in process.stdout:
+                log.write(line)
+                self._say(f"  {line.rstrip()}")
+        if check and process.returncode:
+            raise LoadImpossible(f"thaw {' '.join(arguments)} failed with code {process.returncode}; see {self._keep_logs()}")
 
     def _keep_logs(self) -> Path:
         """Copy the logs to where they outlive the state folder."""
@@ -266,8 +274,8 @@ class Demo:
 def summary(product: report.RunData, baseline: report.RunData, leaked: Sequence[str], path: Path) -> dict[str, Any]:
     """The demo's last line.
 
-    ``p50_ms`` and ``p99_ms`` are of requests that waited for a restored start, the ``cold`` ones of requests that waited for a cold start in
-    the second run, both from the intended time; ``unaccounted_share`` is the median over restored starts.
+    ``p50_ms`` and ``p99_ms`` are of requests that waited for a restored start, the ``cold`` ones of requests that waited for a cold start
+    in the second run, both from the intended time; ``unaccounted_share`` is the median over restored starts.
     """
     restored = latency([record for record in report.started(product) if record.mode != "cold"])
     cold = latency(report.started(baseline))

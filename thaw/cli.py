@@ -1,7 +1,7 @@
 """The ``thaw`` command: settings from file, environment and flags, then one module per group of commands.
 
-In: the command line. Out: exit codes (0 done, 1 it failed, 2 the call is wrong) and one clear sentence for each error. A command's module is
-imported only when it is called: the agent must not wait for the plotting library of the report.
+In: the command line. Out: exit codes (0 done, 1 it failed, 2 the call is wrong) and one clear sentence for each error. A command's
+module is imported only when it is called: the agent must not wait for the plotting library of the report.
 """
 
 from __future__ import annotations

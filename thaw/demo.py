@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 import os
 import sys
 import time
@@ -18,6 +17,7 @@ from rich.table import Table
 from infra.errors import SettingsError
 from infra.settings import Settings
 from loadgen import demo
+from loadgen.checks import SAMPLES
 from loadgen.demo import DemoOptions
 from loadgen.traces import SHIPPED
 from thaw import invocation
@@ -32,17 +32,27 @@ from thaw import invocation
 @click.option("--seconds", type=float, default=60.0, show_default=True, help="How long the replay of the slice takes.")
 @click.option("--idle", "idle_s", type=float, default=0.5, show_default=True, help="An unneeded instance is released after this, s.")
 @click.option("--seed", type=int, default=1, show_default=True)
+@click.option("--sample", "samples", multiple=True, help="Sample function to use; may be repeated; default: all.")
 @click.option("--out", type=click.Path(file_okay=False, path_type=Path), help="Folder of the report; default: reports/demo-TIME here.")
 @click.pass_obj
 def command(
-    settings: Settings, trace: Path, from_s: float, to_s: float, seconds: float, idle_s: float, seed: int, out: Path | None
+    settings: Settings,
+    *,
+    trace: Path,
+    from_s: float,
+    to_s: float,
+    seconds: float,
+    idle_s: float,
+    seed: int,
+    samples: tuple[str, ...],
+    out: Path | None,
 ) -> None:
     """Replay a slice of a production trace on restored instances, then on cold ones; print a table and one JSON line."""
     if os.geteuid() != 0:
         raise SettingsError("the demo makes namespaces and restores processes with CRIU, so it needs root: run it with sudo")
     began = time.monotonic()
     folder = (out or Path("reports") / time.strftime("demo-%Y%m%d-%H%M%S")).resolve()
-    options = DemoOptions(trace, from_s, to_s if to_s > from_s else math.inf, seconds, idle_s, seed, folder)
+    options = DemoOptions(trace, from_s, to_s, seconds, idle_s, seed, folder, samples or SAMPLES)
     state = settings.paths.state_dir / "demo"
     own = dataclasses.replace(
         settings,
