@@ -52,13 +52,16 @@ _NOUNS = {
 }
 
 
-def difference(before: Census, after: Census, *, ignore: Iterable[str] = (), spare_descriptors: int = 0) -> list[str]:
+def difference(
+    before: Census, after: Census, *, ignore: Iterable[str] = (), only: Sequence[str] = (), spare_descriptors: int = 0
+) -> list[str]:
     """Name each thing that ``after`` holds and ``before`` did not.
 
     Args:
         before: the earlier count.
         after: the later one.
         ignore: things whose description or identity contains one of these are not leaks (e.g. a tool the user started).
+        only: things whose description or identity contains none of these are not leaks: others work on this machine too.
         spare_descriptors: a process may have this many more descriptors than before (caches, pools that grow once).
 
     Returns:
@@ -70,8 +73,9 @@ def difference(before: Census, after: Census, *, ignore: Iterable[str] = (), spa
         old, new = getattr(before, kind), getattr(after, kind)
         for identity in sorted(set(new) - set(old)):
             text = f"{noun} {identity} {new[identity]}".rstrip()
-            if not any(word in text for word in unwanted):
-                leaks.append(text)
+            if any(word in text for word in unwanted) or (only and kind != "processes" and not any(word in text for word in only)):
+                continue
+            leaks.append(text)
     for pid, count in sorted(after.descriptors.items()):
         earlier = before.descriptors.get(pid)
         if earlier is not None and count > earlier + spare_descriptors:
@@ -79,17 +83,19 @@ def difference(before: Census, after: Census, *, ignore: Iterable[str] = (), spa
     return leaks
 
 
-def census(folders: Sequence[Path] = (), pids: Sequence[int] = ()) -> Census:
+def census(folders: Sequence[Path] = (), pids: Sequence[int] = (), marks: Sequence[str] = ()) -> Census:
     """Count what the host holds now. Takes 10-50 ms.
 
     Args:
         folders: every file below these is counted.
         pids: processes whose open descriptors are counted.
+        marks: of processes, count only those with one of these in command line, environment or cgroup.
     """
+    processes = _processes(marks)
     return Census(
-        processes=_processes(),
+        processes=processes,
         mounts=parse_mounts(_read(Path("/proc/self/mountinfo"))),
-        namespaces=_namespaces(),
+        namespaces=_namespaces([Path(f"/proc/{identity.partition('@')[0]}") for identity in processes] if marks else _proc_folders()),
         links=_links(),
         cgroups={str(path): "" for path in _cgroups()},
         files={str(path): "" for folder in folders for path in folder.rglob("*")},
@@ -108,8 +114,8 @@ def parse_mounts(mountinfo: str) -> dict[str, str]:
     return found
 
 
-def _processes() -> dict[str, str]:
-    """Every process but this one, kernel threads, and what init is about to reap."""
+def _processes(marks: Sequence[str]) -> dict[str, str]:
+    """Every process (with a mark) but this one, kernel threads, and what init is about to reap."""
     found = {}
     for folder in _proc_folders():
         try:
@@ -120,14 +126,16 @@ def _processes() -> dict[str, str]:
         # Kernel threads are children of 2. A zombie whose parent is init is gone in all but name.
         if pid == os.getpid() or 2 in (pid, parent) or (state in "ZX" and parent == 1):
             continue
+        if marks and not any(mark in _read(folder / name) for name in ("cmdline", "cgroup", "environ") for mark in marks):
+            continue
         command = _read(folder / "cmdline").replace("\0", " ").strip() or f"[{_read(folder / 'comm').strip()}]"
         found[f"{pid}@{ticks}"] = command + (" (zombie)" if state in "ZX" else "")
     return found
 
 
-def _namespaces() -> dict[str, str]:
+def _namespaces(folders: Iterable[Path]) -> dict[str, str]:
     found: dict[str, str] = {}
-    for folder in _proc_folders():
+    for folder in folders:
         try:
             inode = str((folder / "ns" / "net").readlink())
         except OSError:

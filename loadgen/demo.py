@@ -11,6 +11,7 @@ import asyncio
 import contextlib
 import json
 import math
+import os
 import shutil
 import signal
 import subprocess
@@ -40,6 +41,8 @@ Say = Callable[[str], None]
 Row = tuple[str, int, float, float, int, float, float]
 #: Longest wait for all checkpoints, s.
 _CHECKPOINTS_S = 180.0
+#: Descriptors that agent and pager may hold more after the load than before: connections to the store, images.
+_SPARE_DESCRIPTORS = 32
 #: Longest wait until every instance of the run before is released, s.
 _IDLE_S = 60.0
 
@@ -78,6 +81,10 @@ class Demo:
         self._say = say
         self._state = settings.paths.state_dir
         self._log = self._state / "logs" / "demo.log"
+        #: Whatever belongs to this demo has one of these in its command line, environment, cgroup, name or path.
+        self._marks = (str(self._state), f"thaw-{settings.agent.node_name}", settings.agent.bridge[:6])
+        self._environment = {**os.environ, "THAW_RUN": str(self._state)}
+        self._leaked: list[str] = []
 
     def run(self) -> tuple[dict[str, Any], list[Row]]:
         """Do everything; what was started is stopped on every way out.
@@ -89,7 +96,7 @@ class Demo:
             LoadImpossible: a step failed; the message names its log.
         """
         self._log.parent.mkdir(parents=True, exist_ok=True)
-        before = leaks.census([Path("/tmp")])
+        before = leaks.census(marks=self._marks)
         self._say(f"preparing the sample functions in {self._settings.paths.cache_dir}")
         documents = functions_setup.prepare(self._settings.paths.cache_dir, self._say, samples=self._options.samples)
         arrivals = self._arrivals([path.parent.name.rpartition("-")[0] for path in documents])
@@ -100,9 +107,10 @@ class Demo:
         finally:
             self._command("stack", "down", "--purge", check=False)
         path = report.write(self._options.out, product, baseline, machine=facts, method=self._method(arrivals))
-        shutil.rmtree(self._state, ignore_errors=True)
         time.sleep(0.5)  # the kernel takes namespaces down a moment after their last process
-        leaked = leaks.difference(before, leaks.census([Path("/tmp")]))
+        leaked = [*self._leaked, *leaks.difference(before, leaks.census(marks=self._marks), only=self._marks)]
+        leaked += [f"file {path}" for path in self._scratch_files()]
+        shutil.rmtree(self._state, ignore_errors=True)
         for line in leaked:
             self._say(f"leaked: {line}")
         return summary(product, baseline, leaked, path), by_function(product, baseline)
@@ -129,7 +137,14 @@ class Demo:
         """``thaw run`` in the background: an agent and a scaler that are started again when they die."""
         self._say(f"$ thaw run   (logs in {self._state / 'logs'})")
         with self._log.open("ab") as log:
-            process = subprocess.Popen([*self._thaw, "run"], stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True)
+            process = subprocess.Popen(
+                [*self._thaw, "run"],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+                env=self._environment,
+            )
         try:
             give_up = time.monotonic() + 60
             while not settings.agent_file.exists():
@@ -151,7 +166,12 @@ class Demo:
         with (
             self._log.open("a") as log,
             subprocess.Popen(
-                [*self._thaw, *arguments], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+                [*self._thaw, *arguments],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+                env=self._environment,
             ) as process,
         ):
             assert process.stdout is not None
@@ -175,10 +195,14 @@ class Demo:
             functions = self._apply(documents, "auto")
             self._say("one cold start of each function; each is then checkpointed")
             await self._load(settings, functions, [Arrival(0.0, name, 1, "") for name in functions], tracer, "first")
-            await self._until(lambda state: all(item.get("checkpoint") for item in state.values()), _CHECKPOINTS_S, "checkpoints")
+            await self._until(lambda state: all(item.get("checkpoint") for item in state.values()), _CHECKPOINTS_S, "each has a checkpoint")
+            await self._until_idle()
+            before = self._descriptors(settings)
             product = await self._run(settings, functions, arrivals, tracer, "restored", "with checkpoints")
             functions = self._apply(documents, "off")
             baseline = await self._run(settings, functions, arrivals, tracer, "cold", "with checkpoints off")
+            after = self._descriptors(settings)
+            self._leaked = leaks.difference(before, after, only=self._marks, spare_descriptors=_SPARE_DESCRIPTORS)
         finally:
             tracer.close()
         return product, baseline
@@ -212,12 +236,11 @@ class Demo:
         name: str,
         title: str,
     ) -> report.RunData:
-        await self._until(lambda state: all(item.get("instances") == 0 for item in state.values()), _IDLE_S, "instances to be released")
         self._say(f"load {title}: {len(arrivals)} requests in {self._options.seconds:.0f} s")
         began_ns = time.time_ns()
         async with memory.sampled(settings.agent.node_name) as samples:
             result = await self._load(settings, functions, arrivals, tracer, name)
-        await asyncio.sleep(0.5)  # the last start record may still be on its way
+        await self._until_idle()
         found = await starts.read_starts(settings.kafka, began_ns, time.time_ns())
         self._say(f"  {result.answered} of {result.requests} answered, {result.wrong} wrong, {_modes(found)}")
         return report.RunData(name, title, result, found, samples, sorted((self._state / "traces").glob("*.jsonl")))
@@ -229,6 +252,21 @@ class Demo:
         out.mkdir(parents=True, exist_ok=True)
         targets = {key: target_of(function) for key, function in functions.items()}
         return await driver.run(settings, arrivals, targets, tracer, out=out)
+
+    async def _until_idle(self) -> None:
+        await self._until(lambda state: all(item.get("instances") == 0 for item in state.values()), _IDLE_S, "all instances are released")
+        await asyncio.sleep(1.0)  # the pool of sandboxes fills up again
+
+    def _descriptors(self, settings: Settings) -> leaks.Census:
+        """Open descriptors of the agent and its pager, while nothing runs."""
+        agent = int(json.loads(settings.agent_file.read_text())["pid"])
+        children = [int(pid) for task in Path(f"/proc/{agent}/task").iterdir() for pid in (task / "children").read_text().split()]
+        return leaks.census(pids=[agent, *children], marks=self._marks)
+
+    def _scratch_files(self) -> list[Path]:
+        """Files that an instance or a checkpoint should have taken along."""
+        agent = self._state / "agent"
+        return [*(agent / "work").glob("*"), *(agent / "mount").glob("*"), *agent.rglob(".building-*")]
 
     async def _until(self, reached: Callable[[dict[str, Any]], bool], timeout_s: float, what: str) -> None:
         """Poll ``thaw get functions`` until its answer fulfils a condition."""
@@ -242,7 +280,7 @@ class Demo:
             if state and reached(state):
                 return
             if time.monotonic() > give_up:
-                raise LoadImpossible(f"waited {timeout_s:.0f} s in vain for {what}: {state}; see {self._keep_logs()}")
+                raise LoadImpossible(f"waited {timeout_s:.0f} s in vain until {what}: {state}; see {self._keep_logs()}")
             await asyncio.sleep(0.3)
 
     # Results

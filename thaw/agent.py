@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import click
 import uvloop
 
 import agent.sandbox
+from agent.errors import AgentError
 from agent.server import Tools, serve
 from infra import telemetry
 from infra.local import criu, native
@@ -28,5 +30,7 @@ def tools(settings: Settings) -> Tools:
 @click.pass_obj
 def command(settings: Settings) -> None:
     """Run the agent of this node until SIGTERM. Needs root."""
+    if os.geteuid() != 0:
+        raise AgentError("the agent makes namespaces and restores processes with CRIU, so it needs root: run it with sudo")
     telemetry.configure("agent", settings)
     uvloop.run(serve(settings, tools(settings)))

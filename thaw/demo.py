@@ -57,9 +57,10 @@ def command(
     own = dataclasses.replace(
         settings,
         paths=dataclasses.replace(settings.paths, state_dir=state),
-        agent=dataclasses.replace(settings.agent, listen_port=0, node_name="demo"),
+        agent=dataclasses.replace(settings.agent, listen_port=0, node_name="demo", bridge="thawdemo"),
     )
-    arguments = [*invocation.arguments(), "--state-dir", str(state), "--set", "agent.listen_port=0", "--set", "agent.node_name=demo"]
+    own_settings = [part for name in ("listen_port=0", "node_name=demo", "bridge=thawdemo") for part in ("--set", f"agent.{name}")]
+    arguments = [*invocation.arguments(), "--state-dir", str(state), *own_settings]
 
     def say(line: str) -> None:
         click.echo(f"[{time.monotonic() - began:6.1f} s] {line}", err=True)
