@@ -159,3 +159,21 @@ async def test_strangers_on_the_port_change_nothing(stack_settings: Settings, tm
         assert await watcher.receive() is None, "a watcher gives no orders"
         assert (await ask(report))["ok"]
         await watcher.close()
+
+
+async def test_an_image_that_fails_again_and_again_is_quarantined(stack_settings: Settings, tmp_path: Path) -> None:
+    function = a_function(tmp_path, "spoiled")
+    async with running_agent(stack_settings, tmp_path / "spoiled") as agent:
+        published = await agent.call(MakeCheckpoint, function=function)
+        directory = agent.state / "agent" / "images" / published.checkpoint.checkpoint / "img"
+        (directory / "core-1000.img").write_bytes(b"spoiled")
+        reasons = []
+        for _ in range(4):
+            report = await agent.start_instance(function)
+            assert report.record.start_mode == "cold" and (await ask(report))["ok"]
+            reasons.append(report.record.fallback_reason)
+            await agent.call(Release, instance=report.instance.instance)
+        assert all(reason.startswith("criu: criu restore failed") for reason in reasons[:3]), reasons
+        assert "quarantined after 3 failed restores" in reasons[3]
+        await agent.stop()
+    assert host_leftovers(agent) == []

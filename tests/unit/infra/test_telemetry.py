@@ -1,8 +1,10 @@
 """Spans from measured times, and logs as JSON lines."""
 
+import http.server
 import io
 import json
 import logging
+import threading
 from pathlib import Path
 
 import pytest
@@ -35,6 +37,37 @@ def test_spans_keep_their_times_and_parents(tracer: telemetry.Tracer, tmp_path: 
 @pytest.mark.parametrize("parent", ["", "nonsense", "00-0-0-00", "00-" + "0" * 32 + "-" + "0" * 16 + "-01"])
 def test_a_malformed_parent_begins_a_new_trace(tracer: telemetry.Tracer, parent: str) -> None:
     assert len(telemetry.trace_id(tracer.begin("x", parent, 1).traceparent)) == 32
+
+
+def test_spans_go_to_a_collector_when_one_is_set(tmp_path: Path) -> None:
+    received: list[tuple[str, bytes]] = []
+
+    class Collector(http.server.BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            received.append((self.path, self.rfile.read(int(self.headers["content-length"]))))
+            self.send_response(200)
+            self.end_headers()
+
+        def log_message(self, *_: object) -> None:
+            return
+
+    with http.server.HTTPServer(("127.0.0.1", 0), Collector) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        environment = {
+            "THAW_PATHS_STATE_DIR": str(tmp_path),
+            "THAW_TELEMETRY_OTLP_ENDPOINT": f"http://127.0.0.1:{server.server_port}",
+        }
+        root = logging.getLogger()
+        kept = root.handlers[:], root.level
+        tracer = telemetry.configure("test", load(None, environment))
+        tracer.span("criu.restore", "", 1_000, 2_000)
+        tracer.close()
+        root.handlers[:], root.level = kept
+        server.shutdown()
+        thread.join()
+    assert received[0][0] == "/v1/traces"
+    assert b"criu.restore" in received[0][1] or received[0][1][:2] == b"\x1f\x8b"
 
 
 def test_a_log_line_carries_its_context() -> None:

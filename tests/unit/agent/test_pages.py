@@ -1,0 +1,51 @@
+"""Which pages are on the node."""
+
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from agent.pager.pages import PAGE, ImagePages, PagesFile
+
+CHUNK = 4 * PAGE
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    (tmp_path / "pages-1.img").write_bytes(b"\0" * (10 * PAGE))
+    return tmp_path
+
+
+def test_a_chunk_of_zeros_is_here_and_the_working_set_is_here(folder: Path) -> None:
+    pages = ImagePages(folder, {1: [b"a", None, b"c"]}, CHUNK, [(1, PAGE, PAGE)], complete=False)
+    file = pages.files[1]
+    assert file.available(0, PAGE) == 0
+    assert file.available(PAGE, 2 * PAGE) == PAGE
+    assert file.available(4 * PAGE, 6 * PAGE) == 4 * PAGE
+    assert pages.missing() == [(1, 0), (1, 2)]
+    file.fill(0, b"x" * CHUNK)
+    file.fill(8 * PAGE, b"y" * (2 * PAGE))
+    assert pages.complete and pages.missing() == []
+    assert (folder / "pages-1.img").read_bytes()[8 * PAGE :] == b"y" * (2 * PAGE)
+    pages.close()
+
+
+@settings(max_examples=50)
+@given(st.lists(st.tuples(st.integers(0, 9), st.integers(1, 10)), max_size=8), st.integers(0, 9), st.integers(1, 10))
+def test_available_counts_pages_up_to_the_first_gap(marks: list[tuple[int, int]], at: int, size: int) -> None:
+    import tempfile
+
+    with tempfile.NamedTemporaryFile() as handle:
+        handle.truncate(10 * PAGE)
+        file = PagesFile(Path(handle.name), complete=False)
+        here = [False] * 10
+        for start, count in marks:
+            count = min(count, 10 - start)
+            file.mark(start * PAGE, count * PAGE)
+            here[start : start + count] = [True] * count
+        size = min(size, 10 - at)
+        expected = next((index for index in range(size) if not here[at + index]), size)
+        assert file.available(at * PAGE, size * PAGE) == expected * PAGE
+        assert file.complete == all(here)
+        file.close()
