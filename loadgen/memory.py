@@ -1,7 +1,7 @@
 """Memory of instances over time.
 
-In: the cgroup of a node's instances. Out: (seconds, MB) samples for :mod:`loadgen.report`: what the kernel charges to them, page cache included,
-and the memory that is available on the machine.
+In: the cgroup of a node's instances. Out: (seconds, MB) samples for :mod:`loadgen.report`: what the kernel charges to them, page cache
+included, and the memory that is available on the machine.
 """
 
 from __future__ import annotations

@@ -1,5 +1,7 @@
 """From touched pages to the working set."""
 
+import itertools
+
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -14,7 +16,7 @@ def test_merged_spans_cover_the_same_and_are_apart(given_spans: list[tuple[int, 
     merged = merge(given_spans)
     covered = {at for start, end in given_spans for at in range(start, end)}
     assert {at for start, end in merged for at in range(start, end)} == covered
-    assert all(left[1] < right[0] for left, right in zip(merged, merged[1:], strict=False))
+    assert all(left[1] < right[0] for left, right in itertools.pairwise(merged))
 
 
 def test_holds_what_criu_reads_itself_and_what_was_touched() -> None:

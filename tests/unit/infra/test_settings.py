@@ -36,7 +36,7 @@ def test_a_file_that_is_no_toml(tmp_path: Path) -> None:
     file = tmp_path / "x.toml"
     for text in ("agent = 3", "[agent"):
         file.write_text(text)
-        with pytest.raises(SettingsError, match="x.toml"):
+        with pytest.raises(SettingsError, match=r"x\.toml"):
             load(file, {})
 
 
