@@ -61,7 +61,9 @@ class Starter:
         self._catalog = catalog
         self._pager = pager
         self._tasks = tasks
-        self._admission = asyncio.Semaphore(workshop.settings.starts_in_flight)
+        # Apart, so that restores of 20 ms do not queue behind cold starts of seconds.
+        self._restores = asyncio.Semaphore(workshop.settings.starts_in_flight)
+        self._colds = asyncio.Semaphore(workshop.settings.starts_in_flight)
 
     async def start(self, command: Start, received_ns: int) -> tuple[Instance, StartRecord]:
         """Bring up one instance.
@@ -74,16 +76,18 @@ class Starter:
         instance: Instance | None = None
         try:
             left_s = (command.deadline_ns - time.time_ns()) / 1e9
-            async with asyncio.timeout(max(0.0, left_s)), self._admitted(clock, received_ns):
-                resolution = await self._catalog.resolve(command.function, clock=clock, fetched=fetched)
-                image, reason = self._catalog.usable(command.function, resolution)
-                if image is not None:
-                    checkpoint = image.checkpoint
-                    instance, reason = await self._restore(command, image, resolution.layers, clock, evidence)
+            async with asyncio.timeout(max(0.0, left_s)):
+                async with _admitted(self._restores, clock, received_ns):
+                    resolution = await self._catalog.resolve(command.function, clock=clock, fetched=fetched)
+                    image, reason = self._catalog.usable(command.function, resolution)
+                    if image is not None:
+                        checkpoint = image.checkpoint
+                        instance, reason = await self._restore(command, image, resolution.layers, clock, evidence)
                 if instance is None:
-                    instance = await start_cold(
-                        self._workshop, command.function, resolution.layers, _instance_id(command), command.deadline_ns, clock
-                    )
+                    async with _admitted(self._colds, clock, time.time_ns()):
+                        instance = await start_cold(
+                            self._workshop, command.function, resolution.layers, _instance_id(command), command.deadline_ns, clock
+                        )
         except TimeoutError as error:
             cause: AgentError = NotReady("the start did not end by its deadline", function=command.function.name)
             raise StartFailure(cause, self._record(command, received_ns, clock, evidence, fetched, None, cause, reason)) from error
@@ -95,12 +99,6 @@ class Starter:
         instance.command_id = command.id
         record = self._record(command, received_ns, clock, evidence, fetched, instance, None, reason, checkpoint)
         return instance, record
-
-    @contextlib.asynccontextmanager
-    async def _admitted(self, clock: PhaseClock, received_ns: int) -> AsyncIterator[None]:
-        async with self._admission:
-            clock.add("agent.queue", received_ns, time.time_ns())
-            yield
 
     async def _restore(
         self, command: Start, image: CachedImage, layers: RootLayers, clock: PhaseClock, evidence: RestoreEvidence
@@ -164,6 +162,14 @@ class Starter:
             pages_faulted=evidence.pages_faulted,
             criu=evidence.criu,
         )
+
+
+@contextlib.asynccontextmanager
+async def _admitted(places: asyncio.Semaphore, clock: PhaseClock, since_ns: int) -> AsyncIterator[None]:
+    """Wait for a place, first come first served; the time since ``since_ns`` is phase ``agent.queue``."""
+    async with places:
+        clock.add("agent.queue", since_ns, time.time_ns())
+        yield
 
 
 def _instance_id(command: Start) -> str:

@@ -120,7 +120,7 @@ async def start(client: Any, settings: KafkaSettings) -> None:
 
 async def close(client: Any) -> None:
     """Close a client, whatever state it is in, in bounded time."""
-    stop = client.close if isinstance(client, AIOKafkaAdminClient) else client.stop
+    stop = getattr(client, "stop", None) or client.close
     try:
         async with asyncio.timeout(_CLOSE_S):
             await stop()

@@ -3,6 +3,7 @@
 ScalerError
 ├── DemandInvalid       a demand record cannot be decoded; it goes to ``thaw.demand.rejected``
 ├── AgentUnreachable    no stream to a node
+├── ShardingChanged     the demand topic has another number of partitions than when the scaler began
 └── InvalidTransition   the planner was asked for something impossible: a bug, with the function's story
 """
 
@@ -19,6 +20,10 @@ class DemandInvalid(ScalerError):
 
 class AgentUnreachable(ScalerError):
     """There is no stream to the node."""
+
+
+class ShardingChanged(ScalerError):
+    """The demand topic was given other partitions: every function may belong to another shard. Starting again is the cure."""
 
 
 class InvalidTransition(ScalerError):
