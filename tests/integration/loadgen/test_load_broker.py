@@ -1,23 +1,25 @@
 """The driver's events on a real broker, and brokers that are not there."""
 
 import asyncio
-import contextlib
 import dataclasses
 import time
 
+import msgpack
 import pytest
 from aiokafka import AIOKafkaConsumer, TopicPartition
-from aiokafka.admin import AIOKafkaAdminClient, NewTopic
-from aiokafka.errors import TopicAlreadyExistsError
 
+from infra import kafka
+from infra.errors import KafkaUnavailable
+from infra.kafka import Topic
 from infra.settings import KafkaSettings, ScalerSettings, Settings
-from loadgen import driver
+from loadgen import driver, targets
 from loadgen import producer as producer_module
 from loadgen.arrivals import Arrival, uniform
 from loadgen.checks import sample_targets
 from loadgen.driver import LoadOptions
-from loadgen.errors import LoadImpossible
+from loadgen.errors import LoadImpossible, TargetUnknown
 from loadgen.producer import open_producer
+from loadgen.targets import known_targets
 from scaler.demand import DEMAND_TOPIC, TRACEPARENT_HEADER, decode
 
 OPTIONS = LoadOptions(deadline_s=20, lead_s=0.1)
@@ -42,18 +44,8 @@ async def read_from(settings, offsets, until):
         await consumer.stop()
 
 
-async def create_topic(settings):
-    admin = AIOKafkaAdminClient(bootstrap_servers=settings.kafka.bootstrap_servers)
-    await admin.start()
-    try:
-        with contextlib.suppress(TopicAlreadyExistsError):
-            await admin.create_topics([NewTopic(DEMAND_TOPIC, num_partitions=4, replication_factor=1)])
-    finally:
-        await admin.close()
-
-
 async def end_offsets(settings):
-    await create_topic(settings)
+    await kafka.ensure_topics(settings.kafka, [Topic(DEMAND_TOPIC)])
     async with open_producer(settings.kafka, 20) as producer:
         partitions = await producer.partitions_for(DEMAND_TOPIC)
     consumer = AIOKafkaConsumer(bootstrap_servers=settings.kafka.bootstrap_servers)
@@ -116,21 +108,46 @@ async def test_a_broker_that_is_not_there_is_a_clear_error_and_quick(agent, trac
         scaler=ScalerSettings(agents=f"127.0.0.1:{agent.port}"),
     )
     began = time.monotonic()
-    with pytest.raises(LoadImpossible, match=message):
+    with pytest.raises(KafkaUnavailable, match=message):
         await driver.run(settings, [Arrival(0.0, "echo", 7)], sample_targets(), tracer, options=OPTIONS)
     assert time.monotonic() - began < 8
 
 
 async def test_something_that_is_not_a_broker_is_a_clear_error(agent, make_instance):
     instance = await make_instance()
-    with pytest.raises(LoadImpossible, match="cannot reach the Kafka broker"):
-        async with open_producer(KafkaSettings(bootstrap_servers=instance.address), 1.0):
+    with pytest.raises(KafkaUnavailable, match="cannot reach the Kafka broker"):
+        async with open_producer(KafkaSettings(bootstrap_servers=instance.address, request_timeout_ms=1000), 1.0):
             pass
 
 
 @pytest.mark.stack
 async def test_a_broker_without_the_topic_is_a_clear_error(stack_settings, monkeypatch):
     monkeypatch.setattr(producer_module, "DEMAND_TOPIC", "thaw.nowhere")
-    with pytest.raises(LoadImpossible, match=r"topic thaw.nowhere is not on the broker .* a scaler creates it"):
+    with pytest.raises(LoadImpossible, match=r"topic thaw.nowhere is not on the broker .* a scaler makes it"):
         async with open_producer(stack_settings.kafka, 1.0):
             pass
+
+
+def document(name, **more):
+    return {"metadata": {"name": name, **more}, "spec": {"command": ["x"], "port": 8080}}
+
+
+@pytest.mark.stack
+async def test_targets_are_the_functions_that_are_applied_now(stack_settings, monkeypatch):
+    topic = "thaw.functions.load"
+    monkeypatch.setattr(targets, "FUNCTIONS_TOPIC", topic)
+    with pytest.raises(TargetUnknown, match="thaw apply"):
+        await known_targets(stack_settings)
+    await kafka.ensure_topics(stack_settings.kafka, [Topic(topic, 1, {"cleanup.policy": "compact"})])
+    async with kafka.started(kafka.producer(stack_settings.kafka, "test"), stack_settings.kafka) as producer:
+        for name, value in [
+            ("gone", msgpack.packb(document("gone"))),
+            ("mine", msgpack.packb(document("mine", labels={"thaw.dev/check": "echo"}))),
+            ("gone", None),
+            ("broken", b"\xc1"),
+            ("odd", msgpack.packb({"metadata": 1})),
+        ]:
+            await producer.send_and_wait(topic, value, name.encode())
+    found = await known_targets(stack_settings)
+    assert list(found) == ["mine"]
+    assert found["mine"].path(4) == "/?row=4"

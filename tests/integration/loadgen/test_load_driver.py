@@ -301,7 +301,7 @@ async def test_something_that_is_not_an_agent_is_a_clear_error(load, make_instan
 async def test_a_run_that_is_stopped_tells_the_scaler_that_nothing_is_wanted(load, producer):
     running = asyncio.create_task(load(ONE))
     async with asyncio.timeout(5):
-        while not producer.events:  # noqa: ASYNC110, the producer is a list
+        while not producer.events:
             await asyncio.sleep(0.01)
     running.cancel()
     with pytest.raises(asyncio.CancelledError):
