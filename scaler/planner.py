@@ -94,9 +94,10 @@ class Planner:
         return snapshot(state) if state is not None else None
 
     def drain_touched(self) -> list[str]:
-        """Functions of this scaler's shards whose snapshot may have changed since the last call."""
-        touched, self._world.touched = self._world.touched, {}
-        return [name for name in touched if self._world.shard_of(name) in self._world.owned]
+        """Functions that this scaler decides for and whose snapshot may have changed since the last call."""
+        world = self._world
+        touched, world.touched = world.touched, {}
+        return [name for name in touched if (shard := world.owned.get(world.shard_of(name))) is not None and shard.ready]
 
     @property
     def functions(self) -> list[str]:

@@ -1,0 +1,67 @@
+"""From which offset a shard's levels can be rebuilt: what a scaler commits.
+
+In: absorbed records of one partition. Out: :attr:`ReplayPoint.offset`, the oldest record that still counts: the newest record of a
+live source, or a rejected record that the broker does not have yet. Used by :mod:`scaler.edges.kafka`.
+
+Committing the newest absorbed offset would lose the level of a source that spoke before it and is still within its ttl; a scaler that
+takes over reads from here instead, and knows every level without any state of its own.
+"""
+
+from __future__ import annotations
+
+import collections
+from typing import NamedTuple
+
+
+class _Live(NamedTuple):
+    epoch: int
+    seq: int
+    offset: int
+    expires_ns: int
+
+
+class ReplayPoint:
+    """The replay point of one partition."""
+
+    def __init__(self, next_offset: int) -> None:
+        #: Everything before it has been absorbed.
+        self.next_offset = next_offset
+        self._live: collections.OrderedDict[tuple[str, str], _Live] = collections.OrderedDict()
+        self._rejected: dict[int, None] = {}
+
+    def absorbed(self, function: str, source: str, epoch: int, seq: int, in_flight: int, offset: int, expires_ns: int) -> None:
+        """A demand record was handed to the planner."""
+        self.next_offset = offset + 1
+        key = (function, source)
+        known = self._live.get(key)
+        if known is not None and (epoch, seq) <= (known.epoch, known.seq):
+            return
+        if in_flight == 0:
+            # Nothing needs to be read again to know that nothing is asked for.
+            self._live.pop(key, None)
+            return
+        self._live[key] = _Live(epoch, seq, offset, expires_ns)
+        self._live.move_to_end(key)
+
+    def rejected(self, offset: int) -> None:
+        """A record is on its way to the rejected ones."""
+        self.next_offset = offset + 1
+        self._rejected[offset] = None
+
+    def reject_delivered(self, offset: int) -> None:
+        """The broker has the rejected record."""
+        self._rejected.pop(offset, None)
+
+    @property
+    def settled_offset(self) -> int:
+        """Everything before it has been absorbed or is safely among the rejected."""
+        return min(next(iter(self._rejected), self.next_offset), self.next_offset)
+
+    def offset(self, now_ns: int) -> int:
+        """From here everything that counts at ``now_ns`` is read again."""
+        while self._live:
+            oldest = next(iter(self._live.values()))
+            if oldest.expires_ns > now_ns:
+                return min(oldest.offset, self.settled_offset)
+            self._live.popitem(last=False)
+        return self.settled_offset

@@ -1,0 +1,67 @@
+"""Publishes what the planner knows of each function to the compacted topic ``thaw.state``.
+
+In: snapshots of :class:`scaler.planner.Planner`. Out: records, name to snapshot, when something changed; a function of which nothing is
+left is deleted from the table. Read by ``thaw get functions``. At most :data:`PER_FUNCTION_HZ` records per second and function, and at
+most :data:`PER_ROUND` per call, so that a thousand changing functions do not delay a decision.
+"""
+
+from __future__ import annotations
+
+import msgpack
+import msgspec
+
+from scaler.demand import STATE_TOPIC
+from scaler.edges.publisher import Outgoing, Publisher
+from scaler.levels import NS
+from scaler.planner import Planner
+from scaler.state import FunctionSnapshot
+
+PER_FUNCTION_HZ = 5
+PER_ROUND = 50
+
+
+def decode(value: bytes) -> FunctionSnapshot:
+    """A snapshot from a record's value.
+
+    Raises:
+        ValueError: it is not one.
+    """
+    try:
+        return msgspec.convert(msgpack.unpackb(value), FunctionSnapshot)
+    except (msgpack.UnpackException, msgspec.ValidationError, TypeError) as error:
+        raise ValueError(f"not a function's state: {error}") from error
+
+
+class StateFeed:
+    """Remembers what it published last."""
+
+    def __init__(self, planner: Planner, publisher: Publisher) -> None:
+        self._planner = planner
+        self._publisher = publisher
+        self._waiting: dict[str, None] = {}
+        #: function → (when, what)
+        self._last: dict[str, tuple[int, bytes]] = {}
+
+    def publish(self, now_ns: int) -> None:
+        """Publish what has changed and may be published again."""
+        for name in self._planner.drain_touched():
+            self._waiting[name] = None
+        sent = 0
+        for name in list(self._waiting):
+            at_ns, last = self._last.get(name, (0, b""))
+            if now_ns - at_ns < NS // PER_FUNCTION_HZ:
+                continue
+            del self._waiting[name]
+            snapshot = self._planner.explain(name)
+            if snapshot is None:
+                self._last.pop(name, None)
+                self._publisher.publish(Outgoing(topic=STATE_TOPIC, key=name.encode(), value=None))
+            else:
+                value = msgpack.packb(msgspec.to_builtins(snapshot))
+                if value == last:
+                    continue
+                self._last[name] = (now_ns, value)
+                self._publisher.publish(Outgoing(topic=STATE_TOPIC, key=name.encode(), value=value))
+            sent += 1
+            if sent == PER_ROUND:
+                return

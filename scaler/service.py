@@ -1,0 +1,243 @@
+"""The live scaler: one event loop that connects the planner to Kafka and the agents.
+
+In: demand and functions (:mod:`scaler.edges.kafka`, :mod:`scaler.edges.functions`), agents' reports (:mod:`scaler.edges.agents`), time.
+Out: commands to agents, start records and traces (:mod:`scaler.edges.starts`), state (:mod:`scaler.edges.statefeed`). Every input becomes
+one event of :class:`scaler.planner.Planner`; from the arrival of a demand record to its command on the wire nothing is awaited.
+
+A gained shard is decided on when three things are known: its replayed demand, the functions, and what exists on the nodes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import gc
+import logging
+import os
+import secrets
+import signal
+import socket
+import time
+
+from aiokafka.errors import KafkaError
+
+from agent.api.messages import InstanceExited, StartDone, StartFailed
+from infra import kafka
+from infra.settings import ScalerSettings, Settings
+from infra.tasks import TaskGroup
+from infra.telemetry import Tracer
+from scaler.demand import DEMAND_TOPIC
+from scaler.edges.agents import Agents
+from scaler.edges.functions import FunctionsFeed
+from scaler.edges.kafka import DemandFeed, DemandRecord
+from scaler.edges.membership import Membership
+from scaler.edges.publisher import Publisher
+from scaler.edges.starts import StartBook
+from scaler.edges.statefeed import StateFeed
+from scaler.edges.topics import TOPICS, sharding
+from scaler.events import (
+    DemandSeen,
+    Event,
+    FunctionApplied,
+    FunctionDeleted,
+    NodeDown,
+    NodeLost,
+    NodeReport,
+    Origin,
+    PlannerReport,
+    ShardGained,
+    ShardLost,
+    ShardReady,
+    Tick,
+)
+from scaler.levels import NS
+from scaler.planner import Planner
+from scaler.world import PlannerConfig
+
+logger = logging.getLogger(__name__)
+_FLUSH_S = 2.0
+_HOUSEKEEPING_S = 1.0
+
+
+def planner_config(settings: ScalerSettings) -> PlannerConfig:
+    """The planner's times from the settings."""
+    return PlannerConfig(
+        source_ttl_ns=int(settings.source_ttl_s * NS),
+        start_deadline_ns=int(settings.start_deadline_s * NS),
+        checkpoint_deadline_ns=int(settings.checkpoint_deadline_s * NS),
+        retry_ns=int(settings.retry_s * NS),
+    )
+
+
+class Service:
+    """One scaler replica."""
+
+    def __init__(self, settings: Settings, tracer: Tracer) -> None:
+        self._settings = settings
+        self._tracer = tracer
+        self._replayed: dict[int, None] = {}
+        self._nodes_known = False
+        self._membership = Membership(settings)
+
+    async def run(self, stop: asyncio.Event) -> None:
+        """Serve until ``stop`` is set or an essential part fails.
+
+        Raises:
+            KafkaUnavailable: the broker cannot be reached at the start.
+            ScalerError: an essential part failed.
+        """
+        settings = self._settings
+        await kafka.ensure_topics(settings.kafka, TOPICS)
+        await self._membership.end_predecessors()
+        async with contextlib.AsyncExitStack() as stack:
+            producer = await stack.enter_async_context(kafka.started(kafka.producer(settings.kafka, "thaw-scaler"), settings.kafka))
+            try:
+                async with asyncio.timeout(settings.kafka.request_timeout_ms / 1000):
+                    partitions = len(await producer.partitions_for(DEMAND_TOPIC))
+            except (KafkaError, TimeoutError) as error:
+                raise kafka.unavailable(settings.kafka, error) from error
+            shard_of = sharding(partitions)
+            # Agents remember command ids for longer than a scaler lives: each run has its own.
+            self._planner = Planner(f"s{secrets.token_hex(4)}", shard_of, planner_config(settings.scaler))
+            publisher = Publisher(producer)
+            self._starts = StartBook(self._tracer, publisher)
+            self._state = StateFeed(self._planner, publisher)
+            tasks = TaskGroup("scaler")
+            self._agents = Agents(settings, self, tasks, f"scaler-{socket.gethostname()}-{os.getpid()}")
+            self._functions = FunctionsFeed(settings.kafka, self._function)
+            demand = DemandFeed(settings, self, publisher, shard_of, partitions)
+            sending = tasks.spawn(publisher.run(), "publisher", essential=True)
+            tasks.spawn(self._starts.run(), "start records", essential=True)
+            tasks.spawn(self._functions.run(), "functions", essential=True)
+            tasks.spawn(self._load_functions(), "load of functions")
+            self._agents.start()
+            tasks.spawn(self._tick(), "timers", essential=True)
+            consuming = tasks.spawn(demand.run(), "demand", essential=True)
+            stopping = tasks.spawn(stop.wait(), "wait for the end")
+            try:
+                await asyncio.wait([stopping, tasks.failed], return_when=asyncio.FIRST_COMPLETED)
+                if tasks.failed.done():
+                    tasks.failed.result()
+            finally:
+                # Out of the group first: the others take over while this one still writes its records.
+                consuming.cancel()
+                await asyncio.wait([consuming])
+                self._membership.forget()
+                self._starts.flush()
+                if not sending.done():
+                    await publisher.flush(_FLUSH_S)
+                await tasks.close()
+
+    # What the edges tell
+
+    def demand(self, record: DemandRecord) -> None:
+        """See :class:`scaler.edges.kafka.DemandSink`."""
+        now_ns = time.time_ns()
+        origin = Origin(
+            at_ns=record.event.at,
+            appended_ns=record.appended_ns,
+            received_ns=now_ns,
+            traceparent=record.traceparent,
+            position=record.position,
+        )
+        self._handle(DemandSeen(event=record.event, shard=record.position.partition, seen_ns=record.seen_ns, origin=origin), now_ns)
+
+    def joined(self, member_id: str) -> None:
+        """See :class:`scaler.edges.kafka.DemandSink`."""
+        self._membership.note(member_id)
+
+    def shard_gained(self, shard: int, epoch: int) -> None:
+        """See :class:`scaler.edges.kafka.DemandSink`."""
+        self._handle(ShardGained(shard=shard, epoch=epoch), time.time_ns())
+
+    def shard_replayed(self, shard: int) -> None:
+        """See :class:`scaler.edges.kafka.DemandSink`."""
+        self._replayed[shard] = None
+        self._decide_when_known()
+
+    def shard_lost(self, shard: int) -> None:
+        """See :class:`scaler.edges.kafka.DemandSink`."""
+        self._replayed.pop(shard, None)
+        self._handle(ShardLost(shard=shard), time.time_ns())
+
+    def node_reported(self, node: str, report: PlannerReport, *, connected: bool) -> None:
+        """See :class:`scaler.edges.agents.AgentSink`."""
+        self._handle(NodeReport(node=node, report=report, connected=connected), time.time_ns())
+        if isinstance(report, StartDone):
+            self._starts.done(node, report)
+        elif isinstance(report, StartFailed):
+            self._starts.failed(node, report)
+            logger.warning("start of %s on %s failed: %s: %s", report.function, node, report.reason, report.message)
+        elif isinstance(report, InstanceExited) and report.reason != "released":
+            logger.warning("instance %s of %s on %s ended: %s", report.instance, report.function, node, report.reason)
+
+    def node_down(self, node: str) -> None:
+        """See :class:`scaler.edges.agents.AgentSink`."""
+        self._handle(NodeDown(node=node), time.time_ns())
+
+    def node_lost(self, node: str) -> None:
+        """See :class:`scaler.edges.agents.AgentSink`."""
+        self._handle(NodeLost(node=node), time.time_ns())
+        self._starts.node_lost(node)
+
+    def nodes_settled(self) -> None:
+        """See :class:`scaler.edges.agents.AgentSink`."""
+        self._nodes_known = True
+        self._decide_when_known()
+
+    def _function(self, event: FunctionApplied | FunctionDeleted) -> None:
+        self._handle(event, time.time_ns())
+
+    async def _load_functions(self) -> None:
+        await self._functions.loaded.wait()
+        self._decide_when_known()
+
+    def _decide_when_known(self) -> None:
+        if not (self._nodes_known and self._functions.loaded.is_set()):
+            return
+        for shard in list(self._replayed):
+            del self._replayed[shard]
+            self._handle(ShardReady(shard=shard), time.time_ns())
+            logger.info("shard %d is decided on", shard)
+
+    def _handle(self, event: Event, now_ns: int) -> None:
+        """Hand one event to the planner and send what it decides, at once."""
+        commands = self._planner.handle(event, now_ns)
+        if not commands:
+            return
+        decided_ns = time.time_ns()
+        for command in commands:
+            message = command.message if command.need is None else self._starts.begin(command, now_ns, decided_ns)
+            self._agents.send(command.node, message)
+
+    async def _tick(self) -> None:
+        """Timers of the planner, state, and what is cleaned up now and then."""
+        # A full collection of a large heap takes tens of ms: what is here now stays, and the rest is collected rarely.
+        gc.collect()
+        gc.freeze()
+        gc.set_threshold(20_000, 20, 50)
+        housekeeping = time.monotonic() + _HOUSEKEEPING_S
+        while True:
+            await asyncio.sleep(self._settings.scaler.tick_s)
+            now_ns = time.time_ns()
+            due_ns = self._planner.next_due_ns
+            if due_ns is not None and due_ns <= now_ns:
+                self._handle(Tick(), now_ns)
+            self._state.publish(now_ns)
+            if time.monotonic() >= housekeeping:
+                housekeeping = time.monotonic() + _HOUSEKEEPING_S
+                self._agents.forget_expired(now_ns)
+                self._starts.abandon(now_ns)
+
+
+async def serve(settings: Settings, tracer: Tracer) -> None:
+    """Run a scaler until SIGTERM or SIGINT.
+
+    Raises:
+        KafkaUnavailable, ScalerError: it cannot run; the message says why.
+    """
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    await Service(settings, tracer).run(stop)
