@@ -123,7 +123,7 @@ async def test_something_that_is_not_a_broker_is_a_clear_error(agent, make_insta
 @pytest.mark.stack
 async def test_a_broker_without_the_topic_is_a_clear_error(stack_settings, monkeypatch):
     monkeypatch.setattr(producer_module, "DEMAND_TOPIC", "thaw.nowhere")
-    with pytest.raises(LoadImpossible, match=r"topic thaw.nowhere is not on the broker .* a scaler makes it"):
+    with pytest.raises(LoadImpossible, match=r"topic thaw.nowhere is not on the Kafka broker .* a scaler makes it"):
         async with open_producer(stack_settings.kafka, 1.0):
             pass
 
