@@ -47,7 +47,6 @@ async def start_cold(
     with clock.phase("sandbox"):
         sandbox = await workshop.pool.take()
         instance = Instance(instance_id, function, sandbox, workshop.logs / f"{instance_id}.log")
-        instance.watch()
     try:
         with clock.phase("sandbox.root"):
             await furnish(sandbox, workshop, function, layers, instance_id, "")
@@ -61,6 +60,7 @@ async def start_cold(
             finally:
                 if output_fd is None:
                     os.close(output)
+            instance.watch()
         limit_ns = time.time_ns() + int(spec.readiness.timeout_seconds * 1e9)
         start_ns = time.time_ns()
         readiness = await wait_ready(sandbox.address, function, min(deadline_ns, limit_ns), instance.ended)

@@ -66,7 +66,7 @@ class Instance:
         return f"{self.sandbox.address}:{self.function.spec.port}"
 
     def watch(self) -> None:
-        """Complete :attr:`ended` when the main process, or the whole sandbox, ends."""
+        """Complete :attr:`ended` when the main process, or the whole sandbox, ends; call it when :attr:`root_pid` is known."""
 
         def exited(pid: int, status: int) -> None:
             if pid == self.root_pid and not self.ended.done():
@@ -76,6 +76,9 @@ class Instance:
             if not self.ended.done():
                 self.ended.set_result(signal.SIGKILL)
 
+        status = self.sandbox.ended(self.root_pid)
+        if status is not None and not self.ended.done():
+            self.ended.set_result(status)  # it was quicker than the answer to the order that started it
         self.sandbox.on_exit = exited
         self.sandbox.gone.add_done_callback(gone)
 

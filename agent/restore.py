@@ -77,12 +77,12 @@ async def start_restored(
     with clock.phase("sandbox"):
         sandbox = await workshop.pool.take()
         instance = Instance(instance_id, function, sandbox, workshop.logs / f"{instance_id}.log")
-        instance.watch()
         instance.image, instance.pager = image, pager
         image.users += 1
         image.used_at = time.monotonic()
         instance.start_mode = "restore" if image.complete else "remote"
         instance.root_pid = image.manifest.root_pid
+        instance.watch()
     try:
         with clock.phase("sandbox.root"):
             work = workshop.work / instance_id

@@ -18,6 +18,7 @@ header p { margin: 2px 0 22px; color: #868e96; }
 section { background: #fff; border: 1px solid #e9ecef; border-radius: 10px; padding: 18px 24px 20px; margin: 16px 0; }
 h2 { margin: 0 0 10px; font-size: 18px; color: #1b1f24; }
 section > p { margin: 8px 0; color: #5c636a; }
+section > :last-child { margin-bottom: 0; }
 svg { display: block; width: 100%; height: auto; }
 .tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(200px, 1fr)); gap: 14px; }
 .tile { background: #fff; border: 1px solid #e9ecef; border-radius: 10px; padding: 14px 18px; }
@@ -81,4 +82,4 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def _is_figure(text: str) -> bool:
-    return not text or text.replace(",", "").replace(".", "", 1).replace("-", "", 1).isdigit()
+    return not text or text.removesuffix("x").replace(",", "").replace(".", "", 1).replace("-", "", 1).isdigit()

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import collections
 import datetime
-import html
 import json
 import shutil
 import statistics
@@ -22,7 +21,7 @@ from agent.api.records import START_MODES, StartRecord
 from loadgen import plots
 from loadgen.page import page, section, table, tiles
 from loadgen.plots import Series
-from loadgen.result import MODES, WARM, LoadResult, RequestRecord
+from loadgen.result import MODES, WARM, LoadResult, RequestRecord, latency
 
 REPORT_FILE = "report.html"
 _UNACCOUNTED = "unaccounted"
@@ -87,7 +86,7 @@ def write(
         section(
             "The same by function",
             plots.cdfs_by_function(_by_function(product, baseline), _LATENCY),
-            "Requests that waited for a start, warm ones left out.",
+            "Requests that waited for a restored start, and for a cold start in the other run; warm ones are left out.",
             table(*_functions_table(product, baseline)),
         ),
         *_waterfalls(product),
@@ -120,6 +119,11 @@ def started(run: RunData) -> list[RequestRecord]:
     return [record for record in run.result.records if record.response_ns and record.mode != WARM]
 
 
+def restored(run: RunData) -> list[RequestRecord]:
+    """Answered requests that waited for a start which was not cold."""
+    return [record for record in started(run) if record.mode != "cold"]
+
+
 def restored_starts(run: RunData) -> list[StartRecord]:
     """Starts that came up by anything but running the command, the quickest first."""
     found = [start for start in run.starts if start.outcome == "ready" and start.start_mode != "cold"]
@@ -135,7 +139,7 @@ def unaccounted_share(starts: Iterable[StartRecord]) -> float:
 def _headline(product: RunData, baseline: RunData) -> list[tuple[str, str, str]]:
     result, cold = product.result, baseline.result
     modes = collections.Counter(start.start_mode for start in product.starts if start.outcome == "ready")
-    ours, theirs = result.latency["started"], cold.latency["started"]
+    ours, theirs = latency(restored(product)), latency(started(baseline))
     return [
         (
             f"{result.answered:,} of {result.requests:,}",
@@ -145,7 +149,7 @@ def _headline(product: RunData, baseline: RunData) -> list[tuple[str, str, str]]
         (
             f"{theirs.p50_ms / ours.p50_ms:,.0f}x" if ours.n and theirs.n and ours.p50_ms else "–",
             "quicker at the median",
-            f"{ours.p50_ms:,.1f} ms instead of {theirs.p50_ms:,.0f} ms, over requests that waited for a start",
+            f"{ours.p50_ms:,.1f} ms instead of {theirs.p50_ms:,.1f} ms, over requests that waited for a restored or for a cold start",
         ),
         (
             f"{ours.p99_ms:,.0f} ms",
@@ -171,22 +175,22 @@ def _by_mode(product: RunData, baseline: RunData) -> list[Series]:
 def _by_function(product: RunData, baseline: RunData) -> dict[str, list[Series]]:
     panels: dict[str, list[Series]] = {}
     for function in sorted({record.function for record in product.result.records}):
-        ours = [record.latency_ms for record in started(product) if record.function == function and record.mode != "cold"]
+        ours = [record.latency_ms for record in restored(product) if record.function == function]
         theirs = [record.latency_ms for record in started(baseline) if record.function == function]
         panels[function] = [Series(product.title, "restore", ours), Series(baseline.title, "baseline", theirs)]
     return panels
 
 
 def _functions_table(product: RunData, baseline: RunData) -> tuple[Sequence[str], list[Sequence[str]]]:
-    header = ("function", "restored: n", "p50 ms", "p99 ms", "max ms", "cold: n", "p50 ms", "p99 ms", "max ms", "times quicker (p50)")
+    header = ["function", *(f"{kind} {what}" for kind in ("restored", "cold") for what in ("n", "p50 ms", "p99 ms", "max ms"))]
     rows: list[Sequence[str]] = []
-    for function, modes in product.result.by_function.items():
-        ours, theirs = modes["started"], baseline.result.by_function.get(function, {}).get("started")
-        row = [function, str(ours.n), *_figures(ours.p50_ms, ours.p99_ms, ours.max_ms)]
-        if theirs is not None and theirs.n and ours.n:
-            row += [str(theirs.n), *_figures(theirs.p50_ms, theirs.p99_ms, theirs.max_ms), f"{theirs.p50_ms / ours.p50_ms:,.1f}"]
-        rows.append(row)
-    return header, rows
+    for function in product.result.by_function:
+        row = [function]
+        ours, theirs = (latency(r for r in found if r.function == function) for found in (restored(product), started(baseline)))
+        for found in (ours, theirs):
+            row += [str(found.n), *(_figures(found.p50_ms, found.p99_ms, found.max_ms) if found.n else ("", "", ""))]
+        rows.append([*row, f"{theirs.p50_ms / ours.p50_ms:,.1f}x" if ours.n and theirs.n else ""])
+    return [*header, "quicker (p50)"], rows
 
 
 def _waterfalls(product: RunData) -> list[str]:
@@ -210,11 +214,12 @@ def _caption(start: StartRecord) -> str:
 
 def _starts(run: RunData, baseline: RunData) -> list[tuple[float, float, str]]:
     began = run.result.started_ns
-    return [
+    found = [
         ((start.started_ns - began) / 1e9, start.total_ns / 1e6, "baseline" if run is baseline else start.start_mode)
         for start in run.starts
         if start.outcome == "ready" and start.total_ns > 0
     ]
+    return sorted(found, key=lambda item: list(plots.COLOURS).index(item[2]))
 
 
 def _phases_table(product: RunData, baseline: RunData) -> tuple[Sequence[str], list[Sequence[str]]]:
@@ -223,7 +228,7 @@ def _phases_table(product: RunData, baseline: RunData) -> tuple[Sequence[str], l
     }
     groups[f"cold, {baseline.title}"] = [start for start in baseline.starts if start.outcome == "ready"]
     groups = {name: starts for name, starts in groups.items() if starts}
-    names = dict.fromkeys(phase.name for starts in groups.values() for start in starts for phase in start.phases)
+    names = _in_order(start for starts in groups.values() for start in starts)
     durations = {group: [_durations(start) for start in starts] for group, starts in groups.items()}
     rows: list[Sequence[str]] = []
     for name in (*names, _UNACCOUNTED, "whole start"):
@@ -233,6 +238,15 @@ def _phases_table(product: RunData, baseline: RunData) -> tuple[Sequence[str], l
             cells.append(_figures(statistics.median(values))[0] if values else "")
         rows.append(cells)
     return ("phase", *(f"{name} (n = {len(starts)})" for name, starts in groups.items())), rows
+
+
+def _in_order(starts: Iterable[StartRecord]) -> list[str]:
+    """Phase names by when the phase begins, at the median of the starts that have it, as a share of the whole."""
+    begins: dict[str, list[float]] = collections.defaultdict(list)
+    for start in starts:
+        for phase in start.phases:
+            begins[phase.name].append((phase.start_ns - start.started_ns) / max(1, start.total_ns))
+    return sorted(begins, key=lambda name: statistics.median(begins[name]))
 
 
 def _durations(start: StartRecord) -> dict[str, float]:
@@ -262,7 +276,7 @@ def _write_raw(out: Path, run: RunData) -> list[str]:
     _write_lines(out / starts, run.starts)
     names = [requests, starts, *_write_json(out, f"result-{run.name}.json", run.result.summary())]
     for source in run.spans:
-        name = f"spans-{run.name}-{html.escape(source.stem)}.jsonl"
+        name = f"spans-{run.name}-{source.stem}.jsonl"
         shutil.copyfile(source, out / name)
         names.append(name)
     return names

@@ -140,6 +140,10 @@ class Sandbox:
         _, fds = await self._reply(b"R")
         self.layer_fd = fds[0]
 
+    def ended(self, pid: int) -> int | None:
+        """Wait status of a process inside that has ended and that nobody waited for."""
+        return self._ended.get(pid)
+
     def processes(self) -> list[int]:
         """Host pids of everything inside but PID 1."""
         return [pid for pid in self.cgroup.processes() if pid != self.init_pid]
