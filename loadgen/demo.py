@@ -96,6 +96,12 @@ class Demo:
             LoadImpossible: a step failed; the message names its log.
         """
         self._log.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            return self._run_all()
+        finally:
+            shutil.rmtree(self._state, ignore_errors=True)
+
+    def _run_all(self) -> tuple[dict[str, Any], list[Row]]:
         before = leaks.census(marks=self._marks)
         self._say(f"preparing the sample functions in {self._settings.paths.cache_dir}")
         documents = functions_setup.prepare(self._settings.paths.cache_dir, self._say, samples=self._options.samples)
@@ -110,7 +116,6 @@ class Demo:
         time.sleep(0.5)  # the kernel takes namespaces down a moment after their last process
         leaked = [*self._leaked, *leaks.difference(before, leaks.census(marks=self._marks), only=self._marks)]
         leaked += [f"file {path}" for path in self._scratch_files()]
-        shutil.rmtree(self._state, ignore_errors=True)
         for line in leaked:
             self._say(f"leaked: {line}")
         return summary(product, baseline, leaked, path), by_function(product, baseline)
@@ -197,11 +202,11 @@ class Demo:
             await self._load(settings, functions, [Arrival(0.0, name, 1, "") for name in functions], tracer, "first")
             await self._until(lambda state: all(item.get("checkpoint") for item in state.values()), _CHECKPOINTS_S, "each has a checkpoint")
             await self._until_idle()
-            before = self._descriptors(settings)
+            before = await asyncio.to_thread(self._descriptors, settings)
             product = await self._run(settings, functions, arrivals, tracer, "restored", "with checkpoints")
             functions = self._apply(documents, "off")
             baseline = await self._run(settings, functions, arrivals, tracer, "cold", "with checkpoints off")
-            after = self._descriptors(settings)
+            after = await asyncio.to_thread(self._descriptors, settings)
             self._leaked = leaks.difference(before, after, only=self._marks, spare_descriptors=_SPARE_DESCRIPTORS)
         finally:
             tracer.close()
@@ -254,7 +259,10 @@ class Demo:
         return await driver.run(settings, arrivals, targets, tracer, out=out)
 
     async def _until_idle(self) -> None:
-        await self._until(lambda state: all(item.get("instances") == 0 for item in state.values()), _IDLE_S, "all instances are released")
+        def idle(state: dict[str, Any]) -> bool:
+            return all(item.get("instances") == [] and item.get("starting") == item.get("level") == 0 for item in state.values())
+
+        await self._until(idle, _IDLE_S, "all instances are released")
         await asyncio.sleep(1.0)  # the pool of sandboxes fills up again
 
     def _descriptors(self, settings: Settings) -> leaks.Census:
@@ -276,7 +284,7 @@ class Demo:
             arguments = [*self._thaw, "get", "functions", "-o", "json"]
             process = await asyncio.create_subprocess_exec(*arguments, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
             text, _ = await process.communicate()
-            state = {item["name"]: item for item in json.loads(text or b"[]")}
+            state = {item["metadata"]["name"]: item.get("status", {}) for item in json.loads(text or b"[]")}
             if state and reached(state):
                 return
             if time.monotonic() > give_up:

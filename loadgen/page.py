@@ -28,7 +28,7 @@ svg { display: block; width: 100%; height: auto; }
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; font-size: 13.5px; font-variant-numeric: tabular-nums; }
 th, td { padding: 4px 14px 4px 0; text-align: left; border-bottom: 1px solid #f1f3f5; white-space: nowrap; }
-th { color: #868e96; font-weight: 600; border-bottom-color: #dee2e6; }
+th { color: #868e96; font-weight: 600; white-space: normal; vertical-align: bottom; line-height: 1.25; border-bottom-color: #dee2e6; }
 th.figure, td.figure { text-align: right; }
 ul { margin: 6px 0; padding-left: 20px; }
 li { margin: 3px 0; }

@@ -241,12 +241,15 @@ def _phases_table(product: RunData, baseline: RunData) -> tuple[Sequence[str], l
 
 
 def _in_order(starts: Iterable[StartRecord]) -> list[str]:
-    """Phase names by when the phase begins, at the median of the starts that have it, as a share of the whole."""
-    begins: dict[str, list[float]] = collections.defaultdict(list)
+    """Phase names in the order in which phases begin; one that only some starts have comes after what is before it there."""
+    names: list[str] = []
     for start in starts:
-        for phase in start.phases:
-            begins[phase.name].append((phase.start_ns - start.started_ns) / max(1, start.total_ns))
-    return sorted(begins, key=lambda name: statistics.median(begins[name]))
+        place = 0
+        for phase in sorted(start.phases, key=lambda phase: phase.start_ns):
+            if phase.name not in names:
+                names.insert(place, phase.name)
+            place = names.index(phase.name) + 1
+    return names
 
 
 def _durations(start: StartRecord) -> dict[str, float]:
