@@ -73,7 +73,8 @@ def cdf(series: Sequence[Series], x_label: str) -> str:
         _log_axis(axes, [value for item in series for value in item.milliseconds])
         axes.set(xlabel=x_label, ylabel="share of requests", ylim=(0, 1.02))
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.0%}"))
-        figure.legend(loc="outside upper left", ncols=2, fontsize=9.5)
+        if series:
+            figure.legend(loc="outside upper left", ncols=2, fontsize=9.5)
         return _svg(figure, "cdf")
 
 

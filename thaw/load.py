@@ -71,6 +71,7 @@ def load(
     Without --poisson, --uniform or --burst a trace is replayed: the one that comes with Thaw, unless --trace names another.
     Ends with code 1 when an answer was wrong or missing.
     """
+    mapping, sizes_and_times = _mapping(mappings), [make.parse_burst(text) for text in burst_texts]
     targets = asyncio.run(known_targets(settings))
     functions = list(names) or list(targets)
     parts: list[list[Arrival]] = []
@@ -78,12 +79,12 @@ def load(
         parts.append(make.poisson(poisson, duration_s or 60.0, functions, seed))
     if uniform:
         parts.append(make.uniform(uniform, duration_s or 60.0, functions, seed))
-    if burst_texts:
-        parts.append(make.bursts([make.parse_burst(text) for text in burst_texts], functions, seed))
+    if sizes_and_times:
+        parts.append(make.bursts(sizes_and_times, functions, seed))
     if trace_file or not parts:
         end_s = to_s if to_s is not None else from_s + duration_s * time_factor if duration_s else math.inf
         invocations = read(trace_file or SHIPPED, from_s=from_s, to_s=end_s, seed=seed)
-        parts.append(replay(invocations, functions, mapping=_mapping(mappings), time_factor=time_factor, seed=seed))
+        parts.append(replay(invocations, functions, mapping=mapping, time_factor=time_factor, seed=seed))
     arrivals = make.merge(*parts)
     if not arrivals:
         raise click.ClickException("there is no arrival in what was asked for; widen --from, --to or --duration")
@@ -154,4 +155,6 @@ def show(console: Console, result: LoadResult) -> None:
     console.print(table)
     for problem in result.problems:
         console.print(f"  {problem}", style="red")
-    console.print(f"the generator itself was late by {result.late_p99_ms} ms at p99; raw data: {result.requests_file}", style="dim")
+    console.print(
+        f"the generator itself was late by {result.late_p99_ms} ms at p99; raw data: {result.requests_file}", style="dim", soft_wrap=True
+    )

@@ -86,13 +86,13 @@ def listing(found: Sequence[Trace]) -> Table:
 
 def draw(console: Console, item: Trace) -> None:
     """One trace as a waterfall: a line per span, bars to scale, then the time that no span accounts for."""
-    names = max(len(row.span.name) + 2 * row.depth for row in item.rows)
+    names = max(len("unaccounted"), *(len(row.span.name) + 2 * row.depth for row in item.rows))
     free = console.width - names - _FIGURE_CELLS - 3
     width = max(_BAR_CELLS[0], min(_BAR_CELLS[1], free * 3 // 5))
     heading = Text.assemble((item.trace_id, "bold"), f"  {item.function}  {item.mode}  {milliseconds(item.total_ns)} ms")
     console.print(heading)
     table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 1, 0, 0))
-    table.add_column(no_wrap=True, width=max(names, len("unaccounted")))
+    table.add_column(no_wrap=True, width=names)
     table.add_column(no_wrap=True, width=width)
     table.add_column(justify="right", no_wrap=True, width=_FIGURE_CELLS)
     table.add_column(no_wrap=True, overflow="ellipsis", style="dim", width=max(8, free - width - 1))

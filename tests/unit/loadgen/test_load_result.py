@@ -63,9 +63,7 @@ def test_counts_tokens_and_problems():
     ]
     result = collect(records, level_errors=3)
     assert (result.requests, result.answered, result.wrong, result.failed, result.retries) == (7, 6, 1, 1, 2)
-    assert msgspec.to_builtins(result.tokens) == {
-        "f": {"cold": {"instances": 2, "tokens": 2}, "restored": {"instances": 2, "tokens": 1}}
-    }
+    assert msgspec.to_builtins(result.tokens) == {"f": {"cold": {"instances": 2, "tokens": 2}, "restored": {"instances": 2, "tokens": 1}}}
     assert result.problems == ["f row 1: its value is 3", "f row 1: no answer within 120 s"]
     assert result.level_errors == 3
     assert "records" not in result.summary()

@@ -40,11 +40,7 @@ def test_the_shipped_trace_has_its_licence_and_citation_beside_it():
 def test_slices_of_a_trace_add_up_to_the_whole():
     whole = read(SHIPPED)
     cuts = [0, 60, 61.5, 600, 7000]
-    parts = [
-        (time + start, name)
-        for start, end in itertools.pairwise(cuts)
-        for time, name in read(SHIPPED, from_s=start, to_s=end)
-    ]
+    parts = [(time + start, name) for start, end in itertools.pairwise(cuts) for time, name in read(SHIPPED, from_s=start, to_s=end)]
     assert [name for _, name in parts] == [name for _, name in whole]
     assert [time for time, _ in parts] == pytest.approx([time for time, _ in whole])
 
