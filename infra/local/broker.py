@@ -145,7 +145,8 @@ def _format(java: Sequence[str | Path], properties: Path, data: Path) -> None:
     # A format that was interrupted left no meta.properties but perhaps other files, which the next one refuses.
     shutil.rmtree(data / "data", ignore_errors=True)
     cluster = base64.urlsafe_b64encode(uuid.uuid4().bytes).decode().rstrip("=")
-    words = ["kafka.tools.StorageTool", "format", "--standalone", "-t", cluster, "-c", str(properties)]
+    # One word with its option: an id may begin with a dash.
+    words = ["kafka.tools.StorageTool", "format", "--standalone", f"--cluster-id={cluster}", "-c", str(properties)]
     with (data / "format.log").open("wb") as log:
         code = subprocess.call([*java, *words], stdin=subprocess.DEVNULL, stdout=log, stderr=log, cwd=data, env=_environment(), timeout=60)
     if code:
