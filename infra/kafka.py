@@ -82,7 +82,8 @@ def consumer(settings: KafkaSettings, client_id: str, *, group: str | None = Non
         fetch_max_wait_ms=settings.fetch_max_wait_ms,
         request_timeout_ms=settings.request_timeout_ms,
         session_timeout_ms=settings.session_timeout_ms,
-        heartbeat_interval_ms=max(100, settings.session_timeout_ms // 6),
+        # Also how soon a member notices that another has left and its shards are free.
+        heartbeat_interval_ms=min(500, settings.session_timeout_ms // 6),
         metadata_max_age_ms=30_000,
     )
 

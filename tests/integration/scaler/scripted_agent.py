@@ -135,9 +135,7 @@ class ScriptedAgent:
                 self.checkpoints[name] = CheckpointInfo(
                     function=name, function_digest=digest, checkpoint=f"{name}-1", image_bytes=1, complete=True
                 )
-                return CheckpointPublished(
-                    command_id=command.id, function=name, function_digest=digest, checkpoint=self.checkpoints[name]
-                )
+                return CheckpointPublished(command_id=command.id, function=name, function_digest=digest, checkpoint=self.checkpoints[name])
             case Evict():
                 self.checkpoints.pop(command.function_name, None)
                 return Evicted(command_id=command.id, function=command.function_name)
