@@ -13,6 +13,7 @@ import logging
 import os
 import shutil
 import signal
+import socket
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -87,6 +88,8 @@ class Agent:
     async def _open(self, stack: contextlib.AsyncExitStack) -> Node:
         settings = self._settings.agent
         state = self._state
+        for what, name in (("bridge", settings.bridge), ("node_name", settings.node_name)):
+            stack.callback(_claim(what, name).close)
         await asyncio.to_thread(shutil.rmtree, state / "work", True)
         for name in ("work", "images", "layers"):
             (state / name).mkdir(parents=True, exist_ok=True)
@@ -212,6 +215,21 @@ class Agent:
 
 def _endpoint(info: InstanceInfo) -> Endpoint:
     return Endpoint(info.function, info.instance, info.address, info.start_mode)
+
+
+def _claim(what: str, name: str) -> socket.socket:
+    """Be the only agent of this machine with that bridge or node name; ends with the process, however it ends.
+
+    Raises:
+        AgentError: another one runs.
+    """
+    claim = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+    try:
+        claim.bind(f"\0thaw-agent-{what}-{name}")
+    except OSError as error:
+        claim.close()
+        raise AgentError(f"another agent of this machine has agent.{what}={name}; stop it or set another one") from error
+    return claim
 
 
 async def _probe_criu(factory: SandboxFactory, criu_fd: int) -> bytes:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import fcntl
 import json
 import os
 import sys
@@ -65,7 +66,13 @@ def command(
     def say(line: str) -> None:
         click.echo(f"[{time.monotonic() - began:6.1f} s] {line}", err=True)
 
-    result, rows = demo.Demo(own, arguments, options, say).run()
+    state.mkdir(parents=True, exist_ok=True)
+    with (state.parent / "demo.lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise SettingsError(f"another demo runs in {state}; wait for it, or use another --state-dir") from error
+        result, rows = demo.Demo(own, arguments, options, say).run()
     _table(rows)
     click.echo(f"report: {result['report']}")
     click.echo(json.dumps(result))

@@ -177,3 +177,11 @@ async def test_an_image_that_fails_again_and_again_is_quarantined(stack_settings
         assert "quarantined after 3 failed restores" in reasons[3]
         await agent.stop()
     assert host_leftovers(agent) == []
+
+
+async def test_two_agents_do_not_share_a_bridge(stack_settings: Settings, tmp_path: Path) -> None:
+    async with running_agent(stack_settings, tmp_path / "one") as agent:
+        with pytest.raises(AssertionError, match=r"another agent of this machine has agent\.bridge=thawtest0"):
+            async with running_agent(stack_settings, tmp_path / "two"):
+                pass
+        assert (await ask(await agent.start_instance(a_function(tmp_path, "one"))))["ok"]
