@@ -17,12 +17,11 @@ from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, ConsumerRecord, TopicPa
 from aiokafka.admin import AIOKafkaAdminClient, NewTopic
 from aiokafka.errors import KafkaConnectionError, KafkaError, TopicAlreadyExistsError, for_code
 
+from infra.aiokafka_repairs import check_alive
 from infra.errors import KafkaUnavailable
 from infra.settings import KafkaSettings
 
 logger = logging.getLogger(__name__)
-# What aiokafka says of a failure is said again, readably, by the error that is raised: a command line without logging shows only that.
-logging.getLogger("aiokafka").addHandler(logging.NullHandler())
 #: Longest wait for a client to say goodbye, s.
 _CLOSE_S = 3.0
 
@@ -117,6 +116,18 @@ async def start(client: Any, settings: KafkaSettings) -> None:
     except BaseException:
         await close(client)
         raise
+
+
+def ensure_alive(client: Any, settings: KafkaSettings) -> None:
+    """Notice that a producer or consumer has died inside; an outage does not count, clients wait that out.
+
+    Raises:
+        KafkaUnavailable: it does nothing any more; only a new one helps.
+    """
+    try:
+        check_alive(client)
+    except KafkaError as error:
+        raise unavailable(settings, error) from error
 
 
 async def close(client: Any) -> None:

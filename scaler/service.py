@@ -19,6 +19,7 @@ import signal
 import socket
 import time
 
+from aiokafka import AIOKafkaProducer
 from aiokafka.errors import KafkaError
 
 from agent.api.messages import InstanceExited, StartDone, StartFailed
@@ -112,6 +113,7 @@ class Service:
             tasks.spawn(self._load_functions(), "load of functions")
             self._agents.start()
             tasks.spawn(self._tick(), "timers", essential=True)
+            tasks.spawn(self._watch(producer), "watch of the producer", essential=True)
             consuming = tasks.spawn(demand.run(), "demand", essential=True)
             stopping = tasks.spawn(stop.wait(), "wait for the end")
             try:
@@ -228,6 +230,11 @@ class Service:
                 housekeeping = time.monotonic() + _HOUSEKEEPING_S
                 self._agents.forget_expired(now_ns)
                 self._starts.abandon(now_ns)
+
+    async def _watch(self, producer: AIOKafkaProducer) -> None:
+        while True:
+            await asyncio.sleep(_HOUSEKEEPING_S)
+            kafka.ensure_alive(producer, self._settings.kafka)
 
 
 async def serve(settings: Settings, tracer: Tracer) -> None:

@@ -88,6 +88,7 @@ class FunctionsFeed:
                 self._sink(event)
             self.loaded.set()
             while True:
+                kafka.ensure_alive(reader, self._settings)
                 try:
                     batches = await reader.getmany(timeout_ms=_POLL_MS)
                 except KafkaError as error:

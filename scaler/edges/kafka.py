@@ -154,6 +154,7 @@ class DemandFeed:
                 if time.monotonic() >= next_commit:
                     next_commit = time.monotonic() + _COMMIT_S
                     await self._commit(consumer)
+                    kafka.ensure_alive(consumer, self._settings.kafka)
                 failures = 0
             except KafkaError as error:
                 failures += 1
