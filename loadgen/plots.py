@@ -87,6 +87,7 @@ def cdfs_by_function(panels: Mapping[str, Sequence[Series]], x_label: str) -> st
             for item in series:
                 _cdf_curve(axes, item, item.label)
             axes.set_title(function, loc="left", fontsize=10.5, fontweight="bold")
+            axes.tick_params(labelsize=8.5)
             axes.set(ylim=(0, 1.02))
             axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.0%}"))
         _log_axis(all_axes[0], [v for series in panels.values() for item in series for v in item.milliseconds])
