@@ -99,8 +99,13 @@ def census(folders: Sequence[Path] = (), pids: Sequence[int] = (), marks: Sequen
         links=_links(),
         cgroups={str(path): "" for path in _cgroups()},
         files={str(path): "" for folder in folders for path in folder.rglob("*")},
-        descriptors={pid: count for pid in pids if (count := _descriptors(pid)) is not None},
+        descriptors=descriptors(pids),
     )
+
+
+def descriptors(pids: Sequence[int]) -> dict[int, int]:
+    """Number of open descriptors of those of ``pids`` that exist."""
+    return {pid: count for pid in pids if (count := _descriptors(pid)) is not None}
 
 
 def parse_mounts(mountinfo: str) -> dict[str, str]:

@@ -205,7 +205,7 @@ class Demo:
             functions = self._apply(documents, "off")
             baseline = await self._run(settings, functions, arrivals, tracer, "cold", "with checkpoints off")
             after = await asyncio.to_thread(self._descriptors, settings)
-            self._leaked = leaks.difference(before, after, only=self._marks, spare_descriptors=_SPARE_DESCRIPTORS)
+            self._leaked = leaks.difference(before, after, spare_descriptors=_SPARE_DESCRIPTORS)
         finally:
             tracer.close()
         return product, baseline
@@ -284,7 +284,7 @@ class Demo:
         """Open descriptors of the agent and its pager, while nothing runs."""
         agent = int(json.loads(settings.agent_file.read_text())["pid"])
         children = [int(pid) for task in Path(f"/proc/{agent}/task").iterdir() for pid in (task / "children").read_text().split()]
-        return leaks.census(pids=[agent, *children], marks=self._marks)
+        return leaks.Census(descriptors=leaks.descriptors([agent, *children]))
 
     def _scratch_files(self) -> list[Path]:
         """Files that an instance or a checkpoint should have taken along."""
