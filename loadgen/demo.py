@@ -222,7 +222,8 @@ class Demo:
             self._say(f"one cold start of each of {', '.join(missing)}; a checkpoint of each follows by itself")
             await self._load(settings, functions, [Arrival(0.0, name, 1, "") for name in missing], tracer, "first")
             try:
-                return await self._until(checkpointed, _CHECKPOINTS_S, "each has a checkpoint")
+                await self._until(checkpointed, _CHECKPOINTS_S, "each has a checkpoint")
+                return
             except LoadImpossible:
                 if attempt == _CHECKPOINT_ATTEMPTS:
                     raise

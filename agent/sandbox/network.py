@@ -94,7 +94,9 @@ class Network:
             except NetlinkError as error:
                 if error.code != errno.EEXIST:
                     raise
-            self._netlink.link("set", index=index, state="up")
+            # An address of its own: else the bridge takes the lowest of its ports', which changes as instances come and go, and answers
+            # to the old one are lost until the sandbox asks again (seen: 1.4 and 3 s).
+            self._netlink.link("set", index=index, state="up", address=_hardware(str(self._gateway)))
             for link in self._netlink.get_links(master=index):
                 if str(link.get_attr("IFLA_IFNAME")).startswith(self._prefix):
                     self._netlink.link("del", index=link["index"])  # of an agent that is gone
@@ -108,9 +110,7 @@ class Network:
         address = self._free.popleft()
         self._serial += 1
         name = f"{self._prefix}{self._serial:x}"
-        # The hardware address follows from the address, so that a neighbour entry of an earlier owner stays right.
-        hardware = "02:54:" + ":".join(f"{byte:02x}" for byte in ipaddress.IPv4Address(address).packed)
-        peer = {"ifname": "eth0", "net_ns_pid": pid, "address": hardware}
+        peer = {"ifname": "eth0", "net_ns_pid": pid, "address": _hardware(address)}
         try:
             self._netlink.link("add", ifname=name, kind="veth", master=self._index, state="up", peer=peer)
             index = int(self._netlink.link_lookup(ifname=name)[0])
@@ -136,3 +136,8 @@ class Network:
         except NetlinkError as error:
             logger.warning("bridge %s was not removed: %s", self._bridge, error)
         self._netlink.close()
+
+
+def _hardware(address: str) -> str:
+    """A locally administered hardware address that follows from ``address``, so that a neighbour entry of an earlier owner stays right."""
+    return "02:54:" + ":".join(f"{byte:02x}" for byte in ipaddress.IPv4Address(address).packed)

@@ -16,6 +16,8 @@ from infra.tasks import TaskGroup
 
 logger = logging.getLogger(__name__)
 _RETRY_S = 1.0
+#: A pool that is more than half full waits so long with its refill.
+_REFILL_DELAY_S = 0.15
 
 
 class SandboxPool:
@@ -61,6 +63,8 @@ class SandboxPool:
         while True:
             await self._wanted.wait()
             self._wanted.clear()
+            if len(self._ready) > self._size // 2:
+                await asyncio.sleep(_REFILL_DELAY_S)  # the start that took one needs the cores now
             while len(self._ready) < self._size and not self._closed:
                 try:
                     self._ready.append(await self._factory.create())
