@@ -29,7 +29,7 @@ from infra import kafka
 from infra.settings import Settings
 from scaler.demand import DEMAND_TOPIC, REJECTED_TOPIC, TRACEPARENT_HEADER, DemandEvent, decode
 from scaler.edges.publisher import Outgoing, Publisher
-from scaler.edges.replay import ReplayPoint
+from scaler.edges.replay import ReplayPoint, metadata_of, replay_starts
 from scaler.errors import DemandInvalid, ShardingChanged
 from scaler.levels import NS
 
@@ -46,7 +46,6 @@ _REPLAY_S = 60.0
 _LOG_APPEND_TIME = 1
 #: A rejected record is cut to this, so that it fits the topic with its headers.
 _REJECTED_BYTES_MAX = 512 << 10
-_SETTLED = "settled="
 
 
 @dataclass(frozen=True, slots=True)
@@ -236,7 +235,7 @@ class DemandFeed:
             del self._shards[number]
             self._sink.shard_lost(number)
         new = [partition for number, partition in owned.items() if number not in self._shards]
-        starts = await self._replay_starts(consumer, new)
+        starts = await replay_starts(consumer, new, self._settings.scaler)
         if self._rebalances.assigned != assigned or consumer.assignment() != assigned:
             return  # it has changed meanwhile; what was gained is asked for again
         self._rebalances.assigned = None
@@ -244,37 +243,12 @@ class DemandFeed:
             if (kept := self._shards.get(number)) is not None:
                 consumer.seek(partition, kept.replay.next_offset)
             else:
-                start, end, settled = starts[partition]
-                consumer.seek(partition, start)
-                self._shards[number] = _Shard(ReplayPoint(start), end, time.monotonic() + _REPLAY_S, settled)
+                found_start = starts[partition]
+                consumer.seek(partition, found_start.offset)
+                replay = ReplayPoint(found_start.offset)
+                self._shards[number] = _Shard(replay, found_start.end_offset, time.monotonic() + _REPLAY_S, found_start.settled_offset)
             self._sink.shard_gained(number, epoch)
         logger.info("epoch %d: this scaler owns %s", epoch, ", ".join(f"shard {number}" for number in sorted(owned)) or "no shard")
-
-    async def _replay_starts(
-        self, consumer: AIOKafkaConsumer, partitions: Sequence[TopicPartition]
-    ) -> dict[TopicPartition, tuple[int, int, int]]:
-        """For each partition: where to read from, where its end is now, and up to where rejected records are delivered."""
-        if not partitions:
-            return {}
-        now_ms = time.time_ns() // 1_000_000
-        recent_ms = now_ms - int(2000 * self._settings.scaler.source_ttl_s)
-        floor_ms = min(now_ms - int(1000 * self._settings.scaler.replay_max_s), recent_ms)
-        ends = await consumer.end_offsets(partitions)
-        recent = await consumer.offsets_for_times(dict.fromkeys(partitions, recent_ms))
-        floor = await consumer.offsets_for_times(dict.fromkeys(partitions, floor_ms))
-        committed = await consumer._coordinator.fetch_committed_offsets(partitions)  # committed() drops the metadata
-        starts = {}
-        for partition in partitions:
-            end = ends[partition]
-            since_recent, since_floor = (found[partition].offset if found[partition] else end for found in (recent, floor))
-            known = committed.get(partition)
-            start, settled = since_floor, 0
-            if known is not None and known.offset >= 0:
-                start = max(since_floor, min(known.offset, since_recent))
-                text = known.metadata or ""
-                settled = int(text.removeprefix(_SETTLED)) if text.startswith(_SETTLED) and text[len(_SETTLED) :].isdigit() else 0
-            starts[partition] = (min(start, end), end, min(settled, end))
-        return starts
 
     async def _check_replays(self, consumer: AIOKafkaConsumer) -> None:
         for number, shard in list(self._shards.items()):
@@ -295,7 +269,7 @@ class DemandFeed:
             number: (shard.replay.offset(now_ns), shard.replay.settled_offset) for number, shard in self._shards.items() if shard.replayed
         }
         offsets = {
-            TopicPartition(DEMAND_TOPIC, number): OffsetAndMetadata(offset, f"{_SETTLED}{settled}")
+            TopicPartition(DEMAND_TOPIC, number): OffsetAndMetadata(offset, metadata_of(settled))
             for number, (offset, settled) in wanted.items()
             if self._shards[number].committed != (offset, settled)
         }

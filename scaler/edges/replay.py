@@ -1,7 +1,8 @@
 """From which offset a shard's levels can be rebuilt: what a scaler commits.
 
-In: absorbed records of one partition. Out: :attr:`ReplayPoint.offset`, the oldest record that still counts: the newest record of a
-live source, or a rejected record that the broker does not have yet. Used by :mod:`scaler.edges.kafka`.
+In: absorbed records of one partition, and what the group has committed. Out: :attr:`ReplayPoint.offset`, the oldest record that still
+counts (the newest record of a live source, or a rejected record that the broker does not have yet), and :func:`replay_starts`. Used by
+:mod:`scaler.edges.kafka`.
 
 Committing the newest absorbed offset would lose the level of a source that spoke before it and is still within its ttl; a scaler that
 takes over reads from here instead, and knows every level without any state of its own.
@@ -10,7 +11,15 @@ takes over reads from here instead, and knows every level without any state of i
 from __future__ import annotations
 
 import collections
+import time
+from collections.abc import Sequence
 from typing import NamedTuple
+
+from aiokafka import AIOKafkaConsumer, TopicPartition
+
+from infra.settings import ScalerSettings
+
+_SETTLED = "settled="
 
 
 class _Live(NamedTuple):
@@ -65,3 +74,49 @@ class ReplayPoint:
                 return min(oldest.offset, self.settled_offset)
             self._live.popitem(last=False)
         return self.settled_offset
+
+
+class ReplayStart(NamedTuple):
+    """How a gained partition is taken over.
+
+    Attributes:
+        offset: read from here.
+        end_offset: its end now; from there on demand is new.
+        settled_offset: rejected records before it have been delivered by whoever owned the shard before.
+    """
+
+    offset: int
+    end_offset: int
+    settled_offset: int
+
+
+def metadata_of(settled_offset: int) -> str:
+    """What is committed beside the replay point."""
+    return f"{_SETTLED}{settled_offset}"
+
+
+async def replay_starts(
+    consumer: AIOKafkaConsumer, partitions: Sequence[TopicPartition], settings: ScalerSettings
+) -> dict[TopicPartition, ReplayStart]:
+    """Where to read each partition from: the committed replay point, at least twice the default ttl back, at most ``replay_max_s``."""
+    if not partitions:
+        return {}
+    now_ms = time.time_ns() // 1_000_000
+    recent_ms = now_ms - int(2000 * settings.source_ttl_s)
+    floor_ms = min(now_ms - int(1000 * settings.replay_max_s), recent_ms)
+    ends = await consumer.end_offsets(partitions)
+    recent = await consumer.offsets_for_times(dict.fromkeys(partitions, recent_ms))
+    floor = await consumer.offsets_for_times(dict.fromkeys(partitions, floor_ms))
+    committed = await consumer._coordinator.fetch_committed_offsets(partitions)  # committed() drops the metadata
+    starts = {}
+    for partition in partitions:
+        end = ends[partition]
+        since_recent, since_floor = (found[partition].offset if found[partition] else end for found in (recent, floor))
+        known = committed.get(partition)
+        start, settled = since_floor, 0
+        if known is not None and known.offset >= 0:
+            start = max(since_floor, min(known.offset, since_recent))
+            text = (known.metadata or "").removeprefix(_SETTLED)
+            settled = int(text) if text.isdigit() else 0
+        starts[partition] = ReplayStart(min(start, end), end, min(settled, end))
+    return starts

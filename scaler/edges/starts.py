@@ -126,10 +126,10 @@ def scaler_phases(need: Need, asked_ns: int, decided_ns: int) -> list[Phase]:
     phases, reached_ns = [], need.since_ns
     origin = need.origin
     if origin is not None and need.since_ns == origin.at_ns:
-        if reached_ns < origin.appended_ns < origin.received_ns:
+        received_ns = min(origin.received_ns or asked_ns, asked_ns)
+        if reached_ns < origin.appended_ns < received_ns:  # another clock's time: only where it makes sense
             phases.append(Phase("demand", reached_ns, origin.appended_ns))
             reached_ns = origin.appended_ns
-        received_ns = min(origin.received_ns, asked_ns) or asked_ns
         if received_ns > reached_ns:
             phases.append(Phase("receive", reached_ns, received_ns))
             reached_ns = received_ns
