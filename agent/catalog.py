@@ -85,14 +85,18 @@ class Catalog:
         Args:
             function: the document.
             refresh: read files and pointer again even if they are known.
-            clock: gets the phases ``files``, ``fetch.pointer``, ``fetch.head``, ``fetch.working_set`` when they happen.
+            clock: gets the phases ``resolve.wait``, ``files``, ``fetch.pointer``, ``fetch.head``, ``fetch.working_set`` when they happen.
             fetched: counts what is read from S3.
 
         Raises:
             FunctionInvalid: its files are not on this node. An unusable or unreachable checkpoint raises nothing: see ``reason``.
         """
         clock, fetched = clock or PhaseClock(), fetched or Fetched()
-        async with self._locks.setdefault(function.name, asyncio.Lock()):
+        lock = self._locks.setdefault(function.name, asyncio.Lock())
+        waiting, since_ns = lock.locked(), time.time_ns()
+        async with lock:
+            if waiting:  # for a fetch of the same function that is under way
+                clock.add("resolve.wait", since_ns, time.time_ns())
             known = self._known.get(function.name)
             if known and known.digest == function.digest and not refresh and time.monotonic() < known.ask_again_at:
                 return known

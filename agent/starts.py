@@ -77,14 +77,15 @@ class Starter:
         try:
             left_s = (command.deadline_ns - time.time_ns()) / 1e9
             async with asyncio.timeout(max(0.0, left_s)):
-                async with _admitted(self._restores, clock, received_ns):
-                    resolution = await self._catalog.resolve(command.function, clock=clock, fetched=fetched)
-                    image, reason = self._catalog.usable(command.function, resolution)
-                    if image is not None:
-                        checkpoint = image.checkpoint
+                # Before admission: a function whose files are being copied must not keep others from their restores.
+                resolution = await self._catalog.resolve(command.function, clock=clock, fetched=fetched)
+                image, reason = self._catalog.usable(command.function, resolution)
+                if image is not None:
+                    checkpoint = image.checkpoint
+                    async with _admitted(self._restores, clock, time.time_ns() if clock.phases else received_ns):
                         instance, reason = await self._restore(command, image, resolution.layers, clock, evidence)
                 if instance is None:
-                    async with _admitted(self._colds, clock, time.time_ns()):
+                    async with _admitted(self._colds, clock, time.time_ns() if clock.phases else received_ns):
                         instance = await start_cold(
                             self._workshop, command.function, resolution.layers, _instance_id(command), command.deadline_ns, clock
                         )
