@@ -165,6 +165,8 @@ def read_yaml(text: str, origin: str, base: Path) -> list[Function]:
         raise FunctionInvalid(f"{origin}:1: no document; expected kind: Function")
     functions = []
     for node, value in zip(nodes, values, strict=True):
+        if isinstance(value, dict):
+            value.pop("status", None)  # what ``thaw get -o yaml`` adds, and what Kubernetes ignores too
         try:
             functions.append(_resolve(from_builtins(value), base))
         except FunctionInvalid as error:

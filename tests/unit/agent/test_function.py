@@ -4,6 +4,7 @@ import contextlib
 from pathlib import Path
 
 import pytest
+import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -35,6 +36,12 @@ def test_a_good_document() -> None:
     assert function.spec.files[0].source == "/base/server.py"
     assert function.spec.limits.memory_mb == 512
     assert from_builtins(to_builtins(function)) == function
+
+
+def test_what_get_prints_can_be_applied() -> None:
+    (function,) = read_yaml(GOOD, "f.yaml", Path("/base"))
+    printed = yaml.safe_dump({**to_builtins(function), "status": {"rung": "cached"}})
+    assert read_yaml(printed, "f.yaml", Path("/elsewhere")) == [function]
 
 
 def test_several_documents() -> None:
