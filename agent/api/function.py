@@ -153,18 +153,18 @@ def read_yaml(text: str, origin: str, base: Path) -> list[Function]:
         FunctionInvalid: not YAML, not a Function, a wrong field; the message is ``origin:line: field: what``.
     """
     try:
-        nodes = [node for node in yaml.compose_all(text, Loader=yaml.SafeLoader) if node is not None]
-        values = [value for value in yaml.safe_load_all(text) if value is not None]
+        nodes, values = list(yaml.compose_all(text, Loader=yaml.SafeLoader)), list(yaml.safe_load_all(text))
+        documents = [(node, value) for node, value in zip(nodes, values, strict=True) if value is not None]
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = mark.line + 1 if mark else 1
         raise FunctionInvalid(f"{origin}:{line}: not valid YAML: {getattr(error, 'problem', error)}") from error
     except (RecursionError, ValueError) as error:
         raise FunctionInvalid(f"{origin}:1: not valid YAML: {error}") from error
-    if not nodes:
+    if not documents:
         raise FunctionInvalid(f"{origin}:1: no document; expected kind: Function")
     functions = []
-    for node, value in zip(nodes, values, strict=True):
+    for node, value in documents:
         if isinstance(value, dict):
             value.pop("status", None)  # what ``thaw get -o yaml`` adds, and what Kubernetes ignores too
         try:

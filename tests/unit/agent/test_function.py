@@ -45,6 +45,7 @@ def test_what_get_prints_can_be_applied() -> None:
 
 
 def test_several_documents() -> None:
+    assert len(read_yaml(f"---\n~\n---\n---\n{GOOD}", "f.yaml", Path("/base"))) == 1
     assert len(read_yaml(GOOD + "---\n" + GOOD.replace("index", "other"), "f.yaml", Path("/"))) == 2
 
 
@@ -63,6 +64,7 @@ def test_several_documents() -> None:
         (("  port: 8080\n", ""), "missing required field `port`"),
         (("spec:", "spec: ["), r"f.yaml:\d+: not valid YAML"),
         ((GOOD, ""), "no document"),
+        ((GOOD, "~"), "no document"),
         ((GOOD, "- 1\n- 2\n"), "f.yaml:1: document"),
     ],
 )
