@@ -8,15 +8,11 @@ counts what the host holds; the difference is ``leaked``.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
 import math
-import os
-import shutil
-import signal
 import subprocess
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,17 +22,16 @@ import yaml
 from agent.api.function import Function, read_yaml
 from agent.api.records import StartRecord
 from infra import leaks, telemetry
-from infra import settings as settings_module
 from infra.local import broker, criu, objectstore
 from infra.settings import Settings
 from loadgen import driver, functions_setup, machine, memory, report, starts
 from loadgen.arrivals import Arrival
 from loadgen.checks import SAMPLES, target_of
 from loadgen.errors import LoadImpossible
+from loadgen.installation import Installation, Say
 from loadgen.result import LoadResult, RequestRecord, latency
 from loadgen.traces import read, replay
 
-Say = Callable[[str], None]
 #: Function, then number, p50 and p99 in ms of requests that waited for a restored start, and the same for cold ones.
 Row = tuple[str, int, float, float, int, float, float]
 #: Longest wait for all checkpoints after a cold start of each, s, and how often that is tried.
@@ -79,11 +74,9 @@ class Demo:
         self._thaw = thaw
         self._options = options
         self._say = say
-        self._state = settings.paths.state_dir
-        self._log = self._state / "logs" / "demo.log"
-        #: Whatever belongs to this demo has one of these in its command line, environment, cgroup, name or path.
-        self._marks = (str(self._state), f"thaw-{settings.agent.node_name}", settings.agent.bridge[:6])
-        self._environment = {**os.environ, "THAW_RUN": str(self._state)}
+        self._installation = Installation(settings, thaw, options.out, say)
+        self._state = self._installation.state
+        self._marks = self._installation.marks
         self._leaked: list[str] = []
 
     def run(self) -> tuple[dict[str, Any], list[Row]]:
@@ -95,23 +88,19 @@ class Demo:
         Raises:
             LoadImpossible: a step failed; the message names its log.
         """
-        self._log.parent.mkdir(parents=True, exist_ok=True)
         try:
             return self._run_all()
         finally:
-            shutil.rmtree(self._state, ignore_errors=True)
+            self._installation.remove()
 
     def _run_all(self) -> tuple[dict[str, Any], list[Row]]:
         before = leaks.census(marks=self._marks)
         self._say(f"preparing the sample functions in {self._settings.paths.cache_dir}")
         documents = functions_setup.prepare(self._settings.paths.cache_dir, self._say, samples=self._options.samples)
         arrivals = self._arrivals([path.parent.name.rpartition("-")[0] for path in documents])
-        try:
-            with self._stack() as settings, self._node(settings):
-                product, baseline = asyncio.run(self._measure(settings, documents, arrivals))
-                facts = self._facts(settings)
-        finally:
-            self._command("stack", "down", "--purge", check=False)
+        with self._installation.stack() as settings, self._installation.background("run"):
+            product, baseline = asyncio.run(self._measure(settings, documents, arrivals))
+            facts = self._facts(settings)
         path = report.write(self._options.out, product, baseline, machine=facts, method=self._method(arrivals))
         time.sleep(0.5)  # the kernel takes namespaces down a moment after their last process
         leaked = [*self._leaked, *leaks.difference(before, leaks.census(marks=self._marks), only=self._marks)]
@@ -131,66 +120,6 @@ class Demo:
         return replay(invocations, names, time_factor=factor, seed=options.seed)
 
     # Steps
-
-    @contextlib.contextmanager
-    def _stack(self) -> Iterator[Settings]:
-        self._command("stack", "up")
-        yield settings_module.with_embedded_stack(self._settings)
-
-    @contextlib.contextmanager
-    def _node(self, settings: Settings) -> Iterator[None]:
-        """``thaw run`` in the background: an agent and a scaler that are started again when they die."""
-        self._say(f"$ thaw run   (logs in {self._state / 'logs'})")
-        with self._log.open("ab") as log:
-            process = subprocess.Popen(
-                [*self._thaw, "run"],
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                start_new_session=True,
-                env=self._environment,
-            )
-        try:
-            give_up = time.monotonic() + 60
-            while not settings.agent_file.exists():
-                if process.poll() is not None or time.monotonic() > give_up:
-                    raise LoadImpossible(f"the agent did not come up; see {self._keep_logs()}")
-                time.sleep(0.05)
-            yield
-        finally:
-            process.send_signal(signal.SIGTERM)
-            try:
-                process.wait(60)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
-
-    def _command(self, *arguments: str, check: bool = True) -> None:
-        """Run a ``thaw`` command and show what it says while it says it."""
-        self._say(f"$ thaw {' '.join(arguments)}")
-        with (
-            self._log.open("a") as log,
-            subprocess.Popen(
-                [*self._thaw, *arguments],
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                text=True,
-                env=self._environment,
-            ) as process,
-        ):
-            assert process.stdout is not None
-            for line in process.stdout:
-                log.write(line)
-                self._say(f"  {line.rstrip()}")
-        if check and process.returncode:
-            raise LoadImpossible(f"thaw {' '.join(arguments)} failed with code {process.returncode}; see {self._keep_logs()}")
-
-    def _keep_logs(self) -> Path:
-        """Copy the logs to where they outlive the state folder."""
-        kept = self._options.out / "logs"
-        shutil.copytree(self._state / "logs", kept, dirs_exist_ok=True)
-        return kept
 
     async def _measure(
         self, settings: Settings, documents: Sequence[Path], arrivals: Sequence[Arrival]
@@ -245,7 +174,7 @@ class Demo:
             path.write_text(yaml.safe_dump(value, sort_keys=False))
             functions[function.name] = function
             paths += ["-f", str(path)]
-        self._command("apply", *paths)
+        self._installation.command("apply", *paths)
         return functions
 
     async def _run(
@@ -304,7 +233,7 @@ class Demo:
             if state and reached(state):
                 return
             if time.monotonic() > give_up:
-                raise LoadImpossible(f"waited {timeout_s:.0f} s in vain until {what}: {state}; see {self._keep_logs()}")
+                raise LoadImpossible(f"waited {timeout_s:.0f} s in vain until {what}: {state}; see {self._installation.keep_logs()}")
             await asyncio.sleep(0.3)
 
     # Results

@@ -21,6 +21,7 @@ from infra.settings import load
 COMMANDS = {
     "agent": "thaw.agent:command",
     "apply": "thaw.functions:apply",
+    "bench": "thaw.bench:bench",
     "delete": "thaw.functions:delete",
     "demo": "thaw.demo:command",
     "doctor": "thaw.stack:doctor",

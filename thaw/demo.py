@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
-import fcntl
 import json
-import os
 import sys
 import time
 from pathlib import Path
@@ -15,13 +12,12 @@ import click
 from rich.console import Console
 from rich.table import Table
 
-from infra.errors import SettingsError
 from infra.settings import Settings
 from loadgen import demo
 from loadgen.checks import SAMPLES
 from loadgen.demo import DemoOptions
 from loadgen.traces import SHIPPED
-from thaw import invocation
+from thaw import isolated
 
 
 @click.command("demo")
@@ -49,29 +45,14 @@ def command(
     out: Path | None,
 ) -> None:
     """Replay a slice of a production trace on restored instances, then on cold ones; print a table and one JSON line."""
-    if os.geteuid() != 0:
-        raise SettingsError("the demo makes namespaces and restores processes with CRIU, so it needs root: run it with sudo")
     began = time.monotonic()
     folder = (out or Path("reports") / time.strftime("demo-%Y%m%d-%H%M%S")).resolve()
     options = DemoOptions(trace, from_s, to_s, seconds, idle_s, seed, folder, samples or SAMPLES)
-    state = settings.paths.state_dir / "demo"
-    own = dataclasses.replace(
-        settings,
-        paths=dataclasses.replace(settings.paths, state_dir=state),
-        agent=dataclasses.replace(settings.agent, listen_port=0, node_name="demo", bridge="thawdemo"),
-    )
-    own_settings = [part for name in ("listen_port=0", "node_name=demo", "bridge=thawdemo") for part in ("--set", f"agent.{name}")]
-    arguments = [*invocation.arguments(), "--state-dir", str(state), *own_settings]
 
     def say(line: str) -> None:
         click.echo(f"[{time.monotonic() - began:6.1f} s] {line}", err=True)
 
-    state.mkdir(parents=True, exist_ok=True)
-    with (state.parent / "demo.lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise SettingsError(f"another demo runs in {state}; wait for it, or use another --state-dir") from error
+    with isolated.installation(settings, "demo") as (own, arguments):
         result, rows = demo.Demo(own, arguments, options, say).run()
     _table(rows)
     click.echo(f"report: {result['report']}")

@@ -43,7 +43,7 @@ def test_every_request_is_answered_while_scaler_and_agent_are_killed(tmp_path: P
     killed: list[str] = []
 
     def kill(name: str) -> None:
-        log = (tmp_path / "state" / "demo" / "logs" / "demo.log").read_text()
+        log = (tmp_path / "state" / "demo" / "logs" / "installation.log").read_text()
         pid = int(re.findall(rf"{name}: started \(pid (\d+)\)", log)[-1])
         os.kill(pid, signal.SIGKILL)
         killed.append(name)
