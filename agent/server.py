@@ -94,8 +94,8 @@ class Agent:
         for name in ("work", "images", "layers"):
             (state / name).mkdir(parents=True, exist_ok=True)
         network = Network(settings.bridge, settings.subnet)
-        await network.open()
         stack.push_async_callback(network.close)
+        await network.open()
         cgroups = CgroupTree(f"thaw-{settings.node_name}")
         for leftover in cgroups.leftovers():
             await asyncio.to_thread(leftover.remove)

@@ -1,8 +1,8 @@
 """``thaw bench restore``: how long the agent takes to bring up each function, by start mode, one start at a time.
 
 In: a running agent and Function documents. Out: per function and mode the percentiles of command → first response, the median of each
-phase, and what was read. The modes are brought about (an evict before each remote start, policy ``off`` for cold ones) and counted by the agent's
-evidence; answers are asked for and checked.
+phase, and what was read. The modes are brought about (an evict before each remote start, policy ``off`` for cold ones) and counted by
+the agent's evidence; answers are asked for and checked.
 """
 
 from __future__ import annotations

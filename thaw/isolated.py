@@ -32,7 +32,7 @@ def installation(settings: Settings, name: str) -> Iterator[tuple[Settings, list
         raise SettingsError(f"the {name} makes namespaces and restores processes with CRIU, so it needs root: run it with sudo")
     state = settings.paths.state_dir / name
     state.mkdir(parents=True, exist_ok=True)
-    agent: dict[str, Any] = {"listen_port": 0, "node_name": name, "bridge": f"thaw{name[:8]}"}
+    agent: dict[str, Any] = {"listen_port": 0, "node_name": name, "bridge": f"thaw{name[:8]}", "subnet": "198.19.128.0/17"}
     own = dataclasses.replace(
         settings,
         paths=dataclasses.replace(settings.paths, state_dir=state),

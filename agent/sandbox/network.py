@@ -11,6 +11,7 @@ import asyncio
 import errno
 import ipaddress
 import logging
+import socket
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -85,10 +86,11 @@ class Network:
         self._netlink = pyroute2.IPRoute()
         try:
             found = self._netlink.link_lookup(ifname=self._bridge)
+            self._check_subnet(int(found[0]) if found else 0)
             if not found:
                 self._netlink.link("add", ifname=self._bridge, kind="bridge")
                 found = self._netlink.link_lookup(ifname=self._bridge)
-            index = int(found[0])
+            self._index = index = int(found[0])
             try:
                 self._netlink.addr("add", index=index, address=str(self._gateway), prefixlen=self._net.prefixlen)
             except NetlinkError as error:
@@ -102,7 +104,14 @@ class Network:
                     self._netlink.link("del", index=link["index"])  # of an agent that is gone
         except (NetlinkError, OSError) as error:
             raise SandboxError(f"cannot set up the bridge {self._bridge} with {self._net}: {error}", stage="network") from error
-        self._index = index
+
+    def _check_subnet(self, index: int) -> None:
+        """Two bridges with one subnet: the node would send half of its requests to the wrong one."""
+        for address in self._netlink.get_addr(family=socket.AF_INET):
+            other = ipaddress.ip_interface(f"{address.get_attr('IFA_ADDRESS')}/{address['prefixlen']}").network
+            if address["index"] != index and other.overlaps(self._net) and other.prefixlen < 32:
+                name = address.get_attr("IFA_LABEL") or f"link {address['index']}"
+                raise SandboxError(f"the addresses {self._net} are in use on {name} ({other}); set agent.subnet", stage="network")
 
     def _attach(self, pid: int) -> Link:
         if not self._free:
@@ -131,10 +140,11 @@ class Network:
     def _close(self) -> None:
         if self._netlink is None:
             return
-        try:
-            self._netlink.link("del", index=self._index)
-        except NetlinkError as error:
-            logger.warning("bridge %s was not removed: %s", self._bridge, error)
+        if self._index:
+            try:
+                self._netlink.link("del", index=self._index)
+            except NetlinkError as error:
+                logger.warning("bridge %s was not removed: %s", self._bridge, error)
         self._netlink.close()
 
 

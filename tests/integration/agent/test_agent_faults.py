@@ -179,9 +179,12 @@ async def test_an_image_that_fails_again_and_again_is_quarantined(stack_settings
     assert host_leftovers(agent) == []
 
 
-async def test_two_agents_do_not_share_a_bridge(stack_settings: Settings, tmp_path: Path) -> None:
+async def test_two_agents_share_neither_bridge_nor_addresses(stack_settings: Settings, tmp_path: Path) -> None:
     async with running_agent(stack_settings, tmp_path / "one") as agent:
         with pytest.raises(AssertionError, match=r"another agent of this machine has agent\.bridge=thawtest0"):
             async with running_agent(stack_settings, tmp_path / "two"):
+                pass
+        with pytest.raises(AssertionError, match=r"198\.19\.0\.0/16 are in use on thawtest0 .* set agent\.subnet"):
+            async with running_agent(stack_settings, tmp_path / "three", **{"agent.bridge": "thawtest1"}):
                 pass
         assert (await ask(await agent.start_instance(a_function(tmp_path, "one"))))["ok"]
