@@ -15,7 +15,6 @@ import signal
 import socket
 import sys
 import time
-from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,7 @@ import msgpack
 from agent.errors import AgentError
 from agent.pager.images import Image, Waiter
 from agent.pager.regions import Region, Regions
+from agent.pager.spaces import Restore, Space
 from agent.pager.userfault import Fault, Fork, Outcome, Remap, Remove, Userfault
 from infra.s3 import ObjectStore
 from infra.settings import S3Settings
@@ -40,45 +40,6 @@ SWEEP_S = 2.0
 #: CRIU's last word on a lazy-pages socket (criu/uffd.c, LAZY_PAGES_RESTORE_FINISHED).
 _RESTORE_FINISHED = 0x52535446
 MESSAGE_BYTES_MAX = 16 << 20
-
-
-class Space:
-    """One address space: a process of an instance."""
-
-    def __init__(self, key: int, userfault: Userfault, pid: int, regions: Regions, restore: Restore) -> None:
-        self.key = key
-        self.userfault = userfault
-        self.pid = pid
-        self.regions = regions
-        self.restore = restore
-        #: Addresses of faults that are not served yet.
-        self.faults: deque[int] = deque()
-        #: ``[address, end)`` of the working set still to copy.
-        self.prefetch: deque[tuple[int, int]] = deque()
-        self.gone = False
-
-
-class Restore:
-    """One instance being, or having been, restored."""
-
-    def __init__(self, name: str, image: Image, listener: socket.socket, *, record: bool, prefetch: bool) -> None:
-        self.name = name
-        self.image = image
-        self.listener = listener
-        self.record = record
-        self.prefetch = prefetch
-        self.finished = False
-        self.spaces: list[Space] = []
-        self.sockets: list[socket.socket] = [listener]
-        self.pages_prefetched = 0
-        self.pages_faulted = 0
-        self.prefetch_start_ns = 0
-        self.prefetch_end_ns = 0
-        #: Of the image, at the start: what came since then was fetched during this restore, for it or for a neighbour.
-        self.gets_before = image.gets
-        self.bytes_before = image.bytes_fetched
-        #: (pid, address) in order of first touch.
-        self.touched: dict[tuple[int, int], None] = {}
 
 
 class Pager:
