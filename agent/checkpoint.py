@@ -110,6 +110,7 @@ class Checkpointer:
                 await asyncio.to_thread(freezable.check, donor.sandbox.processes())
                 with clock.phase("mapped_files"):
                     mapped = await asyncio.to_thread(host.mapped_files, donor.sandbox.processes(), layers.search)
+                donor.sandbox.cgroup.lift_memory_limit()
                 with clock.phase("dump"):
                     left_s = max(1.0, (deadline_ns - time.time_ns()) / 1e9)
                     await tool.dump(donor.sandbox, self._workshop.criu_fd, donor.root_pid, building / IMAGES, left_s)

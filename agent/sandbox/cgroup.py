@@ -100,6 +100,13 @@ class Cgroup:
             if "pids" in item.controllers:
                 (path / "pids.max").write_text(str(pids))
 
+    def lift_memory_limit(self) -> None:
+        """Take the memory limit away: for CRIU's dump, whose output is charged here and may not be reclaimable (tmpfs, a slow disk)."""
+        for item, path in self.parts:
+            if "memory" in item.controllers:
+                name, unlimited = ("memory.max", "max") if item.version == 2 else ("memory.limit_in_bytes", "-1")
+                (path / name).write_text(unlimited)
+
     def processes(self) -> list[int]:
         """Pids (of this process's namespace) in the sandbox, its PID 1 included. Empty without cgroups."""
         for _, path in self.parts:

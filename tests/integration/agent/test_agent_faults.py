@@ -104,6 +104,22 @@ async def test_a_full_disk_fails_the_checkpoint_clearly_and_starts_go_on(stack_s
     assert host_leftovers(agent) == []
 
 
+async def test_a_dump_is_not_charged_to_the_function(stack_settings: Settings, tmp_path: Path) -> None:
+    """With images on a tmpfs the kernel once killed the donor in the middle of its dump: its memory and the image were over its limit."""
+    function = a_function(tmp_path, "charged", pages=30_000, limits={"memoryMb": 192})
+    images = tmp_path / "charged" / "agent" / "images"
+    images.mkdir(parents=True)
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1g", "tmpfs", images], check=True)
+    try:
+        async with running_agent(stack_settings, tmp_path / "charged") as agent:
+            report = await agent.call(MakeCheckpoint, function=function)
+            assert isinstance(report, CheckpointPublished), report
+            restored = await agent.start_instance(function)
+            assert restored.record.start_mode == "restore" and (await ask(restored, "/29999"))["ok"]
+    finally:
+        subprocess.run(["umount", images], check=True)
+
+
 async def test_without_a_store_starts_are_cold_and_say_so(stack_settings: Settings, tmp_path: Path) -> None:
     function = a_function(tmp_path, "nostore")
     async with running_agent(stack_settings, tmp_path / "nostore", **{"s3.endpoint_url": "http://127.0.0.1:9"}) as agent:
