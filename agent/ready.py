@@ -19,6 +19,8 @@ from agent.errors import InstanceGone, NotReady
 RESPONSE_BYTES_MAX = 1 << 20
 #: Pauses between attempts to connect, s: short at first, since a restored instance listens already.
 _PAUSE_S, _PAUSE_MAX_S = 0.0005, 0.01
+#: Longest wait for one answer, s.
+_ATTEMPT_S = 10.0
 
 
 @dataclass(frozen=True)
@@ -42,15 +44,16 @@ async def wait_ready(address: str, function: Function, deadline_ns: int, ended: 
         NotReady: the deadline passed; the message says what happened last. InstanceGone: it ended first.
     """
     path = function.spec.readiness.path
-    pause, last = _PAUSE_S, "nothing listens on the port"
+    pause, last = _PAUSE_S, ""
     while True:
         if ended.done():
             raise InstanceGone(f"the process ended with status {ended.result()} before it answered", function=function.name)
         left_s = (deadline_ns - time.time_ns()) / 1e9
         if left_s <= 0:
             raise NotReady(f"no answer on port {function.spec.port}: {last}", function=function.name, address=address)
+        limit_s = min(left_s, _ATTEMPT_S)
         try:
-            async with asyncio.timeout(min(left_s, 10.0)):
+            async with asyncio.timeout(limit_s):
                 sock = await _connect(address, function.spec.port)
                 accepted_ns = time.time_ns()
                 with sock:
@@ -61,7 +64,8 @@ async def wait_ready(address: str, function: Function, deadline_ns: int, ended: 
                 return Readiness(accepted_ns, time.time_ns())
             last = f"GET {path} answered {status}"
         except TimeoutError:
-            last = f"GET {path} was not answered within 10 s"
+            if not last or limit_s == _ATTEMPT_S:  # an attempt that the deadline cut short says less than the one before
+                last = f"GET {path} was not answered within {limit_s:.1f} s"
         except OSError as error:
             last = error.strerror or str(error)
         except ValueError as error:

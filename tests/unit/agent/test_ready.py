@@ -63,7 +63,7 @@ async def test_a_port_is_enough_without_a_path() -> None:
 async def test_what_happened_last_is_told_at_the_deadline(answer: bytes, said: str) -> None:
     async with server(answer) as port:
         with pytest.raises(NotReady, match=said):
-            await wait_ready("127.0.0.1", function(port), soon(0.2), never())
+            await wait_ready("127.0.0.1", function(port), soon(1.0), never())
 
 
 async def test_the_end_of_the_process_ends_the_wait() -> None:
