@@ -50,7 +50,7 @@ async def wait_ready(address: str, function: Function, deadline_ns: int, ended: 
             raise InstanceGone(f"the process ended with status {ended.result()} before it answered", function=function.name)
         left_s = (deadline_ns - time.time_ns()) / 1e9
         if left_s <= 0:
-            raise NotReady(f"no answer on port {function.spec.port}: {last}", function=function.name, address=address)
+            raise NotReady(f"no answer on port {function.spec.port}: {last or 'no time was left'}", function=function.name, address=address)
         limit_s = min(left_s, _ATTEMPT_S)
         try:
             async with asyncio.timeout(limit_s):
