@@ -30,7 +30,7 @@ class SandboxPool:
         self._wanted = asyncio.Event()
         self._wanted.set()
         self._closed = False
-        tasks.spawn(self._refill(), "refill of the sandbox pool", essential=True)
+        self._refilling = tasks.spawn(self._refill(), "refill of the sandbox pool", essential=True)
 
     def __len__(self) -> int:
         return len(self._ready)
@@ -54,13 +54,15 @@ class SandboxPool:
         await sandbox.destroy(self._factory.network)
 
     async def close(self) -> None:
-        """Destroy what is ready."""
+        """Destroy what is ready; one that is being made is finished first, because half a sandbox would be left."""
         self._closed = True
+        self._wanted.set()
+        await asyncio.wait({self._refilling})
         while self._ready:
             await self._ready.popleft().destroy(self._factory.network)
 
     async def _refill(self) -> None:
-        while True:
+        while not self._closed:
             await self._wanted.wait()
             self._wanted.clear()
             if len(self._ready) > self._size // 2:
