@@ -95,12 +95,6 @@ def restore_stats(work_directory: Path) -> dict[str, int]:
     return _stats(work_directory / "stats-restore", 2, names)
 
 
-def dump_stats(work_directory: Path) -> dict[str, int]:
-    """CRIU's own dump statistics (times in µs)."""
-    names = {1: "freezing_us", 2: "frozen_us", 3: "memdump_us", 4: "memwrite_us", 5: "pages_scanned", 7: "pages_written"}
-    return _stats(work_directory / "stats-dump", 1, names)
-
-
 def _stats(path: Path, part: int, names: dict[int, str]) -> dict[str, int]:
     try:
         entry = next(_entries(path.read_bytes()))
