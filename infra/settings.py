@@ -83,12 +83,20 @@ class AgentSettings:
     bridge: str = "thaw0"
     #: User and group that functions run as; they get no capabilities.
     run_as: int = 65534
-    #: Ready sandboxes (namespaces, cgroup, network) kept for the next starts. 0.4 MB each.
+    #: Ready sandboxes (namespaces, cgroup, network, root, a waiting CRIU worker) kept for the next starts, per root. 0.8 MB each.
     pool_size: int = 8
     #: Starts in progress at once; the rest waits in order. About twice the cores (measured, FACTS: fan-out).
     starts_in_flight: int = field(default_factory=lambda: 2 * (os.cpu_count() or 1))
     #: Parallel GETs and PUTs to the store.
     store_parallel: int = 16
+    #: Trial restores that record the working set of a new checkpoint; what any of them touched belongs to it.
+    recordings: int = 2
+    #: Background fill of instances that keep faulting: begins this long after the start, s.
+    fill_after_s: float = 10.0
+    #: Rate of the background fill, MB/s; 0 turns it off.
+    fill_mb_per_s: float = 64.0
+    #: Instances outlive an agent that dies, for the next one to adopt; without one they end after this long, s.
+    orphan_s: float = 30.0
     #: Node cache ceiling, MB; least recently used images are dropped first.
     cache_mb: int = 16384
     #: Failed restores of one checkpoint before it is quarantined on this node.

@@ -78,6 +78,10 @@ class Policy(_Struct, frozen=True, kw_only=True):
     idle_seconds: Annotated[float, msgspec.Meta(ge=0, le=86400)] = 30.0
     #: ``auto``: checkpoint after the first cold start and restore from then on. ``off``: every start is cold.
     checkpoint: Literal["auto", "off"] = "auto"
+    #: Standbys to hold ready, in the whole installation: restored and stopped, each at the memory of its working set.
+    standby: Annotated[int, msgspec.Meta(ge=0, le=10000)] = 0
+    #: How memory comes back: ``lazy`` on access, the working set ahead; ``whole`` before resume; ``auto`` whole for small images.
+    memory: Literal["auto", "lazy", "whole"] = "auto"
 
 
 class FunctionSpec(_Struct, frozen=True, kw_only=True):
@@ -92,6 +96,8 @@ class FunctionSpec(_Struct, frozen=True, kw_only=True):
     files: list[RootFile] = []
     readiness: Readiness = msgspec.field(default_factory=Readiness)
     warm_up: list[WarmUp] = []
+    #: Sent to the main process before a restored instance serves, if it has a handler: it may read /run/thaw/instance.json again.
+    resume_signal: Literal["", "SIGUSR1", "SIGUSR2", "SIGHUP", "SIGWINCH"] = ""
     limits: Limits = msgspec.field(default_factory=Limits)
     instances: Instances = msgspec.field(default_factory=Instances)
     policy: Policy = msgspec.field(default_factory=Policy)

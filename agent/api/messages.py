@@ -62,14 +62,23 @@ class Fetch(Command, frozen=True, kw_only=True, tag="fetch"):
     function: Function
 
 
+class Prepare(Command, frozen=True, kw_only=True, tag="prepare"):
+    """Make one standby of the function's current checkpoint, in the background. Answer: PrepareDone or CommandFailed."""
+
+    function: Function
+
+
 class Start(Command, frozen=True, kw_only=True, tag="start"):
-    """Bring up one instance by the fastest way the node has. Answer: StartDone or StartFailed."""
+    """Bring up one instance by the fastest way the node has: a standby, its cache, S3, the command. Answer: StartDone or StartFailed.
+
+    A standby that is used up keeps its name: ``StartDone.instance.instance`` is what ``PrepareDone.standby.standby`` was.
+    """
 
     function: Function
 
 
 class Release(Command, frozen=True, kw_only=True, tag="release"):
-    """End an instance and everything of it. Answer: InstanceExited with reason ``released``."""
+    """End an instance or a standby and everything of it. Answer: InstanceExited with reason ``released``."""
 
     instance: str
 
@@ -101,6 +110,23 @@ class InstanceInfo(msgspec.Struct, frozen=True, kw_only=True):
     command_id: str
 
 
+class StandbyInfo(msgspec.Struct, frozen=True, kw_only=True):
+    """An instance that is restored and stopped, as its node knows it.
+
+    Attributes:
+        standby: its name; the instance keeps it when it is thawed.
+        pss_bytes: memory that it holds alone, and its share of what it shares (proportional set size), when it was made.
+    """
+
+    standby: str
+    function: str
+    function_digest: str
+    checkpoint: str
+    pss_bytes: int
+    made_ns: int
+    command_id: str
+
+
 class CheckpointInfo(msgspec.Struct, frozen=True, kw_only=True):
     """A checkpoint in a node's cache."""
 
@@ -118,7 +144,17 @@ class Inventory(Message, frozen=True, kw_only=True, tag="inventory"):
     memory_mb: int
     memory_free_mb: int
     instances: list[InstanceInfo] = []
+    standbys: list[StandbyInfo] = []
     checkpoints: list[CheckpointInfo] = []
+
+
+class PrepareDone(Message, frozen=True, kw_only=True, tag="prepare_done"):
+    """A standby waits. It ends with a StartDone of the same name, or with InstanceExited."""
+
+    command_id: str
+    standby: StandbyInfo
+    #: Seconds of each step.
+    seconds: dict[str, float] = {}
 
 
 class StartDone(Message, frozen=True, kw_only=True, tag="start_done"):
@@ -143,7 +179,7 @@ class StartFailed(Message, frozen=True, kw_only=True, tag="start_failed"):
 
 
 class InstanceExited(Message, frozen=True, kw_only=True, tag="instance_exited"):
-    """An instance is gone and nothing of it is left."""
+    """An instance or a standby is gone and nothing of it is left."""
 
     instance: str
     function: str
@@ -180,7 +216,7 @@ class Evicted(Message, frozen=True, kw_only=True, tag="evicted"):
 
 
 class CommandFailed(Message, frozen=True, kw_only=True, tag="command_failed"):
-    """A fetch, checkpoint, release or evict failed; nothing of it is left."""
+    """A fetch, prepare, checkpoint, release or evict failed; nothing of it is left."""
 
     command_id: str
     function: str
@@ -219,9 +255,10 @@ class EndpointDown(Message, frozen=True, kw_only=True, tag="endpoint_down"):
     instance: str
 
 
-AgentCommand = Fetch | Start | Release | Evict | MakeCheckpoint
+AgentCommand = Fetch | Prepare | Start | Release | Evict | MakeCheckpoint
 AgentReport = (
     Inventory
+    | PrepareDone
     | StartDone
     | StartFailed
     | InstanceExited
