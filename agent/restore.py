@@ -125,7 +125,7 @@ async def resume(workshop: Workshop, instance: Instance, deadline_ns: int, clock
         workshop: what the node works with.
         instance: stopped; the caller ends it when this raises.
         deadline_ns: wall clock ns at which to give up.
-        clock: gets the phases ``resume``, ``ready``, ``first_response``.
+        clock: gets the phases ``ready`` (the kernel has taken the first request), ``resume``, ``first_response``.
 
     Raises:
         AgentError: it does not answer.
@@ -136,15 +136,21 @@ async def resume(workshop: Workshop, instance: Instance, deadline_ns: int, clock
         instance.start_mode = "thaw"
         checkpoint = instance.image.checkpoint if instance.image else ""
         user = workshop.furnisher.run_as
-        rootfs.write_identity(sandbox.layer, instance=instance.id, function=function.name, checkpoint=checkpoint, user=user)
-    if function.spec.resume_signal:
-        sandbox.signal_handler(instance.root_pid, signal.Signals[function.spec.resume_signal])
-    sandbox.signal_all(signal.SIGCONT)
-    resumed_ns = time.time_ns()
-    clock.add("resume", start_ns, resumed_ns)
-    readiness = await wait_ready(sandbox.address, function, deadline_ns, instance.ended)
-    clock.add("ready", resumed_ns, readiness.accepted_ns)
-    clock.add("first_response", readiness.accepted_ns, readiness.responded_ns)
+        rootfs.write_identity(sandbox.layer_fd, instance=instance.id, function=function.name, checkpoint=checkpoint, user=user)
+    resumed_ns = 0
+
+    def go() -> None:
+        nonlocal resumed_ns
+        if function.spec.resume_signal:
+            sandbox.signal_handler(instance.root_pid, signal.Signals[function.spec.resume_signal])
+        sandbox.signal_all(signal.SIGCONT)
+        resumed_ns = time.time_ns()
+
+    readiness = await wait_ready(sandbox.address, function, deadline_ns, instance.ended, go)
+    accepted_ns = min(readiness.accepted_ns, resumed_ns)
+    clock.add("ready", start_ns, accepted_ns)
+    clock.add("resume", accepted_ns, resumed_ns)
+    clock.add("first_response", resumed_ns, readiness.responded_ns)
     instance.started_ns = readiness.responded_ns
 
 
@@ -175,7 +181,7 @@ async def start_restored(
     return instance
 
 
-async def evidence_of(instance: Instance, clock: PhaseClock) -> RestoreEvidence:
+async def evidence_of(instance: Instance) -> RestoreEvidence:
     """What a restored or thawed instance took until its first response, as counted by the pager and CRIU."""
     evidence, image = RestoreEvidence(), instance.image
     if image is None:
@@ -184,20 +190,15 @@ async def evidence_of(instance: Instance, clock: PhaseClock) -> RestoreEvidence:
     if not thawed:
         evidence.criu = images.restore_stats(work_directory(instance.sandbox))
     stats: dict[str, Any] = await instance.pager.stats(instance.id) if instance.pager else {}
-    if not stats:
-        evidence.bytes_by_tier["memory" if thawed else "disk"] = image.manifest.image_bytes
-        return evidence
-    evidence.pages_faulted = stats["pages_faulted"]
+    ahead_bytes = image.manifest.working_set.unpacked if stats else image.manifest.image_bytes
+    evidence.pages_prefetched = ahead_bytes // images.PAGE
+    evidence.pages_faulted = stats.get("pages_faulted", 0)
     if thawed:
-        evidence.bytes_by_tier["memory"] = stats["pages_prefetched"] * images.PAGE
-        return evidence
-    evidence.pages_prefetched = stats["pages_prefetched"]
-    evidence.s3_gets = stats["s3_gets"]
-    evidence.bytes_by_tier["s3"] = stats["s3_bytes"]
-    pages = (evidence.pages_prefetched + evidence.pages_faulted) * images.PAGE
-    evidence.bytes_by_tier["disk"] = image.manifest.archive.unpacked + pages
-    if stats["prefetch_end_ns"]:
-        clock.add("prefetch", stats["prefetch_start_ns"], stats["prefetch_end_ns"])
+        evidence.bytes_by_tier["memory"] = ahead_bytes
+    else:
+        evidence.bytes_by_tier["disk"] = image.manifest.archive.unpacked + ahead_bytes + evidence.pages_faulted * images.PAGE
+        evidence.bytes_by_tier["s3"] = stats.get("s3_bytes", 0)
+        evidence.s3_gets = stats.get("s3_gets", 0)
     return evidence
 
 

@@ -24,6 +24,7 @@ from agent.errors import AgentError, CriuError, ImageInvalid, InstanceGone, NotR
 from agent.instance import Instance, Workshop
 from agent.pager.client import PagerClient
 from agent.restore import RestoreEvidence, evidence_of, resume, start_restored
+from agent.room import check_room
 from agent.sandbox.rootfs import RootLayers
 from agent.standbys import Standbys
 from agent.store.cache import CachedImage
@@ -110,7 +111,7 @@ class Starter:
         answered(instance)
         if instance.start_mode != "cold":
             try:
-                attempt.evidence = await evidence_of(instance, attempt.clock)
+                attempt.evidence = await evidence_of(instance)
             except PagerError as error:  # the instance serves; only the counters are lost
                 logger.warning("the pager's counters of %s are lost: %s", instance.id, error)
         return instance, self._record(attempt, instance, None)
@@ -127,6 +128,8 @@ class Starter:
                 clock.add("agent.queue", attempt.waiting_since_ns, time.time_ns())
                 if await self._tried(attempt, image, self._resumed(standby, attempt.restore_deadline_ns)):
                     return standby
+        check_room(function.spec.limits.memory_mb)  # a standby has its place already
+        if image is not None:
             async with self._restores.place(function.name):
                 clock.add("agent.queue", attempt.waiting_since_ns, time.time_ns())
                 restored = await self._tried(attempt, image, self._restored(attempt, image, resolution.layers))

@@ -51,7 +51,7 @@ async def test_the_whole_life(stack_settings: Settings, tmp_path: Path) -> None:
         assert identities[0]["seed"] != identities[1]["seed"]
         for report in (one, two):
             record = report.record
-            assert {"agent.queue", "sandbox", "criu.restore", "prefetch", "ready", "first_response"} <= {p.name for p in record.phases}
+            assert {"agent.queue", "sandbox", "criu.restore", "ready", "resume", "first_response"} <= {p.name for p in record.phases}
             assert record.unaccounted_ns <= 0.05 * record.total_ns
             assert record.pages_prefetched > 0 and record.criu["restore_us"] > 0
 
