@@ -11,9 +11,10 @@ import logging
 import os
 import time
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from agent.adoption import write_down
 from agent.api.function import Function
 from agent.api.messages import (
     AgentCommand,
@@ -195,6 +196,7 @@ class Node:
                 refused=isinstance(failure.cause, Refused),
                 record=failure.record,
             )
+        write_down(instance)
         if instance.image is not None and not instance.image.complete:
             self._tasks.spawn(self._catalog.complete(instance.image), f"download of {instance.image.checkpoint}")
         logger.info("instance %s answers at %s after %s", instance.id, instance.address, record.start_mode)
@@ -206,6 +208,15 @@ class Node:
         if instance.id not in self.instances:
             self._hold(instance)
 
+    def adopt(self, instances: Sequence[Instance]) -> None:
+        """Go on with instances of an agent that is gone."""
+        for instance in instances:
+            self._hold(instance)
+            if instance.standby:
+                self._standbys.add(instance)
+        if instances:
+            logger.info("%d instances of an earlier agent go on", len(instances))
+
     def _hold(self, instance: Instance) -> None:
         self.instances[instance.id] = instance
         self._tasks.spawn(self._watch(instance), f"watch of {instance.id}")
@@ -214,6 +225,7 @@ class Node:
         check_room(0)
         instance, seconds = await self._standbys.make(command, instance_id(command.function))
         self._hold(instance)
+        write_down(instance)
         logger.info("instance %s is on standby with %d KiB: %s", instance.id, instance.pss_bytes >> 10, seconds)
         return PrepareDone(command_id=command.id, standby=_standby_info(instance), seconds=seconds)
 

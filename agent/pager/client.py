@@ -138,6 +138,10 @@ class PagerClient:
         """Counters of one restore, and with ``touched`` the (pid, address) of pages in order of first touch."""
         return await self._call("stats", restore=restore, touched=touched)
 
+    async def restores(self) -> set[str]:
+        """Names of what it serves."""
+        return set()
+
     async def release(self, restore: str) -> None:
         """Stop serving; the processes must be gone or about to go."""
         self._served.pop(restore, None)
