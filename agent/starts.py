@@ -130,11 +130,10 @@ class Starter:
                     return standby
         check_room(function.spec.limits.memory_mb)  # a standby has its place already
         if image is not None:
-            async with self._restores.place(function.name):
-                clock.add("agent.queue", attempt.waiting_since_ns, time.time_ns())
-                restored = await self._tried(attempt, image, self._restored(attempt, image, resolution.layers))
-                if restored is not None:
-                    return restored
+            clock.add("agent.queue", attempt.waiting_since_ns, time.time_ns())
+            restored = await self._tried(attempt, image, self._restored(attempt, image, resolution.layers))
+            if restored is not None:
+                return restored
         async with self._colds.place(function.name):
             clock.add("agent.queue", attempt.waiting_since_ns, time.time_ns())
             return await start_cold(self._workshop, function, resolution.layers, instance_id(function), command.deadline_ns, clock)
@@ -171,8 +170,9 @@ class Starter:
         clock, function = PhaseClock(), attempt.command.function
         await self._catalog.open(image)
         instance = await start_restored(
-            self._workshop, self._pager(), self._tasks, image, function, layers, instance_id(function), attempt.restore_deadline_ns, clock
-        )
+            self._workshop, self._pager(), self._tasks, image, function, layers, instance_id(function), attempt.restore_deadline_ns, clock,
+            place=self._restores.place(function.name),
+        )  # fmt: skip
         return instance, clock
 
     def _record(self, attempt: _Attempt, instance: Instance | None, error: AgentError | None) -> StartRecord:
