@@ -92,35 +92,38 @@ def parse_page_map(pid: int, data: bytes, name: str = "pagemap") -> PageMap:
 def make_eager(data: bytes, spans: Sequence[tuple[int, int]]) -> bytes:
     """A pagemap file in which CRIU itself puts the pages of ``spans`` in place, and leaves only the others to the pager.
 
+    Neighbours of one kind become one entry: a dump has one per MiB, and CRIU goes through all of them.
+
     Args:
         data: a pagemap file.
         spans: ``[start, end)`` addresses, sorted, disjoint, of whole pages.
     """
-    out = bytearray(data[:8])
-    for number, entry in enumerate(_entries(data)):
+    header, *entries = _entries(data)
+    parts: list[tuple[int, int, int, protobuf.Fields]] = []
+
+    def add(start: int, end: int, flags: int, entry: protobuf.Fields) -> None:
+        if parts and parts[-1][1:3] == (start, flags):
+            start = parts.pop()[0]
+        parts.append((start, end, flags, entry))
+
+    for entry in entries:
         flags = protobuf.integer(entry, 4, _PRESENT)
-        if number == 0 or not flags & _LAZY:
-            out += _entry(entry)
-            continue
-        start = protobuf.integer(entry, 1)
+        start = at = protobuf.integer(entry, 1)
         end = start + (protobuf.integer(entry, 5) or protobuf.integer(entry, 2)) * PAGE
-        at = start
-        for low, high in spans:
+        for low, high in spans if flags & _LAZY else ():
             low, high = max(low, at), min(high, end)
-            if low >= high:
-                continue
-            if at < low:
-                out += _entry(_part(entry, at, low, flags))
-            out += _entry(_part(entry, low, high, flags & ~_LAZY))
-            at = high
+            if low < high:
+                if at < low:
+                    add(at, low, flags, entry)
+                add(low, high, flags & ~_LAZY, entry)
+                at = high
         if at < end:
-            out += _entry(_part(entry, at, end, flags))
+            add(at, end, flags, entry)
+    out = bytearray(data[:8]) + _entry(header)
+    for start, end, flags, entry in parts:
+        counts: protobuf.Fields = {number: [(end - start) // PAGE] for number in (2, 5) if number in entry}
+        out += _entry({**entry, **counts, 1: [start], 4: [flags]})
     return bytes(out)
-
-
-def _part(entry: protobuf.Fields, start: int, end: int, flags: int) -> protobuf.Fields:
-    counts: protobuf.Fields = {number: [(end - start) // PAGE] for number in (2, 5) if number in entry}
-    return {**entry, **counts, 1: [start], 4: [flags]}
 
 
 def _entry(fields: protobuf.Fields) -> bytes:
