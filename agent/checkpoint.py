@@ -31,7 +31,7 @@ from agent.errors import ImageInvalid
 from agent.instance import Instance, Workshop
 from agent.pager.client import PagerClient
 from agent.ready import warm_up
-from agent.restore import RestoreEvidence, start_restored
+from agent.restore import start_restored
 from agent.sandbox.rootfs import RootLayers
 from agent.store import archive, chunks, host, manifest, workingset
 from agent.store.cache import ARCHIVE, IMAGES, LAYER, MANIFEST, CachedImage, ImageCache
@@ -101,7 +101,7 @@ class Checkpointer:
         self, function: Function, layers: RootLayers, donor_id: str, building: Path, deadline_ns: int, clock: PhaseClock
     ) -> Manifest:
         """Start, warm up and dump a donor; returns the manifest as far as it is known."""
-        async with _pipe_to(self._workshop.logs / f"{donor_id}.log") as (write_fd, pipe_name):
+        async with _pipe_to(self._workshop.furnisher.log(donor_id)) as (write_fd, pipe_name):
             with clock.phase("start"):
                 donor = await start_cold(self._workshop, function, layers, donor_id, deadline_ns, PhaseClock(), output_fd=write_fd)
             try:
@@ -113,7 +113,7 @@ class Checkpointer:
                 donor.sandbox.cgroup.lift_memory_limit()
                 with clock.phase("dump"):
                     left_s = max(1.0, (deadline_ns - time.time_ns()) / 1e9)
-                    await tool.dump(donor.sandbox, self._workshop.criu_fd, donor.root_pid, building / IMAGES, left_s)
+                    await tool.dump(donor.sandbox, self._workshop.furnisher.criu_fd, donor.root_pid, building / IMAGES, left_s)
                 with clock.phase("pack_files"):
                     packed, plain_bytes = await asyncio.to_thread(archive.pack, building / IMAGES, donor.sandbox.layer, layers.targets)
             finally:
@@ -163,7 +163,7 @@ class Checkpointer:
             try:
                 instance = await start_restored(
                     self._workshop, pager, self._tasks, image, function, layers, instance_id, deadline_ns,
-                    PhaseClock(), RestoreEvidence(), record=True,
+                    PhaseClock(), record=True,
                 )  # fmt: skip
                 await warm_up(instance.sandbox.address, function, WARM_UP_TIMEOUT_S, repeat=False)
                 stats = await pager.stats(instance_id, touched=True)

@@ -12,7 +12,8 @@ import time
 from agent.api.function import Function
 from agent.api.records import PhaseClock
 from agent.errors import AgentError
-from agent.instance import Instance, Workshop, furnish, last_output, open_log
+from agent.furnish import last_output, open_output
+from agent.instance import Instance, Workshop
 from agent.ready import wait_ready
 from agent.sandbox.local import Process
 from agent.sandbox.rootfs import RootLayers
@@ -45,16 +46,18 @@ async def start_cold(
         AgentError: it did not come up; nothing is left.
     """
     with clock.phase("sandbox"):
-        sandbox = await workshop.pool.take()
-        instance = Instance(instance_id, function, sandbox, workshop.logs / f"{instance_id}.log")
+        sandbox = await workshop.pool.take(layers.root)
+        instance = Instance(instance_id, function, sandbox, workshop.furnisher.log(instance_id))
     try:
         with clock.phase("sandbox.root"):
-            await furnish(sandbox, workshop, function, layers, instance_id, "")
+            await workshop.furnisher.furnish(sandbox, function, layers, instance_id, "")
+            if sandbox.worker is not None:
+                sandbox.worker.close()  # nothing is restored here
         with clock.phase("exec"):
             spec = function.spec
             environment = {"PATH": DEFAULT_PATH, "LANG": "C.UTF-8", **spec.environment}
             process = Process(spec.command, environment, spec.working_directory, workshop.settings.run_as)
-            output = open_log(instance.log) if output_fd is None else output_fd
+            output = open_output(instance.log) if output_fd is None else output_fd
             try:
                 instance.root_pid = await sandbox.start_application(process, output)
             finally:

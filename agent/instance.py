@@ -1,4 +1,4 @@
-"""One instance on the node, and what every kind of start has in common.
+"""One instance on the node, running or on standby, and what every kind of start works with.
 
 In: a sandbox from the pool, a function, its layers. Out: :class:`Instance`, owned by :mod:`agent.node`; the sequences in
 :mod:`agent.cold` and :mod:`agent.restore` fill it.
@@ -8,19 +8,17 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
-import shutil
 import signal
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from agent.api.function import Function
 from agent.api.records import StartMode
+from agent.errors import SandboxError
+from agent.furnish import Furnisher
 from agent.pager.client import PagerClient
-from agent.sandbox import rootfs
 from agent.sandbox.local import Sandbox
 from agent.sandbox.pool import SandboxPool
-from agent.sandbox.rootfs import RootLayers
 from agent.store.cache import CachedImage
 from infra.settings import AgentSettings
 
@@ -30,15 +28,8 @@ class Workshop:
     """What the sequences work with; one per agent."""
 
     settings: AgentSettings
-    #: Open CRIU executable.
-    criu_fd: int
-    #: CRIU's kernel feature cache (criu.kdat); without it each restore would probe the kernel for 10 ms.
-    kdat: bytes
+    furnisher: Furnisher
     pool: SandboxPool
-    #: Scratch directories of restores.
-    work: Path
-    #: Output of instances, one file each.
-    logs: Path
 
 
 @dataclass
@@ -53,12 +44,21 @@ class Instance:
     root_pid: int = 0
     image: CachedImage | None = None
     pager: PagerClient | None = None
+    #: When it first answered; 0 on standby.
     started_ns: int = 0
     command_id: str = ""
+    #: On standby: when it was made, and its memory then.
+    made_ns: int = 0
+    pss_bytes: int = 0
     #: Wait status of the main process, when it ends.
     ended: asyncio.Future[int] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
     #: Set by whoever ends it on purpose, so that its end is not reported twice.
     releasing: bool = False
+
+    @property
+    def standby(self) -> bool:
+        """Restored, and never resumed yet."""
+        return self.started_ns == 0 and self.made_ns > 0
 
     @property
     def address(self) -> str:
@@ -82,12 +82,22 @@ class Instance:
         self.sandbox.on_exit = exited
         self.sandbox.gone.add_done_callback(gone)
 
+    def measure(self) -> int:
+        """Memory of its processes, in bytes: proportional set sizes, each read from /proc/PID/smaps_rollup. Blocking."""
+        total = 0
+        for pid in self.sandbox.processes():
+            with contextlib.suppress(OSError):
+                for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
+                    if line.startswith("Pss:"):
+                        total += int(line.split()[1]) << 10
+        return total
+
     async def stop(self, workshop: Workshop, grace_s: float = 0.0) -> None:
         """End the instance: SIGTERM, then after ``grace_s`` everything; nothing of it is left when this returns."""
         self.releasing = True
-        if grace_s > 0 and not self.ended.done() and not self.sandbox.gone.done():
-            self.sandbox.signal_all(signal.SIGTERM)
-            with contextlib.suppress(TimeoutError):
+        if grace_s > 0 and not self.standby and not self.ended.done() and not self.sandbox.gone.done():
+            with contextlib.suppress(TimeoutError, SandboxError):
+                self.sandbox.signal_all(signal.SIGTERM)
                 async with asyncio.timeout(grace_s):
                     await asyncio.shield(self.ended)
         await workshop.pool.give_back(self.sandbox)
@@ -96,36 +106,3 @@ class Instance:
         if self.image is not None:
             self.image.users -= 1
             self.image = None
-        await asyncio.to_thread(shutil.rmtree, workshop.work / self.id, True)
-
-
-def last_output(log: Path, size: int = 400) -> str:
-    """The end of an instance's output on one line, for error messages."""
-    try:
-        text = log.read_bytes()[-size:].decode(errors="replace").strip()
-    except OSError:
-        return ""
-    return " | ".join(line for line in text.splitlines() if line)
-
-
-def open_log(path: Path) -> int:
-    """A descriptor that an instance writes its output to; the caller closes its copy."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    return os.open(path, os.O_CREAT | os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC, 0o640)
-
-
-async def furnish(sandbox: Sandbox, workshop: Workshop, function: Function, layers: RootLayers, instance_id: str, checkpoint: str) -> None:
-    """Limits, identity, CRIU's feature cache and the root, in an empty sandbox whose writable layer is already filled."""
-    limits = function.spec.limits
-    sandbox.cgroup.limit(limits.memory_mb << 20, limits.pids + 1)
-    rootfs.write_identity(
-        sandbox.layer,
-        instance=instance_id,
-        function=function.name,
-        checkpoint=checkpoint,
-        user=workshop.settings.run_as,
-    )
-    kdat = sandbox.layer / "run" / "criu.kdat"
-    kdat.write_bytes(workshop.kdat)
-    kdat.chmod(0o600)
-    await sandbox.mount_root(layers.root, f"{function.name}-{instance_id[-6:]}"[:63], layers.binds)

@@ -20,7 +20,9 @@ from agent.api.messages import (
     CheckpointInfo,
     CheckpointPublished,
     CommandFailed,
+    Endpoint,
     EndpointDown,
+    EndpointUp,
     Evict,
     Evicted,
     Fetch,
@@ -30,7 +32,10 @@ from agent.api.messages import (
     Inventory,
     MakeCheckpoint,
     Message,
+    Prepare,
+    PrepareDone,
     Release,
+    StandbyInfo,
     Start,
     StartDone,
     StartFailed,
@@ -38,8 +43,10 @@ from agent.api.messages import (
 from agent.catalog import Catalog
 from agent.checkpoint import Checkpointer
 from agent.errors import AgentError, Refused
-from agent.instance import Instance, Workshop, last_output
-from agent.starts import Starter, StartFailure
+from agent.furnish import last_output
+from agent.instance import Instance, Workshop
+from agent.standbys import Standbys
+from agent.starts import Starter, StartFailure, instance_id
 from agent.store.cache import CachedImage
 from infra.errors import InfraError
 from infra.tasks import TaskGroup
@@ -65,6 +72,7 @@ class Node:
         workshop: Workshop,
         catalog: Catalog,
         starter: Starter,
+        standbys: Standbys,
         checkpointer: Checkpointer,
         tasks: TaskGroup,
         report: Callable[[Message], None],
@@ -73,9 +81,11 @@ class Node:
         self._workshop = workshop
         self._catalog = catalog
         self._starter = starter
+        self._standbys = standbys
         self._checkpointer = checkpointer
         self._tasks = tasks
         self._report = report
+        #: Running and on standby.
         self.instances: dict[str, Instance] = {}
         self._answers: OrderedDict[str, Message | None] = OrderedDict()
         self._epochs: dict[int, int] = {}
@@ -88,7 +98,8 @@ class Node:
             node=self.name,
             memory_mb=total_mb,
             memory_free_mb=free_mb,
-            instances=[self._info(instance) for instance in self.instances.values()],
+            instances=[_instance_info(instance) for instance in self.instances.values() if not instance.standby],
+            standbys=[_standby_info(instance) for instance in self.instances.values() if instance.standby],
             checkpoints=[_checkpoint_info(image) for image in self._catalog.images()],
         )
 
@@ -119,7 +130,7 @@ class Node:
     async def reconcile(self) -> None:
         """Housekeeping: cut long logs, drop old ones, keep the cache within its ceiling."""
         await self._catalog.trim()
-        await asyncio.to_thread(_trim_logs, self._workshop.logs, set(self.instances), self._workshop.settings.log_mb << 20)
+        await asyncio.to_thread(_trim_logs, self._workshop.furnisher.logs, set(self.instances), self._workshop.settings.log_mb << 20)
 
     async def _carry_out(self, command: AgentCommand, received_ns: int) -> None:
         function = getattr(command, "function", None)
@@ -151,6 +162,8 @@ class Node:
         match command:
             case Start():
                 return await self._start(command, received_ns)
+            case Prepare():
+                return await self._prepare(command)
             case Fetch():
                 return await self._fetch(command)
             case MakeCheckpoint():
@@ -171,12 +184,9 @@ class Node:
         self._epochs[command.shard] = command.epoch
 
     async def _start(self, command: Start, received_ns: int) -> Message:
-        _, free_mb = _memory_mb()
-        wanted_mb = command.function.spec.limits.memory_mb
-        if free_mb - _MEMORY_RESERVE_MB < wanted_mb:
-            raise Refused(f"{free_mb} MB of memory are free, the function may use {wanted_mb} MB")
+        self._check_room(command.function.spec.limits.memory_mb)
         try:
-            instance, record = await self._starter.start(command, received_ns)
+            instance, record = await self._starter.start(command, received_ns, self._answered)
         except StartFailure as failure:
             logger.warning("start of %s failed: %s", command.function.name, failure)
             return StartFailed(
@@ -186,12 +196,32 @@ class Node:
                 message=str(failure),
                 record=failure.record,
             )
-        self.instances[instance.id] = instance
-        self._tasks.spawn(self._watch(instance), f"watch of {instance.id}")
         if instance.image is not None and not instance.image.complete:
             self._tasks.spawn(self._catalog.complete(instance.image), f"download of {instance.image.checkpoint}")
         logger.info("instance %s answers at %s after %s", instance.id, instance.address, record.start_mode)
-        return StartDone(command_id=command.id, instance=self._info(instance), record=record)
+        return StartDone(command_id=command.id, instance=_instance_info(instance), record=record)
+
+    def _answered(self, instance: Instance) -> None:
+        """An instance serves from now on; watchers wait for its address."""
+        self._report(EndpointUp(endpoint=endpoint(instance)))
+        if instance.id not in self.instances:
+            self._hold(instance)
+
+    def _hold(self, instance: Instance) -> None:
+        self.instances[instance.id] = instance
+        self._tasks.spawn(self._watch(instance), f"watch of {instance.id}")
+
+    async def _prepare(self, command: Prepare) -> Message:
+        self._check_room(0)
+        instance, seconds = await self._standbys.make(command, instance_id(command.function))
+        self._hold(instance)
+        logger.info("instance %s is on standby with %d KiB: %s", instance.id, instance.pss_bytes >> 10, seconds)
+        return PrepareDone(command_id=command.id, standby=_standby_info(instance), seconds=seconds)
+
+    def _check_room(self, wanted_mb: int) -> None:
+        _, free_mb = _memory_mb()
+        if free_mb - _MEMORY_RESERVE_MB < wanted_mb:
+            raise Refused(f"{free_mb} MB of memory are free, {wanted_mb} MB and a reserve of {_MEMORY_RESERVE_MB} MB are needed")
 
     async def _fetch(self, command: Fetch) -> Message:
         resolution = await self._catalog.resolve(command.function, refresh=True)
@@ -250,27 +280,44 @@ class Node:
         if self.instances.pop(instance.id, None) is None:
             return None
         instance.releasing = True
+        self._standbys.drop(instance)
         report = InstanceExited(instance=instance.id, function=instance.function.name, reason=reason, exit_code=code, command_id=command_id)
-        self._report_down(instance)
+        if not instance.standby:
+            # Watchers learn of the end before it happens, so that no new request is sent there.
+            self._report(EndpointDown(function=instance.function.name, instance=instance.id))
         await instance.stop(self._workshop, grace_s)
         if reason == "pager_lost":
             self._report(report)
         return report
 
-    def _report_down(self, instance: Instance) -> None:
-        """Watchers learn of the end before it happens, so that no new request is sent there."""
-        self._report(EndpointDown(function=instance.function.name, instance=instance.id))
 
-    def _info(self, instance: Instance) -> InstanceInfo:
-        return InstanceInfo(
-            instance=instance.id,
-            function=instance.function.name,
-            function_digest=instance.function.digest,
-            address=instance.address,
-            start_mode=instance.start_mode,
-            started_ns=instance.started_ns,
-            command_id=instance.command_id,
-        )
+def endpoint(instance: Instance) -> Endpoint:
+    """Where a running instance answers."""
+    return Endpoint(instance.function.name, instance.id, instance.address, instance.start_mode)
+
+
+def _instance_info(instance: Instance) -> InstanceInfo:
+    return InstanceInfo(
+        instance=instance.id,
+        function=instance.function.name,
+        function_digest=instance.function.digest,
+        address=instance.address,
+        start_mode=instance.start_mode,
+        started_ns=instance.started_ns,
+        command_id=instance.command_id,
+    )
+
+
+def _standby_info(instance: Instance) -> StandbyInfo:
+    return StandbyInfo(
+        standby=instance.id,
+        function=instance.function.name,
+        function_digest=instance.function.digest,
+        checkpoint=instance.image.checkpoint if instance.image else "",
+        pss_bytes=instance.pss_bytes,
+        made_ns=instance.made_ns,
+        command_id=instance.command_id,
+    )
 
 
 def _checkpoint_info(image: CachedImage) -> CheckpointInfo:

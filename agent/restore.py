@@ -1,8 +1,8 @@
-"""The restore sequence: a checkpoint on this node becomes a running instance.
+"""The restore sequence: a checkpoint on this node becomes a stopped process tree (:func:`restore`), which is then resumed (:func:`resume`).
 
-In: a :class:`~agent.store.cache.CachedImage` and the function it is of. Out: a ready :class:`~agent.instance.Instance` of start mode
-``restore`` (all pages on the node) or ``remote`` (some still in S3). Order: sandbox, file changes, root, pager, CRIU; the working set is
-copied while CRIU works. :mod:`agent.checkpoint` runs the same sequence to record the working set.
+In: a :class:`~agent.store.cache.CachedImage` and the function it is of. Out: an :class:`~agent.instance.Instance`: on standby between the
+two steps, running after the second. A start from the cache takes both at once (:func:`start_restored`); :mod:`agent.standbys` keeps
+instances in between. The working set is copied while CRIU works. :mod:`agent.checkpoint` runs the same sequence to record the working set.
 """
 
 from __future__ import annotations
@@ -10,26 +10,30 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import signal
 import time
 from dataclasses import dataclass, field
 from typing import Any
 
 from agent.api.function import Function
 from agent.api.records import PhaseClock
-from agent.criu import images
-from agent.criu.tool import RestoreWorker
+from agent.criu import images, tool
 from agent.errors import SandboxError
-from agent.instance import Instance, Workshop, furnish, open_log
+from agent.furnish import work_directory
+from agent.instance import Instance, Workshop
 from agent.pager.client import PagerClient, Served
 from agent.ready import wait_ready
+from agent.sandbox import rootfs
 from agent.sandbox.rootfs import RootLayers
 from agent.store import archive
-from agent.store.cache import CachedImage
+from agent.store.cache import IMAGES, CachedImage
 from infra.tasks import TaskGroup
 
 logger = logging.getLogger(__name__)
-#: Descriptor of the worker that takes the place of the donor's output pipe.
-_OUTPUT_FD = 102
+#: Smaller images are restored whole: putting a few MB in place costs less than serving faults.
+_WHOLE_BYTES_MAX = 10 << 20
+#: Niceness of a restore that nobody waits for; the restored processes have that of their image.
+_BACKGROUND_NICE = 19
 
 
 @dataclass
@@ -41,7 +45,107 @@ class RestoreEvidence:
     pages_prefetched: int = 0
     pages_faulted: int = 0
     criu: dict[str, int] = field(default_factory=dict)
-    touched: list[list[int]] = field(default_factory=list)
+
+
+async def restore(
+    workshop: Workshop,
+    pager: PagerClient,
+    tasks: TaskGroup,
+    image: CachedImage,
+    function: Function,
+    layers: RootLayers,
+    instance_id: str,
+    deadline_ns: int,
+    clock: PhaseClock,
+    *,
+    record: bool = False,
+    background: bool = False,
+) -> Instance:
+    """Restore ``image`` as a new instance that is stopped.
+
+    Args:
+        workshop, pager, tasks: what the node works with.
+        image: the checkpoint; it must be known to the pager.
+        function: what it is a checkpoint of.
+        layers: its root files.
+        instance_id: name of the new instance.
+        deadline_ns: wall clock ns at which to give up.
+        clock: gets the phases ``sandbox``, ``sandbox.root``, ``criu.restore``.
+        record: copy nothing ahead and note each touched page.
+        background: nobody waits for it; leave the cores to others.
+
+    Raises:
+        AgentError: it did not come up; nothing is left.
+    """
+    with clock.phase("sandbox"):
+        sandbox = await workshop.pool.take(layers.root)
+        instance = Instance(instance_id, function, sandbox, workshop.furnisher.log(instance_id))
+        instance.image, instance.pager = image, pager
+        image.users += 1
+        image.used_at = time.monotonic()
+        instance.start_mode = "restore" if image.complete else "remote"
+        instance.root_pid = image.manifest.root_pid
+        instance.watch()
+    try:
+        worker, lazy = sandbox.worker, record or _lazy(function, image)
+        if worker is None:
+            raise SandboxError("no CRIU worker waits in it", sandbox=sandbox.id)
+        with clock.phase("sandbox.root"):
+            if image.layer.stat().st_size:  # the thread costs more than the call when there is nothing to unpack
+                await asyncio.to_thread(archive.unpack_layer, image.layer, sandbox.layer_fd, sandbox.open_root)
+            furnishing = workshop.furnisher.furnish(sandbox, function, layers, instance_id, image.checkpoint)
+            work = work_directory(sandbox)
+            if lazy:
+                served = _served(instance, tasks)
+                serving = pager.serve(instance_id, image.checkpoint, work, served, record=record, prefetch=not record)
+                await asyncio.gather(furnishing, serving)
+            else:
+                instance.pager = None
+                await furnishing
+        if background:
+            for pid in sandbox.processes():
+                os.setpriority(os.PRIO_PROCESS, pid, _BACKGROUND_NICE)
+        with clock.phase("criu.restore"):
+            left_s = max(0.001, (deadline_ns - time.time_ns()) / 1e9)
+            path = f"{image.directory.name}/{IMAGES}"
+            await tool.restore(worker, path, image.manifest.outputs, work, lazy=lazy, leave_stopped=True, timeout_s=left_s)
+    except BaseException:
+        await instance.stop(workshop)
+        raise
+    return instance
+
+
+async def resume(workshop: Workshop, instance: Instance, deadline_ns: int, clock: PhaseClock) -> None:
+    """Let a stopped instance run, and wait for its first response.
+
+    Its identity is new already (or renewed here, when it was on standby); a function that asked for it is told by a signal, which its
+    handler gets before anything else runs.
+
+    Args:
+        workshop: what the node works with.
+        instance: stopped; the caller ends it when this raises.
+        deadline_ns: wall clock ns at which to give up.
+        clock: gets the phases ``resume``, ``ready``, ``first_response``.
+
+    Raises:
+        AgentError: it does not answer.
+    """
+    function, sandbox = instance.function, instance.sandbox
+    start_ns = time.time_ns()
+    if instance.standby:
+        instance.start_mode = "thaw"
+        checkpoint = instance.image.checkpoint if instance.image else ""
+        user = workshop.furnisher.run_as
+        rootfs.write_identity(sandbox.layer, instance=instance.id, function=function.name, checkpoint=checkpoint, user=user)
+    if function.spec.resume_signal:
+        sandbox.signal_handler(instance.root_pid, signal.Signals[function.spec.resume_signal])
+    sandbox.signal_all(signal.SIGCONT)
+    resumed_ns = time.time_ns()
+    clock.add("resume", start_ns, resumed_ns)
+    readiness = await wait_ready(sandbox.address, function, deadline_ns, instance.ended)
+    clock.add("ready", resumed_ns, readiness.accepted_ns)
+    clock.add("first_response", readiness.accepted_ns, readiness.responded_ns)
+    instance.started_ns = readiness.responded_ns
 
 
 async def start_restored(
@@ -54,70 +158,56 @@ async def start_restored(
     instance_id: str,
     deadline_ns: int,
     clock: PhaseClock,
-    evidence: RestoreEvidence,
     *,
     record: bool = False,
 ) -> Instance:
-    """Restore ``image`` as a new instance.
-
-    Args:
-        workshop, pager, tasks: what the node works with.
-        image: the checkpoint; it must be known to the pager.
-        function: what it is a checkpoint of.
-        layers: its root files.
-        instance_id: name of the new instance.
-        deadline_ns: wall clock ns at which to give up.
-        clock: gets the phases ``sandbox``, ``sandbox.root``, ``criu.restore``, ``prefetch``, ``ready``, ``first_response``.
-        evidence: filled when the instance is ready.
-        record: copy nothing ahead and note each touched page.
+    """:func:`restore`, then :func:`resume`.
 
     Raises:
         AgentError: it did not come up; nothing is left.
     """
-    with clock.phase("sandbox"):
-        sandbox = await workshop.pool.take()
-        instance = Instance(instance_id, function, sandbox, workshop.logs / f"{instance_id}.log")
-        instance.image, instance.pager = image, pager
-        image.users += 1
-        image.used_at = time.monotonic()
-        instance.start_mode = "restore" if image.complete else "remote"
-        instance.root_pid = image.manifest.root_pid
-        instance.watch()
+    instance = await restore(workshop, pager, tasks, image, function, layers, instance_id, deadline_ns, clock, record=record)
     try:
-        with clock.phase("sandbox.root"):
-            work = workshop.work / instance_id
-            work.mkdir(parents=True)
-            if image.layer.stat().st_size:  # the thread costs more than the call when there is nothing to unpack
-                await asyncio.to_thread(archive.unpack_layer, image.layer, sandbox.layer_fd)
-            served = _served(instance, tasks)
-            await asyncio.gather(  # the pager gets ready while the root is mounted
-                furnish(sandbox, workshop, function, layers, instance_id, image.checkpoint),
-                pager.serve(instance_id, image.checkpoint, work, served, record=record, prefetch=not record),
-            )
-            output = open_log(instance.log)
-            try:
-                worker = await RestoreWorker.start(sandbox, workshop.criu_fd, image.images, work, [output])
-            finally:
-                os.close(output)
-        try:
-            with clock.phase("criu.restore"):
-                inherit = dict.fromkeys(image.manifest.outputs, _OUTPUT_FD)
-                left_s = max(0.001, (deadline_ns - time.time_ns()) / 1e9)
-                await worker.restore(inherit, lazy=True, timeout_s=left_s)
-        finally:
-            worker.close()
-        start_ns = time.time_ns()
-        readiness = await wait_ready(sandbox.address, function, deadline_ns, instance.ended)
-        clock.add("ready", start_ns, readiness.accepted_ns)
-        clock.add("first_response", readiness.accepted_ns, readiness.responded_ns)
-        instance.started_ns = readiness.responded_ns
-        stats = await pager.stats(instance_id)
-        _collect(evidence, stats, image, clock)
-        evidence.criu = images.restore_stats(work)
+        await resume(workshop, instance, deadline_ns, clock)
     except BaseException:
         await instance.stop(workshop)
         raise
     return instance
+
+
+async def evidence_of(instance: Instance, clock: PhaseClock) -> RestoreEvidence:
+    """What a restored or thawed instance took until its first response, as counted by the pager and CRIU."""
+    evidence, image = RestoreEvidence(), instance.image
+    if image is None:
+        return evidence
+    thawed = instance.start_mode == "thaw"
+    if not thawed:
+        evidence.criu = images.restore_stats(work_directory(instance.sandbox))
+    stats: dict[str, Any] = await instance.pager.stats(instance.id) if instance.pager else {}
+    if not stats:
+        evidence.bytes_by_tier["memory" if thawed else "disk"] = image.manifest.image_bytes
+        return evidence
+    evidence.pages_faulted = stats["pages_faulted"]
+    if thawed:
+        evidence.bytes_by_tier["memory"] = stats["pages_prefetched"] * images.PAGE
+        return evidence
+    evidence.pages_prefetched = stats["pages_prefetched"]
+    evidence.s3_gets = stats["s3_gets"]
+    evidence.bytes_by_tier["s3"] = stats["s3_bytes"]
+    pages = (evidence.pages_prefetched + evidence.pages_faulted) * images.PAGE
+    evidence.bytes_by_tier["disk"] = image.manifest.archive.unpacked + pages
+    if stats["prefetch_end_ns"]:
+        clock.add("prefetch", stats["prefetch_start_ns"], stats["prefetch_end_ns"])
+    return evidence
+
+
+def _lazy(function: Function, image: CachedImage) -> bool:
+    """Whether memory comes back on access: always while pages are missing on the node, because CRIU reads a whole image itself."""
+    if not image.complete:
+        return True
+    if function.spec.policy.memory == "auto":
+        return image.manifest.image_bytes > _WHOLE_BYTES_MAX
+    return function.spec.policy.memory == "lazy"
 
 
 def _served(instance: Instance, tasks: TaskGroup) -> Served:
@@ -155,15 +245,3 @@ def _served(instance: Instance, tasks: TaskGroup) -> Served:
 
 def _void(_: object) -> None:
     """Ignore a value in a lambda."""
-
-
-def _collect(evidence: RestoreEvidence, stats: dict[str, Any], image: CachedImage, clock: PhaseClock) -> None:
-    evidence.pages_prefetched = stats["pages_prefetched"]
-    evidence.pages_faulted = stats["pages_faulted"]
-    evidence.s3_gets += stats["s3_gets"]
-    evidence.bytes_by_tier["s3"] = evidence.bytes_by_tier.get("s3", 0) + stats["s3_bytes"]
-    metadata = image.manifest.archive.unpacked
-    pages = (evidence.pages_prefetched + evidence.pages_faulted) * images.PAGE
-    evidence.bytes_by_tier["disk"] = metadata + pages
-    if stats["prefetch_end_ns"]:
-        clock.add("prefetch", stats["prefetch_start_ns"], stats["prefetch_end_ns"])

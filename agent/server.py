@@ -11,7 +11,6 @@ import contextlib
 import json
 import logging
 import os
-import shutil
 import signal
 import socket
 from dataclasses import dataclass
@@ -19,25 +18,24 @@ from pathlib import Path
 
 from agent.api.connection import Connection
 from agent.api.messages import (
-    Endpoint,
     EndpointDown,
     Endpoints,
     EndpointUp,
     Hello,
-    InstanceInfo,
     Message,
-    StartDone,
 )
 from agent.catalog import Catalog
 from agent.checkpoint import Checkpointer
 from agent.errors import AgentError, CriuError, PagerError, ProtocolError, SandboxError
+from agent.furnish import Furnisher
 from agent.instance import Workshop
-from agent.node import Node
+from agent.node import Node, endpoint
 from agent.pager.client import PagerClient
 from agent.sandbox.cgroup import CgroupTree
 from agent.sandbox.local import SandboxFactory
 from agent.sandbox.network import Network
 from agent.sandbox.pool import SandboxPool
+from agent.standbys import Standbys
 from agent.starts import Starter
 from agent.store.cache import ImageCache
 from infra.s3 import ObjectStore
@@ -90,35 +88,41 @@ class Agent:
         state = self._state
         for what, name in (("bridge", settings.bridge), ("node_name", settings.node_name)):
             stack.callback(_claim(what, name).close)
-        await asyncio.to_thread(shutil.rmtree, state / "work", True)
-        for name in ("work", "images", "layers"):
-            (state / name).mkdir(parents=True, exist_ok=True)
+        logs = self._settings.paths.state_dir / "logs" / "instances"
+        for path in (state / "images", state / "layers", logs):
+            path.mkdir(parents=True, exist_ok=True)
         network = Network(settings.bridge, settings.subnet)
         stack.push_async_callback(network.close)
         await network.open()
         cgroups = CgroupTree(f"thaw-{settings.node_name}")
-        for leftover in cgroups.leftovers():
-            await asyncio.to_thread(leftover.remove)
         stack.callback(cgroups.close)
-        factory = SandboxFactory(self._tools.init, state / "mount", cgroups, network)
+        factory = SandboxFactory(self._tools.init, state / "sandboxes", cgroups, network, settings.orphan_s)
+        for folder in factory.left():
+            await factory.discard(folder)
+        for name in cgroups.left():
+            await asyncio.to_thread(cgroups.existing(name).remove)
+        await network.sweep()
         criu_fd = os.open(self._tools.criu, os.O_RDONLY | os.O_CLOEXEC)
         stack.callback(os.close, criu_fd)
         kdat = await _probe_criu(factory, criu_fd)
         version = self._tools.criu_version
-        pool = SandboxPool(factory, settings.pool_size, self._tasks)
+        furnisher = Furnisher(criu_fd, kdat, state / "images", logs, settings.run_as)
+        pool = SandboxPool(factory, settings.pool_size, self._tasks, furnisher.prepare)
         stack.push_async_callback(pool.close)
         store = ObjectStore(self._settings.s3, settings.store_parallel)
         stack.callback(store.close)
         self._pager = await self._start_pager()
         stack.push_async_callback(self._close_pager)
-        workshop = Workshop(settings, criu_fd, kdat, pool, state / "work", self._settings.paths.state_dir / "logs" / "instances")
+        workshop = Workshop(settings, furnisher, pool)
         cache = ImageCache(state / "images", settings.cache_mb << 20)
         adopted = await asyncio.to_thread(cache.adopt)
         logger.info("node %s: CRIU %s, %d checkpoints in the cache", settings.node_name, version, len(adopted))
         catalog = Catalog(settings, cache, store, lambda: self._pager, state / "layers", version)
-        starter = Starter(settings.node_name, workshop, catalog, lambda: self._pager, self._tasks)
+        quiet = asyncio.Event()
+        standbys = Standbys(workshop, catalog, lambda: self._pager, self._tasks, quiet)
+        starter = Starter(settings.node_name, workshop, catalog, standbys, lambda: self._pager, self._tasks, quiet)
         checkpointer = Checkpointer(workshop, cache, store, lambda: self._pager, self._tasks, version)
-        node = Node(settings.node_name, workshop, catalog, starter, checkpointer, self._tasks, self._report)
+        node = Node(settings.node_name, workshop, catalog, starter, standbys, checkpointer, self._tasks, self._report)
         stack.push_async_callback(node.release_all)
         self._tasks.spawn(self._keep_pager(node), "watch of the pager", essential=True)
         self._tasks.spawn(self._reconcile(node), "housekeeping", essential=True)
@@ -180,10 +184,10 @@ class Agent:
             await connection.close()
 
     async def _serve(self, node: Node, connection: Connection) -> None:
-        mine = Hello(identity=node.name, role="agent", capabilities=["restore", "remote", "cold", "checkpoint"])
+        mine = Hello(identity=node.name, role="agent", capabilities=["thaw", "restore", "remote", "cold", "checkpoint"])
         theirs = await connection.shake_hands(mine)
         if theirs.role == "watcher":
-            endpoints = [_endpoint(info) for info in node.inventory().instances]
+            endpoints = [endpoint(instance) for instance in node.instances.values() if not instance.standby]
             connection.send(Endpoints(node=node.name, endpoints=endpoints))
             self._watchers.add(connection)
         else:
@@ -195,14 +199,8 @@ class Agent:
             node.handle(message)  # type: ignore[arg-type]
 
     def _report(self, message: Message) -> None:
-        """Pass a report on: endpoints to watchers first (a request waits for them), everything else to scalers."""
-        watched: Message | None = message if isinstance(message, EndpointDown) else None
-        if isinstance(message, StartDone):
-            watched = EndpointUp(endpoint=_endpoint(message.instance))
-        if watched is not None:
-            self._send(self._watchers, watched)
-        if not isinstance(message, EndpointDown):
-            self._send(self._scalers, message)
+        """Pass a report on: endpoints to watchers, everything else to scalers."""
+        self._send(self._watchers if isinstance(message, EndpointUp | EndpointDown) else self._scalers, message)
 
     def _send(self, connections: set[Connection], message: Message) -> None:
         for connection in list(connections):
@@ -211,10 +209,6 @@ class Agent:
             except ConnectionError as error:
                 connections.discard(connection)
                 logger.warning("a peer is gone: %s", error)
-
-
-def _endpoint(info: InstanceInfo) -> Endpoint:
-    return Endpoint(info.function, info.instance, info.address, info.start_mode)
 
 
 def _claim(what: str, name: str) -> socket.socket:
@@ -242,7 +236,7 @@ async def _probe_criu(factory: SandboxFactory, criu_fd: int) -> bytes:
     """
     sandbox = await factory.create()
     try:
-        await sandbox.mount_root("/", "thaw-probe")
+        await sandbox.mount_root("/")
         await sandbox.run_tool(criu_fd, ["criu", "check"], [], _CRIU_TIMEOUT_S)
         path = sandbox.layer / "run" / "criu.kdat"
         if not path.exists():

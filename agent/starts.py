@@ -1,26 +1,31 @@
 """One start: the fastest way the node has, and a cold start in a clean sandbox when that fails.
 
 In: a Start command. Out: a ready :class:`~agent.instance.Instance` and its start record, or the error and the record of the failure.
-Admission: so many starts at once as the node's cores carry, in order of arrival. Next: :mod:`agent.node` keeps and reports it.
+Admission: so many restores and so many cold starts at once as the node's cores carry, fair between functions (:mod:`agent.admission`).
+Next: :mod:`agent.node` keeps and reports it.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable, Coroutine
+from dataclasses import dataclass, field
+from typing import Any
 
+from agent.admission import Admission
+from agent.api.function import Function
 from agent.api.messages import Start
 from agent.api.records import PhaseClock, StartRecord
 from agent.catalog import Catalog, Fetched
 from agent.cold import start_cold
-from agent.errors import AgentError, CriuError, ImageInvalid, InstanceGone, NotReady
+from agent.errors import AgentError, CriuError, ImageInvalid, InstanceGone, NotReady, PagerError
 from agent.instance import Instance, Workshop
 from agent.pager.client import PagerClient
-from agent.restore import RestoreEvidence, start_restored
+from agent.restore import RestoreEvidence, evidence_of, resume, start_restored
 from agent.sandbox.rootfs import RootLayers
+from agent.standbys import Standbys
 from agent.store.cache import CachedImage
 from infra.tasks import TaskGroup
 
@@ -53,94 +58,125 @@ class Starter:
         node: str,
         workshop: Workshop,
         catalog: Catalog,
+        standbys: Standbys,
         pager: Callable[[], PagerClient],
         tasks: TaskGroup,
+        quiet: asyncio.Event,
     ) -> None:
         self._node = node
         self._workshop = workshop
         self._catalog = catalog
+        self._standbys = standbys
         self._pager = pager
         self._tasks = tasks
-        # Apart, so that restores of 20 ms do not queue behind cold starts of seconds.
-        self._restores = asyncio.Semaphore(workshop.settings.starts_in_flight)
-        self._colds = asyncio.Semaphore(workshop.settings.starts_in_flight)
+        self._quiet = quiet
+        self._quiet.set()
+        self._active = 0
+        # Apart, so that restores of 10 ms do not queue behind cold starts of seconds. A thaw takes no place: it is over too soon.
+        self._restores = Admission(workshop.settings.starts_in_flight)
+        self._colds = Admission(workshop.settings.starts_in_flight)
 
-    async def start(self, command: Start, received_ns: int) -> tuple[Instance, StartRecord]:
+    async def start(self, command: Start, received_ns: int, answered: Callable[[Instance], None]) -> tuple[Instance, StartRecord]:
         """Bring up one instance.
+
+        Args:
+            command: what to start.
+            received_ns: when it came.
+            answered: called at once when the instance has answered; the record takes a moment longer.
 
         Raises:
             StartFailure: nothing came of it and nothing is left of it.
         """
-        clock, evidence, fetched = PhaseClock(), RestoreEvidence(), Fetched()
-        reason, checkpoint = "", ""
-        instance: Instance | None = None
+        self._active += 1
+        self._quiet.clear()
+        attempt = _Attempt(command, received_ns)
         try:
             left_s = (command.deadline_ns - time.time_ns()) / 1e9
             async with asyncio.timeout(max(0.0, left_s)):
-                # Before admission: a function whose files are being copied must not keep others from their restores.
-                resolution = await self._catalog.resolve(command.function, clock=clock, fetched=fetched)
-                image, reason = self._catalog.usable(command.function, resolution)
-                if image is not None:
-                    checkpoint = image.checkpoint
-                    async with _admitted(self._restores, clock, time.time_ns() if clock.phases else received_ns):
-                        instance, reason = await self._restore(command, image, resolution.layers, clock, evidence)
-                if instance is None:
-                    async with _admitted(self._colds, clock, time.time_ns() if clock.phases else received_ns):
-                        instance = await start_cold(
-                            self._workshop, command.function, resolution.layers, _instance_id(command), command.deadline_ns, clock
-                        )
+                instance = await self._fastest(attempt)
         except TimeoutError as error:
             cause: AgentError = NotReady("the start did not end by its deadline", function=command.function.name)
-            raise StartFailure(cause, self._record(command, received_ns, clock, evidence, fetched, None, cause, reason)) from error
+            raise StartFailure(cause, self._record(attempt, None, cause)) from error
         except AgentError as error:
-            raise StartFailure(error, self._record(command, received_ns, clock, evidence, fetched, None, error, reason)) from error
+            raise StartFailure(error, self._record(attempt, None, error)) from error
         except OSError as error:
             cause = AgentError(f"the node cannot start an instance: {error}", function=command.function.name)
-            raise StartFailure(cause, self._record(command, received_ns, clock, evidence, fetched, None, cause, reason)) from error
+            raise StartFailure(cause, self._record(attempt, None, cause)) from error
+        finally:
+            self._active -= 1
+            if not self._active:
+                self._quiet.set()
         instance.command_id = command.id
-        record = self._record(command, received_ns, clock, evidence, fetched, instance, None, reason, checkpoint)
-        return instance, record
+        answered(instance)
+        if instance.start_mode != "cold":
+            try:
+                attempt.evidence = await evidence_of(instance, attempt.clock)
+            except PagerError as error:  # the instance serves; only the counters are lost
+                logger.warning("the pager's counters of %s are lost: %s", instance.id, error)
+        return instance, self._record(attempt, instance, None)
 
-    async def _restore(
-        self, command: Start, image: CachedImage, layers: RootLayers, clock: PhaseClock, evidence: RestoreEvidence
-    ) -> tuple[Instance | None, str]:
-        """Try a restore; returns the instance, or None and why it was given up."""
-        now_ns = time.time_ns()
-        deadline_ns = now_ns + int((command.deadline_ns - now_ns) * _RESTORE_SHARE)
-        started_ns = now_ns
-        attempt = PhaseClock()
+    async def _fastest(self, attempt: _Attempt) -> Instance:
+        """A standby, a restore, the command: the first that there is and that works."""
+        command, clock = attempt.command, attempt.clock
+        function = command.function
+        # Before admission: a function whose files are being copied must not keep others from their restores.
+        resolution = await self._catalog.resolve(function, clock=clock, fetched=attempt.fetched)
+        image, attempt.reason = self._catalog.usable(function, resolution)
+        if image is not None:
+            while (standby := self._standbys.take(function, image)) is not None:
+                clock.add("agent.queue", attempt.waiting_since_ns, time.time_ns())
+                if await self._tried(attempt, image, self._resumed(standby, attempt.restore_deadline_ns)):
+                    return standby
+            async with self._restores.place(function.name):
+                clock.add("agent.queue", attempt.waiting_since_ns, time.time_ns())
+                restored = await self._tried(attempt, image, self._restored(attempt, image, resolution.layers))
+                if restored is not None:
+                    return restored
+        async with self._colds.place(function.name):
+            clock.add("agent.queue", attempt.waiting_since_ns, time.time_ns())
+            return await start_cold(self._workshop, function, resolution.layers, instance_id(function), command.deadline_ns, clock)
+
+    async def _tried(
+        self, attempt: _Attempt, image: CachedImage, start: Coroutine[Any, Any, tuple[Instance, PhaseClock]]
+    ) -> Instance | None:
+        """Await a start from the image; None when it failed: then the next way is tried, and the reason kept."""
+        started_ns = time.time_ns()
         try:
-            await self._catalog.open(image)
-            instance = await start_restored(
-                self._workshop, self._pager(), self._tasks, image, command.function, layers, _instance_id(command),
-                deadline_ns, attempt, evidence,
-            )  # fmt: skip
+            instance, clock = await start
         except (AgentError, OSError) as error:
             if isinstance(error, _IMAGE_FAULTS):
                 image.failures += 1
-            logger.warning("restore of %s from %s failed, starting cold: %s", command.function.name, image.checkpoint, error)
-            clock.add("failed_restore", started_ns, time.time_ns())
-            return None, f"{getattr(error, 'reason', 'host')}: {error}"
-        clock.phases.extend(attempt.phases)
+            logger.warning("start of %s from %s failed: %s", attempt.command.function.name, image.checkpoint, error)
+            attempt.clock.add("failed_restore", started_ns, time.time_ns())
+            attempt.reason = f"{getattr(error, 'reason', 'host')}: {error}"
+            return None
+        attempt.clock.phases.extend(clock.phases)
+        attempt.checkpoint = image.checkpoint
         image.failures = 0
-        return instance, ""
+        return instance
 
-    def _record(
-        self,
-        command: Start,
-        received_ns: int,
-        clock: PhaseClock,
-        evidence: RestoreEvidence,
-        fetched: Fetched,
-        instance: Instance | None,
-        error: AgentError | None,
-        reason: str,
-        checkpoint: str = "",
-    ) -> StartRecord:
+    async def _resumed(self, standby: Instance, deadline_ns: int) -> tuple[Instance, PhaseClock]:
+        clock = PhaseClock()
+        try:
+            await resume(self._workshop, standby, deadline_ns, clock)
+        except BaseException:
+            await standby.stop(self._workshop)
+            raise
+        return standby, clock
+
+    async def _restored(self, attempt: _Attempt, image: CachedImage, layers: RootLayers) -> tuple[Instance, PhaseClock]:
+        clock, function = PhaseClock(), attempt.command.function
+        await self._catalog.open(image)
+        instance = await start_restored(
+            self._workshop, self._pager(), self._tasks, image, function, layers, instance_id(function), attempt.restore_deadline_ns, clock
+        )
+        return instance, clock
+
+    def _record(self, attempt: _Attempt, instance: Instance | None, error: AgentError | None) -> StartRecord:
+        command, evidence, fetched = attempt.command, attempt.evidence, attempt.fetched
         tiers = dict(evidence.bytes_by_tier)
         if fetched.bytes:
             tiers["s3"] = tiers.get("s3", 0) + fetched.bytes
-        restored = instance is not None and instance.start_mode != "cold"
         mode = instance.start_mode if instance else "cold"
         if mode == "restore" and fetched.gets > 1:
             mode = "remote"  # the head came from S3 within this start, even if every page came along with it
@@ -149,14 +185,14 @@ class Starter:
             function=command.function.name,
             node=self._node,
             instance=instance.id if instance else "",
-            checkpoint=checkpoint if restored else "",
+            checkpoint=attempt.checkpoint,
             start_mode=mode,
             outcome=error.reason if error else "ready",
-            fallback_reason=reason,
+            fallback_reason=attempt.reason,
             traceparent=command.traceparent,
-            started_ns=received_ns,
+            started_ns=attempt.received_ns,
             ended_ns=instance.started_ns if instance else time.time_ns(),
-            phases=sorted(clock.phases, key=lambda phase: phase.start_ns),
+            phases=sorted(attempt.clock.phases, key=lambda phase: phase.start_ns),
             bytes_by_tier=tiers,
             s3_gets=fetched.gets + evidence.s3_gets,
             pages_prefetched=evidence.pages_prefetched,
@@ -165,14 +201,31 @@ class Starter:
         )
 
 
-@contextlib.asynccontextmanager
-async def _admitted(places: asyncio.Semaphore, clock: PhaseClock, since_ns: int) -> AsyncIterator[None]:
-    """Wait for a place, first come first served; the time since ``since_ns`` is phase ``agent.queue``."""
-    async with places:
-        clock.add("agent.queue", since_ns, time.time_ns())
-        yield
+@dataclass
+class _Attempt:
+    """One start while it is tried."""
+
+    command: Start
+    received_ns: int
+    clock: PhaseClock = field(default_factory=PhaseClock)
+    evidence: RestoreEvidence = field(default_factory=RestoreEvidence)
+    fetched: Fetched = field(default_factory=Fetched)
+    #: Why the fastest way was not taken.
+    reason: str = ""
+    checkpoint: str = ""
+
+    @property
+    def waiting_since_ns(self) -> int:
+        """When it began to wait for its turn."""
+        return time.time_ns() if self.clock.phases else self.received_ns
+
+    @property
+    def restore_deadline_ns(self) -> int:
+        """When to give up a restore; the rest of the time is for the cold start after it."""
+        now_ns = time.time_ns()
+        return now_ns + int((self.command.deadline_ns - now_ns) * _RESTORE_SHARE)
 
 
-def _instance_id(command: Start) -> str:
+def instance_id(function: Function) -> str:
     """Unique on the node and sorted by time; the command's own id would not be unique over a fallback."""
-    return f"{command.function.name}-{time.time_ns():x}"[-60:].lstrip("-")
+    return f"{function.name}-{time.time_ns():x}"[-60:].lstrip("-")

@@ -1,8 +1,8 @@
 """CRIU inside a sandbox.
 
-In: a :class:`~agent.sandbox.local.Sandbox`, directories by descriptor. Out: image files (:func:`dump`) or a running process tree
-(:class:`RestoreWorker`). CRIU reaches every directory through /proc/self/fd, so nothing is mounted into the sandbox for it.
-Next: :mod:`agent.checkpoint` and :mod:`agent.restore`. Field numbers: images/rpc.proto of CRIU 4.2.
+In: a :class:`~agent.sandbox.local.Sandbox`, directories by descriptor. Out: image files (:func:`dump`) or a process tree
+(:func:`start_worker`, then :func:`restore`). CRIU reaches every directory through /proc/self/fd, so nothing is mounted into the sandbox
+for it. Next: :mod:`agent.checkpoint` and :mod:`agent.restore`. Field numbers: images/rpc.proto of CRIU 4.2.
 """
 
 from __future__ import annotations
@@ -10,13 +10,12 @@ from __future__ import annotations
 import asyncio
 import os
 import re
-import socket
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from agent.criu import protobuf
 from agent.errors import CriuError, NotFreezable
-from agent.sandbox.local import Sandbox
+from agent.sandbox.local import Sandbox, Worker
 
 #: Log level 2 is errors and warnings; more costs milliseconds.
 LOG_LEVEL = 2
@@ -27,6 +26,8 @@ _OPTION = {
     "tcp_close": 52, "network_lock": 64, "leave_stopped": 69,
 }  # fmt: skip
 _NETWORK_LOCK_SKIP = 3
+#: Descriptors of a waiting worker.
+_IMAGES_FD, _WORK_FD, _OUTPUT_FD = 100, 101, 102
 
 #: Said on every host without CAP_SYS_RESOURCE, also when all goes well.
 _HARMLESS = "Can't setup RLIMIT_NOFILE"
@@ -71,59 +72,60 @@ async def dump(sandbox: Sandbox, criu_fd: int, pid: int, images: Path, timeout_s
         raise CriuError(f"criu dump failed: {log}", stage="criu.dump")
 
 
-class RestoreWorker:
-    """A CRIU process that waits in a sandbox for one restore request."""
+async def start_worker(sandbox: Sandbox, criu_fd: int, images: Path, work_directory: Path, output_fd: int) -> None:
+    """Let a CRIU process wait in the sandbox for :func:`restore`.
 
-    def __init__(self, sock: socket.socket, work_directory: Path) -> None:
-        self._socket = sock
-        self._work_directory = work_directory
+    Args:
+        sandbox: with its root mounted.
+        criu_fd: the open executable.
+        images: directory of all images of the node; which one is said later.
+        work_directory: gets CRIU's log and statistics, and holds the pager's socket.
+        output_fd: what takes the place of the donor's output.
+    """
+    directories = [os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC) for path in (images, work_directory)]
+    try:
+        await sandbox.start_worker(criu_fd, ["criu", "swrk", "3"], [*directories, output_fd])
+    finally:
+        for fd in directories:
+            os.close(fd)
 
-    @classmethod
-    async def start(
-        cls, sandbox: Sandbox, criu_fd: int, images: Path, work_directory: Path, extra_fds: Sequence[int] = ()
-    ) -> RestoreWorker:
-        """Start a worker whose descriptors 100 and 101 are the image and work directories; ``extra_fds`` become 102, …"""
-        directories = [os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC) for path in (images, work_directory)]
-        try:
-            sock, _ = await sandbox.start_worker(criu_fd, ["criu", "swrk", "3"], [*directories, *extra_fds])
-        finally:
-            for fd in directories:
-                os.close(fd)
-        return cls(sock, work_directory)
 
-    async def restore(self, inherit: Mapping[str, int], *, lazy: bool, timeout_s: float, leave_stopped: bool = False) -> None:
-        """Restore the image.
+async def restore(
+    worker: Worker, images: str, outputs: Sequence[str], work_directory: Path, *, lazy: bool, leave_stopped: bool, timeout_s: float
+) -> None:
+    """Have a waiting worker restore an image; the worker ends with it.
 
-        Args:
-            inherit: names of descriptors at dump time (``pipe:[123]``) to descriptors of the worker that take their place.
-            lazy: leave lazy pages to the pager behind ``lazy-pages.socket`` in the work directory.
-            timeout_s: longest wait.
-            leave_stopped: do not let the restored processes run.
+    Args:
+        worker: of :func:`start_worker`.
+        images: CRIU's image directory, relative to the directory of all images.
+        outputs: names at dump time (``pipe:[123]``) of the descriptors that the worker's output takes the place of.
+        work_directory: the worker's.
+        lazy: leave lazy pages to the pager behind ``lazy-pages.socket`` in the work directory.
+        leave_stopped: do not let the restored processes run.
+        timeout_s: longest wait.
 
-        Raises:
-            CriuError: with the errors of restore.log.
-        """
-        options: dict[str, protobuf.Scalar | list[protobuf.Scalar]] = {
-            "images_dir_fd": -1, "images_dir": "/proc/self/fd/100", "work_dir_fd": 101, "log_level": LOG_LEVEL,
-            "log_file": "restore.log", "tcp_close": True, "manage_cgroups_mode": 0, "network_lock": _NETWORK_LOCK_SKIP,
-            "file_locks": True, "link_remap": True, "ext_unix_sk": True, "lazy_pages": lazy, "leave_stopped": leave_stopped,
-            "inherit_fd": [protobuf.encode({1: key, 2: fd}) for key, fd in inherit.items()],
-        }  # fmt: skip
-        encoded = protobuf.encode({_OPTION[name]: value for name, value in options.items()})
-        loop = asyncio.get_running_loop()
-        try:
-            async with asyncio.timeout(timeout_s):
-                await loop.sock_sendall(self._socket, protobuf.encode({1: _RESTORE, 2: encoded}))
-                answer = protobuf.decode(await loop.sock_recv(self._socket, 65536))
-        except TimeoutError as error:
-            raise CriuError(f"criu restore did not end within {timeout_s:.0f} s", stage="criu.restore") from error
-        except (OSError, ValueError) as error:
-            raise CriuError(f"the CRIU worker is gone: {error}", stage="criu.restore") from error
-        if not protobuf.integer(answer, 2):
-            said = protobuf.text(answer, 8) or work_log(self._work_directory, "restore.log")
-            log = work_log(self._work_directory, "restore.log")
-            raise CriuError(f"criu restore failed: {log or said}", stage="criu.restore")
-
-    def close(self) -> None:
-        """Let the worker go; it exits when its socket closes."""
-        self._socket.close()
+    Raises:
+        CriuError: with the errors of restore.log.
+    """
+    options: dict[str, protobuf.Scalar | list[protobuf.Scalar]] = {
+        "images_dir_fd": -1, "images_dir": f"/proc/self/fd/{_IMAGES_FD}/{images}", "work_dir_fd": _WORK_FD, "log_level": LOG_LEVEL,
+        "log_file": "restore.log", "tcp_close": True, "manage_cgroups_mode": 0, "network_lock": _NETWORK_LOCK_SKIP,
+        "file_locks": True, "link_remap": True, "ext_unix_sk": True, "lazy_pages": lazy, "leave_stopped": leave_stopped,
+        "inherit_fd": [protobuf.encode({1: name, 2: _OUTPUT_FD}) for name in outputs],
+    }  # fmt: skip
+    encoded = protobuf.encode({_OPTION[name]: value for name, value in options.items()})
+    loop = asyncio.get_running_loop()
+    try:
+        async with asyncio.timeout(timeout_s):
+            await loop.sock_sendall(worker.socket, protobuf.encode({1: _RESTORE, 2: encoded}))
+            answer = protobuf.decode(await loop.sock_recv(worker.socket, 65536))
+    except TimeoutError as error:
+        raise CriuError(f"criu restore did not end within {timeout_s:.0f} s", stage="criu.restore") from error
+    except (OSError, ValueError) as error:
+        raise CriuError(f"the CRIU worker is gone: {error}", stage="criu.restore") from error
+    finally:
+        worker.close()
+    if not protobuf.integer(answer, 2):
+        said = protobuf.text(answer, 8) or work_log(work_directory, "restore.log")
+        log = work_log(work_directory, "restore.log")
+        raise CriuError(f"criu restore failed: {log or said}", stage="criu.restore")

@@ -63,15 +63,18 @@ class CgroupTree:
 
     def create(self, sandbox_id: str) -> Cgroup:
         """Make the directories of one sandbox."""
-        group = Cgroup([(item, item.path / self._base / sandbox_id) for item in self._hierarchies])
+        group = self.existing(sandbox_id)
         for _, path in group.parts:
             path.mkdir()
         return group
 
-    def leftovers(self) -> list[Cgroup]:
-        """Directories of sandboxes of an agent that is gone."""
-        names = {path.name for item in self._hierarchies for path in (item.path / self._base).iterdir() if path.is_dir()}
-        return [Cgroup([(item, item.path / self._base / name) for item in self._hierarchies]) for name in sorted(names)]
+    def existing(self, sandbox_id: str) -> Cgroup:
+        """The directories of a sandbox that is there already, or was."""
+        return Cgroup([(item, item.path / self._base / sandbox_id) for item in self._hierarchies])
+
+    def left(self) -> set[str]:
+        """Ids of all sandboxes that have a directory."""
+        return {path.name for item in self._hierarchies for path in (item.path / self._base).iterdir() if path.is_dir()}
 
     def close(self) -> None:
         """Remove the base directories; they must be empty."""

@@ -1,20 +1,24 @@
 // PID 1 of a sandbox: makes the namespaces, waits for orders on a socket, starts programs, reaps, reports.
 //
-// usage: init CONTROL_FD MOUNT_POINT
-//   CONTROL_FD   SOCK_SEQPACKET peer of the agent. When it closes, PID 1 exits and the kernel ends everything in the sandbox:
-//                an agent that dies leaves nothing behind.
+// usage: init LISTENER_FD MOUNT_POINT ORPHAN_S
+//   LISTENER_FD  SOCK_SEQPACKET listener; whoever connects is the agent, and a new connection replaces the old one. Instances outlive an
+//                agent that dies: the next one connects and goes on.
 //   MOUNT_POINT  any empty directory; the sandbox's tmpfs is mounted there, in the sandbox's own mount namespace.
+//   ORPHAN_S     seconds without an agent after which PID 1 exits, and the kernel ends everything in the sandbox: nothing is left for good.
 // The host pid of PID 1 is printed on standard output. It is a child of the caller (CLONE_PARENT), who reaps it.
 //
 // Orders: one letter, then NUL-terminated arguments, with descriptors attached. Answers go to the agent in the order of the orders.
-//   M lower hostname [source target]...   mount the root (overlay of `lower` and our tmpfs), bind, pivot into it  -> k | e message
+//   M lower                      mount the root (overlay of `lower` and our tmpfs), pivot into it   -> k | e message
+//   B hostname target... [mounts]   set the name; attach detached mounts at paths of the root       -> k | e message
 //   N address netmask            configure eth0 and lo                                              -> k | e message
 //   A uid gid nofile dir nenv env... argv...  [stdout+stderr]   start the application                -> P pid
 //   X argv...  [exe, fds -> 100, 101, ...]    start a tool by descriptor (CRIU)                      -> P pid
 //   W argv...  [exe, fds -> 100, 101, ...]    the same, its end of a new socket pair on fd 3         -> S pid + fd
 //   K key      [fd]              keep a descriptor open as long as the sandbox lives (a userfaultfd) -> k
 //   D key                        close the descriptor kept under key                                 -> k
-// Unasked: R + descriptor of the writable layer when ready; E pid status for each process reaped.
+//   S signal                     send a signal to every process but PID 1                           (no answer)
+//   H pid signal                 send a signal to one process if it has a handler for it            (no answer)
+// Unasked: R + descriptor of the writable layer to each new agent, then the latest E; E pid status for each process reaped.
 //
 // It trusts the agent; it trusts nothing that runs inside. Built statically by infra.local.native.
 #define _GNU_SOURCE
@@ -43,10 +47,12 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
-enum { MESSAGE_MAX = 128 * 1024, FDS_MAX = 32, ARGS_MAX = 1024, KEPT_MAX = 4096, TOOL_FD = 100, FIRST_PID = 1000 };
+enum { MESSAGE_MAX = 128 * 1024, FDS_MAX = 32, ARGS_MAX = 1024, KEPT_MAX = 4096, TOOL_FD = 100, FIRST_PID = 1000, ENDED_MAX = 64 };
 
 extern char **environ;
-static int control;
+static int control = -1;  // the agent; -1 while there is none
+static struct { pid_t pid; int status; } ended[ENDED_MAX];  // the latest ends, for an agent that was not there
+static unsigned ended_count;
 static char mount_point[4096];
 static struct { long key; int fd; } kept[KEPT_MAX];
 static int kept_count;
@@ -69,7 +75,7 @@ static void send_message(int fd, const char *format, ...) {
         header->cmsg_len = CMSG_LEN(sizeof(int));
         memcpy(CMSG_DATA(header), &fd, sizeof fd);
     }
-    while (sendmsg(control, &message, MSG_NOSIGNAL) < 0 && errno == EINTR) {}
+    while (control >= 0 && sendmsg(control, &message, MSG_NOSIGNAL) < 0 && errno == EINTR) {}
 }
 
 static int receive_message(char *buffer, int *fds, int *count) {
@@ -124,24 +130,36 @@ static const char *bind_mount(const char *root, const char *source, const char *
     return NULL;
 }
 
-// Bind a file or directory of the node over the root, read-only; makes the target and its parents in the writable layer.
-static const char *bind_read_only(const char *root, const char *source, const char *target) {
-    char path[4400];
+// Attach a detached mount (a read-only file or directory of the node) at a path of the root; makes it and its parents in the writable layer.
+static const char *attach_mount(int mount_fd, char *target) {
     struct stat status;
-    TRY(stat(source, &status));
-    join(path, sizeof path, root, target);
-    for (char *slash = path + strlen(root) + 1; (slash = strchr(slash, '/')); slash++) {
+    TRY(fstat(mount_fd, &status));
+    for (char *slash = target + 1; (slash = strchr(slash, '/')); slash++) {
         *slash = 0;
-        mkdir(path, 0755);
+        mkdir(target, 0755);
         *slash = '/';
     }
-    const char *failed = bind_mount(root, source, target, !S_ISDIR(status.st_mode));
-    if (failed) return failed;
-    TRY(mount(NULL, path, NULL, MS_BIND | MS_REMOUNT | MS_RDONLY | MS_NOSUID | MS_NODEV, NULL));
+    if (S_ISDIR(status.st_mode)) {
+        mkdir(target, 0755);
+    } else {
+        int fd = open(target, O_CREAT | O_WRONLY | O_CLOEXEC, 0666);
+        if (fd >= 0) close(fd);
+    }
+    TRY(syscall(SYS_move_mount, mount_fd, "", AT_FDCWD, target, MOVE_MOUNT_F_EMPTY_PATH));
     return NULL;
 }
 
-static const char *mount_root(const char *lower, const char *hostname, char **binds, int bind_count) {
+static const char *bind_files(char **arguments, int count, const int *fds, int fd_count) {
+    if (count != fd_count + 1) return "bad order";
+    TRY(sethostname(arguments[0], strlen(arguments[0])));
+    for (int i = 0; i < fd_count; i++) {
+        const char *failed = attach_mount(fds[i], arguments[i + 1]);
+        if (failed) return failed;
+    }
+    return NULL;
+}
+
+static const char *mount_root(const char *lower) {
     static const char *const nodes[] = {"/dev/null", "/dev/zero", "/dev/full", "/dev/random", "/dev/urandom", "/dev/tty"};
     char root[4200], path[4400], options[16384], source[4200];
     const char *failed;
@@ -167,13 +185,10 @@ static const char *mount_root(const char *lower, const char *hostname, char **bi
         join(source, sizeof source, mount_point, parts[i].from);
         if ((failed = bind_mount(root, source, parts[i].to, 0))) return failed;
     }
-    for (int i = 0; i + 1 < bind_count; i += 2)
-        if ((failed = bind_read_only(root, binds[i], binds[i + 1]))) return failed;
     TRY(chdir(root));
     TRY(syscall(SYS_pivot_root, ".", "."));
     TRY(umount2(".", MNT_DETACH));
     TRY(chdir("/"));
-    TRY(sethostname(hostname, strlen(hostname)));
     return NULL;
 }
 
@@ -289,6 +304,18 @@ static void start(char order, char **arguments, int count, const int *fds, int f
     else if (order != 'W') send_message(-1, "P %d", child);  // a worker's child answers for itself
 }
 
+static int has_handler(const char *pid, int number) {
+    char path[64], line[256];
+    unsigned long long caught = 0;
+    snprintf(path, sizeof path, "/proc/%d/status", atoi(pid));
+    FILE *file = fopen(path, "re");
+    if (!file) return 0;
+    while (fgets(line, sizeof line, file))
+        if (sscanf(line, "SigCgt: %llx", &caught) == 1) break;
+    fclose(file);
+    return number > 0 && number < 65 && caught >> (number - 1) & 1;
+}
+
 static const char *keep(const char *key, const int *fds, int *fd_count) {
     if (*fd_count != 1) return "bad order";
     if (kept_count == KEPT_MAX) return "too many descriptors are kept";
@@ -313,7 +340,10 @@ static void handle(char *buffer, int length, int *fds, int fd_count, const sigse
     arguments[count] = NULL;
     const char *failed = NULL;
     switch (buffer[0]) {
-    case 'M': failed = count >= 2 ? mount_root(arguments[0], arguments[1], arguments + 2, count - 2) : "bad order"; break;
+    case 'M': failed = count == 1 ? mount_root(arguments[0]) : "bad order"; break;
+    case 'B': failed = bind_files(arguments, count, fds, fd_count); break;
+    case 'S': if (count == 1) kill(-1, atoi(arguments[0])); break;
+    case 'H': if (count == 2 && has_handler(arguments[0], atoi(arguments[1]))) kill(atoi(arguments[0]), atoi(arguments[1])); break;
     case 'N': failed = count == 2 ? configure_network(arguments[0], arguments[1]) : "bad order"; break;
     case 'K': failed = keep(count == 1 ? arguments[0] : "", fds, &fd_count); break;
     case 'D': drop(count == 1 ? arguments[0] : ""); break;
@@ -321,51 +351,68 @@ static void handle(char *buffer, int length, int *fds, int fd_count, const sigse
     default: failed = "unknown order";
     }
     for (int i = 0; i < fd_count; i++) close(fds[i]);
-    if (strchr("MNKD", buffer[0]) || failed) failed ? send_message(-1, "e %s", failed) : send_message(-1, "k");
+    if (strchr("MBNKD", buffer[0]) || failed) failed ? send_message(-1, "e %s", failed) : send_message(-1, "k");
 }
 
 static void reap(void) {
     int status;
     pid_t child;
-    while ((child = waitpid(-1, &status, WNOHANG)) > 0) send_message(-1, "E %d %d", child, status);
+    while ((child = waitpid(-1, &status, WNOHANG)) > 0) {
+        ended[ended_count % ENDED_MAX].pid = child;
+        ended[ended_count++ % ENDED_MAX].status = status;
+        send_message(-1, "E %d %d", child, status);
+    }
 }
 
-static int serve(void) {
+static void welcome(int listener, int layer) {
+    int agent = accept4(listener, NULL, NULL, SOCK_CLOEXEC);
+    if (agent < 0) return;
+    if (control >= 0) close(control);
+    control = agent;
+    send_message(layer, "R");
+    for (unsigned i = ended_count > ENDED_MAX ? ended_count - ENDED_MAX : 0; i < ended_count; i++)
+        send_message(-1, "E %d %d", ended[i % ENDED_MAX].pid, ended[i % ENDED_MAX].status);
+}
+
+static int serve(int listener, int orphan_s) {
     static char buffer[MESSAGE_MAX];
     int fds[FDS_MAX], fd_count;
     sigset_t blocked;
     prctl(PR_SET_NAME, "thaw-init");
     prctl(PR_SET_DUMPABLE, 0);
     const char *failed = make_layer();
-    if (failed) { send_message(-1, "e %s", failed); return 1; }
+    if (failed) return 1;
     int layer = open(mount_point, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
     sigemptyset(&blocked);
     sigaddset(&blocked, SIGCHLD);
     sigprocmask(SIG_BLOCK, &blocked, NULL);
     int signals = signalfd(-1, &blocked, SFD_CLOEXEC | SFD_NONBLOCK);
-    send_message(layer, "R");
-    close(layer);
     for (;;) {
-        struct pollfd wait[2] = {{control, POLLIN, 0}, {signals, POLLIN, 0}};
-        poll(wait, 2, -1);
+        struct pollfd wait[3] = {{listener, POLLIN, 0}, {signals, POLLIN, 0}, {control, POLLIN, 0}};
+        if (poll(wait, 3, control < 0 ? orphan_s * 1000 : -1) == 0) return 0;  // nobody came
         if (wait[1].revents) {
             struct signalfd_siginfo info;
             while (read(signals, &info, sizeof info) > 0) {}
             reap();
         }
-        if (wait[0].revents) {
+        if (control >= 0 && wait[2].revents) {
             int length = receive_message(buffer, fds, &fd_count);
-            if (length <= 0) return 0;
-            handle(buffer, length, fds, fd_count, &blocked);
+            if (length > 0) {
+                handle(buffer, length, fds, fd_count, &blocked);
+            } else {
+                close(control);
+                control = -1;
+            }
         }
+        if (wait[0].revents) welcome(listener, layer);
     }
 }
 
 int main(int count, char **arguments) {
-    if (count != 3) { dprintf(2, "usage: init CONTROL_FD MOUNT_POINT\n"); return 2; }
-    control = atoi(arguments[1]);
+    if (count != 4) { dprintf(2, "usage: init LISTENER_FD MOUNT_POINT ORPHAN_S\n"); return 2; }
+    int listener = atoi(arguments[1]), orphan_s = atoi(arguments[3]);
     join(mount_point, sizeof mount_point, arguments[2], "");
-    fcntl(control, F_SETFD, FD_CLOEXEC);
+    fcntl(listener, F_SETFD, FD_CLOEXEC);
     struct { unsigned long long flags, pidfd, child_tid, parent_tid, exit_signal, stack, stack_size, tls; } clone_args = {
         CLONE_NEWPID | CLONE_NEWNS | CLONE_NEWNET | CLONE_NEWIPC | CLONE_NEWUTS | CLONE_PARENT, 0, 0, 0, 0, 0, 0, 0};
     pid_t child = syscall(SYS_clone3, &clone_args, sizeof clone_args);
@@ -374,7 +421,7 @@ int main(int count, char **arguments) {
         int null = open("/dev/null", O_RDWR | O_CLOEXEC);
         if (null < 0 || dup2(null, 1) < 0 || dup2(null, 2) < 0) return 1;  // the caller reads our output to its end
         close(null);
-        return serve();
+        return serve(listener, orphan_s);
     }
     dprintf(1, "%d\n", child);
     return 0;

@@ -1,29 +1,42 @@
 """One sandbox: pid, mount, network, IPC and UTS namespaces with a PID 1 that takes orders.
 
-In: orders of :mod:`agent.restore`, :mod:`agent.cold` and :mod:`agent.checkpoint`. Out: processes inside, their ends as
-:attr:`Sandbox.exits`, and nothing at all after :meth:`Sandbox.destroy`. The other side of the socket is ``init.c``.
+In: orders of :mod:`agent.restore`, :mod:`agent.cold` and :mod:`agent.checkpoint`. Out: processes inside, their ends through
+:attr:`Sandbox.on_exit`, and nothing at all after :meth:`Sandbox.destroy`. The other side of the socket is ``init.c``. A sandbox outlives
+the agent: its folder holds the socket and a record by which the next agent finds it.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import os
+import shutil
 import signal
 import socket
 import subprocess
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import msgspec
+
 from agent.errors import SandboxError
+from agent.sandbox import mounts
 from agent.sandbox.cgroup import Cgroup, CgroupTree
 from agent.sandbox.network import Link, Network
+
+logger = logging.getLogger(__name__)
 
 #: Longest wait for an answer of PID 1; it does nothing that takes long.
 ORDER_TIMEOUT_S = 10.0
 #: Open files that an instance may have.
 OPEN_FILES_MAX = 65536
+#: Files in a sandbox's folder.
+_CONTROL, _RECORD = "control", "sandbox"
+#: Mounts that one message to PID 1 carries (init.c: FDS_MAX).
+_MOUNTS_MAX = 30
 
 
 @dataclass(frozen=True)
@@ -36,15 +49,39 @@ class Process:
     user: int
 
 
+@dataclass
+class Worker:
+    """A tool that waits inside for one request on its socket; ``pid`` is its pid inside."""
+
+    socket: socket.socket
+    pid: int
+
+    def close(self) -> None:
+        """Let it go; it exits when its socket closes."""
+        self.socket.close()
+
+
+class SandboxRecord(msgspec.Struct, frozen=True):
+    """What a later agent must know of a sandbox; ``init_started`` (clock ticks since boot) tells PID 1 from a process that took its pid."""
+
+    init_pid: int
+    init_started: int
+    link: Link
+
+
 class Sandbox:
     """A live sandbox. Made by :class:`SandboxFactory`."""
 
-    def __init__(self, sandbox_id: str, init_pid: int, control: socket.socket, cgroup: Cgroup) -> None:
-        self.id = sandbox_id
+    def __init__(self, folder: Path, init_pid: int, control: socket.socket, cgroup: Cgroup) -> None:
+        self.id = folder.name
+        #: On the node, for as long as the sandbox lives; the owner of the sandbox may keep files in it.
+        self.folder = folder
         #: Host pid of the sandbox's PID 1.
         self.init_pid = init_pid
         self.cgroup = cgroup
         self.link: Link | None = None
+        #: Waits to restore something here; taken by the start.
+        self.worker: Worker | None = None
         #: Directory descriptor of the writable layer: ``upper``, ``tmp``, ``shm``, ``run``.
         self.layer_fd = -1
         #: Called with the pid (inside) and wait status of each process that nobody waits for.
@@ -72,11 +109,30 @@ class Sandbox:
         """The writable layer, reachable only through this process."""
         return Path(f"/proc/self/fd/{self.layer_fd}")
 
-    async def mount_root(self, lower: str, hostname: str, binds: Sequence[tuple[str, str]] = ()) -> None:
-        """Mount the root: ``lower`` read-only under the writable layer, and over it ``binds`` (source, target), read-only."""
+    async def mount_root(self, lower: str) -> None:
+        """Mount the root: the directory ``lower`` of the node, read-only under the writable layer."""
         if any(char in lower for char in ":,\\"):
             raise SandboxError(f"the path {lower!r} holds a character that overlay mounts cannot take", stage="rootfs")
-        await self._order(b"M", [lower, hostname, *(path for pair in binds for path in pair)])
+        await self._order(b"M", [lower])
+
+    async def bind_files(self, hostname: str, binds: Sequence[tuple[str, str]]) -> None:
+        """Set the sandbox's name, and put files or directories of the node over its root, read-only.
+
+        Args:
+            hostname: its name.
+            binds: (path on the node, path in the root).
+        """
+        for at in range(0, len(binds) or 1, _MOUNTS_MAX):
+            some = binds[at : at + _MOUNTS_MAX]
+            fds: list[int] = []
+            try:
+                fds.extend(mounts.detached(source) for source, _ in some)
+                await self._order(b"B", [hostname, *(target for _, target in some)], fds)
+            except OSError as error:
+                raise SandboxError(f"cannot bind {error.filename}: {error.strerror}", sandbox=self.id) from error
+            finally:
+                for fd in fds:
+                    os.close(fd)
 
     async def start_application(self, process: Process, output_fd: int) -> int:
         """Start the function's command as an unprivileged session leader; returns its pid inside.
@@ -96,14 +152,18 @@ class Sandbox:
         reply, _ = await self._order(b"X", arguments, [executable_fd, *fds])
         return await self.wait(int(reply.split()[1]), timeout_s)
 
-    async def start_worker(self, executable_fd: int, arguments: Sequence[str], fds: Sequence[int]) -> tuple[socket.socket, int]:
-        """Start a tool that serves requests on its descriptor 3; returns our end of that socket and its pid inside."""
+    async def start_worker(self, executable_fd: int, arguments: Sequence[str], fds: Sequence[int]) -> None:
+        """Start a tool that serves requests on its descriptor 3, and keep it as :attr:`worker`; ``fds`` are its 100, 101, …"""
         async with self._lock:
             self._send(b"W", arguments, [executable_fd, *fds])
             reply, received = await self._reply(b"S")
         worker = socket.socket(fileno=received[0])
         worker.setblocking(False)
-        return worker, int(reply.split()[1])
+        self.worker = Worker(worker, int(reply.split()[1]))
+
+    def open_root(self) -> int:
+        """A descriptor of the mounted root, for changes from outside; the caller closes it."""
+        return os.open(f"/proc/{self.init_pid}/root", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
 
     async def keep(self, key: int, fd: int) -> None:
         """Hand a descriptor to PID 1, which holds it under ``key`` as long as the sandbox lives."""
@@ -150,12 +210,16 @@ class Sandbox:
 
     def signal_all(self, number: signal.Signals) -> None:
         """Send a signal to every process inside but PID 1."""
-        for pid in self.processes():
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, number)
+        self._send(b"S", [str(int(number))], [])
+
+    def signal_handler(self, pid: int, number: signal.Signals) -> None:
+        """Send a signal to process ``pid`` (inside) if it has a handler for it: without one the signal would end it."""
+        self._send(b"H", [str(pid), str(int(number))], [])
 
     async def destroy(self, network: Network) -> None:
         """End everything inside and remove every trace. Safe to call twice."""
+        if self.worker is not None:
+            self.worker.close()
         with contextlib.suppress(ProcessLookupError, OSError):
             signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
         with contextlib.suppress(asyncio.CancelledError):
@@ -163,7 +227,11 @@ class Sandbox:
         link, self.link = self.link, None
         if link:
             await network.detach(link)
-        await asyncio.to_thread(self.cgroup.remove)
+        await asyncio.to_thread(self._remove)
+
+    def _remove(self) -> None:
+        self.cgroup.remove()
+        shutil.rmtree(self.folder, ignore_errors=True)
 
     async def _order(self, letter: bytes, arguments: Sequence[str], fds: Sequence[int] = ()) -> tuple[bytes, list[int]]:
         async with self._lock:
@@ -239,15 +307,26 @@ class Sandbox:
 
 
 class SandboxFactory:
-    """Makes sandboxes of one agent."""
+    """Makes the sandboxes of one agent, and takes over those of an agent that is gone."""
 
-    def __init__(self, init_path: Path, mount_point: Path, cgroups: CgroupTree, network: Network) -> None:
+    def __init__(self, init_path: Path, folders: Path, cgroups: CgroupTree, network: Network, orphan_s: float) -> None:
+        """Prepare.
+
+        Args:
+            init_path: the compiled ``init.c``.
+            folders: gets one folder per sandbox, and an empty one that is mounted over in each.
+            cgroups, network: what sandboxes get limits and addresses from.
+            orphan_s: sandboxes end when no agent came for so long.
+        """
         self._init_path = init_path
-        self._mount_point = mount_point
+        self._folders = folders
+        self._mount_point = folders / "mount"
         self._cgroups = cgroups
         self.network = network
+        self._orphan_s = max(1, round(orphan_s))
         self._serial = 0
-        mount_point.mkdir(parents=True, exist_ok=True)
+        self._prefix = f"{time.time_ns():x}"  # ids do not meet those of an earlier agent
+        self._mount_point.mkdir(parents=True, exist_ok=True)
 
     async def create(self) -> Sandbox:
         """A sandbox with namespaces, limits (open) and an address, but no root yet.
@@ -256,35 +335,104 @@ class SandboxFactory:
             SandboxError: the host refuses; nothing is left.
         """
         self._serial += 1
-        sandbox_id = f"{os.getpid()}-{self._serial}"
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        folder = self._folders / f"{self._prefix}-{self._serial}"
         try:
-            cgroup = await asyncio.to_thread(self._cgroups.create, sandbox_id)
-            try:
-                pid = await asyncio.to_thread(self._spawn, theirs, cgroup)
-            except BaseException:
-                await asyncio.to_thread(cgroup.remove)
-                raise
+            cgroup, pid = await asyncio.to_thread(self._spawn, folder)
         except (OSError, ValueError, subprocess.SubprocessError) as error:
-            ours.close()
             raise SandboxError(f"cannot make a sandbox: {error}", stage="sandbox") from error
-        finally:
-            theirs.close()
-        sandbox = Sandbox(sandbox_id, pid, ours, cgroup)
+        sandbox = Sandbox(folder, pid, _connect(folder), cgroup)
         try:
             await sandbox.ready()
             sandbox.link = await self.network.attach(pid)
             await sandbox.configure_network()
+            record = SandboxRecord(pid, process_started(pid), sandbox.link)
+            (folder / _RECORD).write_bytes(msgspec.msgpack.encode(record))
         except BaseException:
             await sandbox.destroy(self.network)
             raise
         return sandbox
 
-    def _spawn(self, control: socket.socket, cgroup: Cgroup) -> int:
-        arguments = [str(self._init_path), str(control.fileno()), str(self._mount_point)]
-        done = subprocess.run(arguments, pass_fds=[control.fileno()], stdin=subprocess.DEVNULL, capture_output=True, cwd="/", check=False)
-        if done.returncode:
-            raise SandboxError(f"cannot make a sandbox: {done.stderr.decode(errors='replace').strip()}", stage="sandbox")
-        pid = int(done.stdout)
-        cgroup.join(pid)
-        return pid
+    def left(self) -> list[Path]:
+        """Folders of sandboxes that an agent which is gone has left."""
+        return [path for path in sorted(self._folders.iterdir()) if path != self._mount_point]
+
+    async def adopt(self, folder: Path) -> Sandbox:
+        """Take over a sandbox.
+
+        Raises:
+            SandboxError: it does not live any more, or not rightly.
+        """
+        try:
+            record = msgspec.msgpack.decode((folder / _RECORD).read_bytes(), type=SandboxRecord)
+            if process_started(record.init_pid) != record.init_started:
+                raise SandboxError("its PID 1 has ended", sandbox=folder.name)
+            sandbox = Sandbox(folder, record.init_pid, _connect(folder), self._cgroups.existing(folder.name))
+        except (OSError, msgspec.MsgspecError) as error:
+            raise SandboxError(f"it cannot be taken over: {error}", sandbox=folder.name) from error
+        sandbox.link = record.link
+        self.network.adopt(record.link)
+        await sandbox.ready()
+        return sandbox
+
+    async def discard(self, folder: Path) -> None:
+        """End what is left of a sandbox that is not taken over."""
+        cgroup = self._cgroups.existing(folder.name)
+        for pid in cgroup.processes():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        with contextlib.suppress(OSError, msgspec.MsgspecError):
+            record = msgspec.msgpack.decode((folder / _RECORD).read_bytes(), type=SandboxRecord)
+            if process_started(record.init_pid) == record.init_started:
+                os.kill(record.init_pid, signal.SIGKILL)
+        await asyncio.to_thread(cgroup.remove)
+        await asyncio.to_thread(shutil.rmtree, folder, True)
+
+    def _spawn(self, folder: Path) -> tuple[Cgroup, int]:
+        folder.mkdir(mode=0o700)
+        cgroup = self._cgroups.create(folder.name)
+        try:
+            with _address(folder) as address, socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
+                listener.bind(address)
+                listener.listen(4)
+                arguments = [str(self._init_path), str(listener.fileno()), str(self._mount_point), str(self._orphan_s)]
+                done = subprocess.run(
+                    arguments, pass_fds=[listener.fileno()], stdin=subprocess.DEVNULL, capture_output=True, cwd="/", check=False
+                )
+            if done.returncode:
+                raise SandboxError(f"cannot make a sandbox: {done.stderr.decode(errors='replace').strip()}", stage="sandbox")
+            pid = int(done.stdout)
+            cgroup.join(pid)
+        except BaseException:
+            cgroup.remove()
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
+        return cgroup, pid
+
+
+def process_started(pid: int) -> int:
+    """When a process was started, in clock ticks since boot (field 22 of /proc/PID/stat); 0 when there is none."""
+    try:
+        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19])
+    except (OSError, IndexError, ValueError):
+        return 0
+
+
+@contextlib.contextmanager
+def _address(folder: Path) -> Iterator[str]:
+    """The control socket's address by way of a descriptor: socket paths end at 107 bytes."""
+    directory = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        yield f"/proc/self/fd/{directory}/{_CONTROL}"
+    finally:
+        os.close(directory)
+
+
+def _connect(folder: Path) -> socket.socket:
+    control = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    try:
+        with _address(folder) as address:
+            control.connect(address)
+    except BaseException:
+        control.close()
+        raise
+    return control

@@ -8,6 +8,7 @@ they run in one thread of their own, which also keeps them in order.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno
 import ipaddress
 import logging
@@ -15,9 +16,9 @@ import socket
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from typing import Any
 
+import msgspec
 import pyroute2
 from pyroute2.netlink.exceptions import NetlinkError
 
@@ -26,8 +27,7 @@ from agent.errors import SandboxError
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class Link:
+class Link(msgspec.Struct, frozen=True):
     """A sandbox's network: ``eth0`` inside, ``name`` on the node."""
 
     name: str
@@ -53,13 +53,24 @@ class Network:
         count = min(self._net.num_addresses - 3, 16384)
         self._free: deque[str] = deque(str(self._net.network_address + 2 + offset) for offset in range(count))
         self._serial = 0
+        self._adopted: set[str] = set()
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="netlink")
         self._netlink: Any = None
         self._index = 0
 
     async def open(self) -> None:
-        """Make the bridge, and remove what an agent that is gone left on it."""
+        """Make the bridge."""
         await self._run(self._make_bridge)
+
+    def adopt(self, link: Link) -> None:
+        """Take over the link of a sandbox that an agent which is gone has made; before the first :meth:`attach`."""
+        self._adopted.add(link.name)
+        with contextlib.suppress(ValueError):
+            self._free.remove(link.address)
+
+    async def sweep(self) -> None:
+        """Remove what an agent that is gone left on the bridge and nobody took over."""
+        await self._run(self._sweep)
 
     async def attach(self, pid: int) -> Link:
         """Give the network namespace of ``pid`` an ``eth0`` and an address of its own (still to be set inside).
@@ -99,11 +110,17 @@ class Network:
             # An address of its own: else the bridge takes the lowest of its ports', which changes as instances come and go, and answers
             # to the old one are lost until the sandbox asks again (seen: 1.4 and 3 s).
             self._netlink.link("set", index=index, state="up", address=_hardware(str(self._gateway)))
-            for link in self._netlink.get_links(master=index):
-                if str(link.get_attr("IFLA_IFNAME")).startswith(self._prefix):
-                    self._netlink.link("del", index=link["index"])  # of an agent that is gone
         except (NetlinkError, OSError) as error:
             raise SandboxError(f"cannot set up the bridge {self._bridge} with {self._net}: {error}", stage="network") from error
+
+    def _sweep(self) -> None:
+        for link in self._netlink.get_links(master=self._index):
+            name = str(link.get_attr("IFLA_IFNAME"))
+            if name.startswith(self._prefix) and name not in self._adopted:
+                try:
+                    self._netlink.link("del", index=link["index"])
+                except NetlinkError as error:
+                    logger.warning("veth %s was not removed: %s", name, error)
 
     def _check_subnet(self, index: int) -> None:
         """Two bridges with one subnet: the node would send half of its requests to the wrong one."""
@@ -118,7 +135,8 @@ class Network:
             raise SandboxError(f"every address of {self._net} is in use; use a larger agent.subnet", stage="network")
         address = self._free.popleft()
         self._serial += 1
-        name = f"{self._prefix}{self._serial:x}"
+        while (name := f"{self._prefix}{self._serial:x}") in self._adopted:
+            self._serial += 1
         peer = {"ifname": "eth0", "net_ns_pid": pid, "address": _hardware(address)}
         try:
             self._netlink.link("add", ifname=name, kind="veth", master=self._index, state="up", peer=peer)

@@ -12,6 +12,7 @@ import os
 import shutil
 import stat
 import tempfile
+import time
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
@@ -72,14 +73,18 @@ def prepare(function: Function, layers: Path) -> RootLayers:
 
 
 def write_identity(layer: Path, *, instance: str, function: str, checkpoint: str, user: int) -> None:
-    """Tell the instance who it is: ``/run/thaw/instance.json``, new for each start, and there before the process runs."""
-    directory = layer / "run" / "thaw"
-    directory.mkdir(mode=0o755, exist_ok=True)
-    content = {"instance": instance, "function": function, "checkpoint": checkpoint, "seed": os.urandom(32).hex()}
-    path = directory / "instance.json"
-    path.write_text(json.dumps(content) + "\n")
-    path.chmod(0o400)
-    os.chown(path, user, user)
+    """Tell the instance who it is: ``/run/thaw/instance.json``, with a new seed at each start and each resume, before the process runs."""
+    content = {
+        "instance": instance, "function": function, "checkpoint": checkpoint, "seed": os.urandom(32).hex(), "resumed_ns": time.time_ns(),
+    }  # fmt: skip
+    path = f"{layer}/run/thaw/instance.json"
+    fd = os.open(f"{path}.new", os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, 0o400)
+    try:
+        os.fchown(fd, user, user)
+        os.write(fd, json.dumps(content).encode() + b"\n")
+    finally:
+        os.close(fd)
+    os.rename(f"{path}.new", path)  # noqa: PTH104 (this is on the path of a thaw, and a Path costs as much as the call)
 
 
 def _topmost(targets: list[str]) -> tuple[str, ...]:

@@ -10,9 +10,10 @@ from __future__ import annotations
 import io
 import os
 import re
+import shutil
 import stat
 import tarfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from agent.errors import ImageInvalid
@@ -22,6 +23,8 @@ from agent.store import chunks
 LAYER_PARTS = ("upper", "tmp", "shm", "run")
 #: Made by the sandbox for each instance anew.
 _EXCLUDED = {"run/criu.kdat", "run/thaw"}
+#: Directories of the root over which every sandbox mounts something of its own.
+_MOUNTED = {"proc", "dev", "tmp", "run"}
 LAYER_BYTES_MAX = 256 << 20
 _IMAGE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,120}")
 _PAGES_NAME = re.compile(r"pages-\d+\.img")
@@ -108,27 +111,47 @@ def pack_layer(layer: Path, mount_points: Sequence[str] = ()) -> bytes:
     return buffer.getvalue()
 
 
-def unpack_layer(layer_file: Path, layer_fd: int) -> None:
-    """Unpack a layer into the fresh writable layer behind ``layer_fd``.
+def unpack_layer(layer_file: Path, layer_fd: int, open_root: Callable[[], int]) -> None:
+    """Unpack a layer into a sandbox whose root is mounted.
 
-    Every step is taken by descriptor without following links, so that no member lands outside.
+    Every step is taken by descriptor without following links, so that no member lands outside. Changes of the root itself are made through
+    the mounted root, because the kernel does not define what a change under a mounted overlay does; the sandbox's own mounts are closed
+    to them.
+
+    Args:
+        layer_file: the layer.
+        layer_fd: the writable layer: ``tmp``, ``shm`` and ``run`` are mounted in the root.
+        open_root: opens the mounted root, if it is needed.
 
     Raises:
         ImageInvalid: a member has a name or kind that a layer cannot hold.
     """
     if layer_file.stat().st_size == 0:
         return
+    bases = {part: layer_fd for part in LAYER_PARTS if part != "upper"}
     try:
         with tarfile.open(layer_file, mode="r:") as members:
             for member in members:
-                parts = member.name.split("/")
-                if parts[0] not in LAYER_PARTS or any(part in ("", ".", "..") for part in parts):
+                part, *parts = member.name.split("/")
+                if part not in LAYER_PARTS or any(name in ("", ".", "..") for name in parts):
                     raise ImageInvalid(f"the layer holds a file with the name {member.name!r}")
-                _extract(members, member, parts, layer_fd)
+                if not parts:
+                    continue
+                if part == "upper":
+                    if parts[0] in _MOUNTED:
+                        if len(parts) > 1:
+                            raise ImageInvalid(f"the layer holds {member.name!r}, where the sandbox mounts something")
+                        continue
+                    if part not in bases:
+                        bases[part] = open_root()
+                _extract(members, member, [part, *parts] if part != "upper" else parts, bases[part])
     except tarfile.TarError as error:
         raise ImageInvalid(f"the layer is corrupt: {error}") from error
     except OSError as error:
         raise ImageInvalid(f"the layer cannot be unpacked: {error}") from error
+    finally:
+        if "upper" in bases:
+            os.close(bases["upper"])
 
 
 def _mount_point_names(layer: Path, mount_points: Sequence[str]) -> set[str]:
@@ -170,6 +193,9 @@ def _open_parent(root_fd: int, parts: list[str]) -> int:
 def _extract(members: tarfile.TarFile, member: tarfile.TarInfo, parts: list[str], root_fd: int) -> None:
     parent, base = _open_parent(root_fd, parts[:-1]), parts[-1]
     try:
+        opaque = member.pax_headers.get(_XATTR + "trusted.overlay.opaque") == "y"
+        if not member.isdir() or opaque:
+            _clear(base, parent)
         mode = member.mode & 0o1777  # no set-user-id: the sandbox is nosuid anyway
         if member.isdir():
             try:
@@ -186,10 +212,10 @@ def _extract(members: tarfile.TarFile, member: tarfile.TarInfo, parts: list[str]
         elif member.issym():
             os.symlink(member.linkname, base, dir_fd=parent)
         elif member.islnk():
-            origin = member.linkname.split("/")
-            if origin[0] not in LAYER_PARTS or ".." in origin:
+            part, *origin = member.linkname.split("/")
+            if part != member.name.split("/")[0] or not origin or ".." in origin:
                 raise ImageInvalid(f"the layer holds a link to {member.linkname!r}")
-            source_parent = _open_parent(root_fd, origin[:-1])
+            source_parent = _open_parent(root_fd, origin[:-1] if part == "upper" else [part, *origin[:-1]])
             try:
                 os.link(origin[-1], base, src_dir_fd=source_parent, dst_dir_fd=parent, follow_symlinks=False)
             finally:
@@ -197,7 +223,7 @@ def _extract(members: tarfile.TarFile, member: tarfile.TarInfo, parts: list[str]
         elif member.isfifo():
             os.mkfifo(base, 0o600, dir_fd=parent)
         elif member.ischr() and (member.devmajor, member.devminor) == (0, 0):
-            os.mknod(base, stat.S_IFCHR, 0, dir_fd=parent)  # the overlay's sign for a deleted file
+            return  # the overlay's sign for a deleted file: it is cleared
         else:
             raise ImageInvalid(f"the layer holds {member.name!r}, which is neither file, directory, link nor pipe")
         os.chown(base, member.uid, member.gid, dir_fd=parent, follow_symlinks=False)
@@ -207,10 +233,19 @@ def _extract(members: tarfile.TarFile, member: tarfile.TarInfo, parts: list[str]
                 handle = Path(f"/proc/self/fd/{fd}")
                 handle.chmod(mode)
                 os.utime(handle, (member.mtime, member.mtime))
-                for attribute, value in member.pax_headers.items():
-                    if attribute.startswith(_XATTR + "trusted.overlay."):
-                        os.setxattr(handle, attribute.removeprefix(_XATTR), value.encode("latin-1"))
             finally:
                 os.close(fd)
     finally:
         os.close(parent)
+
+
+def _clear(base: str, parent: int) -> None:
+    """Remove what is there; in a mounted overlay that hides it if it is of the root below."""
+    try:
+        is_directory = stat.S_ISDIR(os.stat(base, dir_fd=parent, follow_symlinks=False).st_mode)
+    except FileNotFoundError:
+        return
+    if is_directory:
+        shutil.rmtree(base, dir_fd=parent)
+    else:
+        os.unlink(base, dir_fd=parent)

@@ -1,0 +1,100 @@
+"""Rung ``standby``: instances that are restored, have their working set in memory, and are stopped until a start resumes them.
+
+In: Prepare commands. Out: for :mod:`agent.starts` an instance that a SIGCONT turns into a running one. They are made one at a time, at low
+priority, while no start is in progress; they cost their resident pages and kernel objects, and no CPU.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable
+
+from agent.api.function import Function
+from agent.api.messages import Prepare
+from agent.api.records import PhaseClock
+from agent.catalog import Catalog
+from agent.errors import Refused
+from agent.instance import Instance, Workshop
+from agent.pager.client import PagerClient
+from agent.restore import restore
+from agent.store.cache import CachedImage
+from infra.tasks import TaskGroup
+
+logger = logging.getLogger(__name__)
+#: Longest wait for the working set to be in place, s.
+_PREFETCH_TIMEOUT_S = 10.0
+
+
+class Standbys:
+    """The standbys of one node."""
+
+    def __init__(
+        self, workshop: Workshop, catalog: Catalog, pager: Callable[[], PagerClient], tasks: TaskGroup, quiet: asyncio.Event
+    ) -> None:
+        """Prepare.
+
+        Args:
+            workshop, catalog, pager, tasks: what the node works with.
+            quiet: set while no start is in progress.
+        """
+        self._workshop = workshop
+        self._catalog = catalog
+        self._pager = pager
+        self._tasks = tasks
+        self._quiet = quiet
+        self._one = asyncio.Lock()
+        self._held: dict[str, list[Instance]] = {}
+
+    async def make(self, command: Prepare, instance_id: str) -> tuple[Instance, dict[str, float]]:
+        """Make one; returns it, and the seconds of each step.
+
+        Raises:
+            Refused: there is no checkpoint to make it from. AgentError: the restore failed; nothing of it is left.
+        """
+        function, clock = command.function, PhaseClock()
+        resolution = await self._catalog.resolve(function)
+        image, reason = self._catalog.usable(function, resolution)
+        if image is None:
+            raise Refused(reason or "there is no checkpoint of this function yet", function=function.name)
+        async with self._one:
+            with clock.phase("wait"):
+                await self._quiet.wait()
+            await self._catalog.open(image)
+            instance = await restore(
+                self._workshop, self._pager(), self._tasks, image, function, resolution.layers, instance_id, command.deadline_ns, clock,
+                background=True,
+            )  # fmt: skip
+            try:
+                with clock.phase("prefetch"):
+                    if instance.pager is not None:
+                        await instance.pager.prefetched(instance_id, _PREFETCH_TIMEOUT_S)
+                instance.command_id = command.id
+                instance.pss_bytes = await asyncio.to_thread(instance.measure)
+                instance.made_ns = time.time_ns()
+            except BaseException:
+                await instance.stop(self._workshop)
+                raise
+        self.add(instance)
+        return instance, {phase.name: round((phase.end_ns - phase.start_ns) / 1e9, 4) for phase in clock.phases}
+
+    def add(self, instance: Instance) -> None:
+        """Hold an instance that is on standby."""
+        self._held.setdefault(instance.function.name, []).append(instance)
+
+    def take(self, function: Function, image: CachedImage) -> Instance | None:
+        """One of this very checkpoint, for the caller to resume."""
+        for instance in self._held.get(function.name, ()):
+            if instance.image is image and not instance.ended.done():
+                self.drop(instance)
+                return instance
+        return None
+
+    def drop(self, instance: Instance) -> None:
+        """Hold it no longer; no error when it is not held."""
+        held = self._held.get(instance.function.name, [])
+        if instance in held:
+            held.remove(instance)
+        if not held:
+            self._held.pop(instance.function.name, None)
