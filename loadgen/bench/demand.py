@@ -83,8 +83,11 @@ async def measure(
         modes: some of ``thaw``, ``restore``, ``remote``.
         book: gets every start.
 
+    Returns:
+        What was measured; under ``failed`` what the node did not become in time, such as one with a standby.
+
     Raises:
-        LoadImpossible: the node does not become what a mode wants, such as one with a standby.
+        LoadImpossible: broker or agent cannot be reached.
     """
     began_ns = time.time_ns()
     tracer = telemetry.configure("loadgen", settings)
@@ -93,26 +96,11 @@ async def measure(
             function = await _apply(installation, document, 0)
             requests = Requests(settings, function, producer, tracer, book)
             subject = Subject(settings, agent, book, function)
-            await requests.one("first")  # cold, unless a checkpoint is there already; then one is made
-            await _until(settings, lambda node: _cached(node, function) and not _running(node, function), "the image is in the cache")
-            for block in range(_BLOCKS):
-                count = (block + 1) * starts // _BLOCKS - block * starts // _BLOCKS
-                local = [mode for mode in ("restore", "remote") if mode in modes]
-                if local and count:
-                    await _apply(installation, document, 0)
-                    await _until(settings, lambda node: not _standing(node, function), "no standby is left")
-                    for _ in range(count):
-                        for mode in local:
-                            if mode == "remote":
-                                await subject.evict()
-                            await _one(settings, function, requests, mode)
-                            await _until(settings, lambda node: _cached(node, function), "the image is in the cache")
-                if "thaw" in modes and count:
-                    await _apply(installation, document, 1)
-                    for _ in range(count):
-                        await _until(settings, lambda node: _standing(node, function), "a standby is ready")
-                        await _one(settings, function, requests, "thaw")
-                book.say(f"{function.name}: demand to response, block {block + 1} of {_BLOCKS}")
+            problem = ""
+            try:
+                await _all(installation, document, subject, requests, starts, modes)
+            except LoadImpossible as error:
+                problem = str(error)  # what was measured before is worth having
             await _apply(installation, document, 0)
             book.crashed(agent.crashes)
     finally:
@@ -122,7 +110,34 @@ async def measure(
         asked, _ = requests.asked.get(trace_id(record.traceparent), ("", None))
         if asked in modes:
             book.start(_PART, asked, record)
-    return figures(book.of(_PART, function.name), requests.asked.values(), modes)
+    return {**figures(book.of(_PART, function.name), requests.asked.values(), modes), "failed": problem}
+
+
+async def _all(
+    installation: Installation, document: Path, subject: Subject, requests: Requests, starts: int, modes: tuple[str, ...]
+) -> None:
+    """Every request, in blocks."""
+    settings, function, say = subject.settings, subject.function, subject.book.say
+    local = [mode for mode in ("restore", "remote") if mode in modes]
+    await requests.one("first")  # cold, unless a checkpoint is there already; then one is made
+    await _until(settings, lambda node: _cached(node, function) and not _running(node, function), "the image is in the cache")
+    for block in range(_BLOCKS):
+        count = (block + 1) * starts // _BLOCKS - block * starts // _BLOCKS
+        if local and count:
+            await _apply(installation, document, 0)
+            await _until(settings, lambda node: not _standing(node, function), "no standby is left")
+            for _ in range(count):
+                for mode in local:
+                    if mode == "remote":
+                        await subject.evict()
+                    await _one(settings, function, requests, mode)
+                    await _until(settings, lambda node: _cached(node, function), "the image is in the cache")
+        if "thaw" in modes and count:
+            await _apply(installation, document, 1)
+            for _ in range(count):
+                await _until(settings, lambda node: _standing(node, function), "a standby is ready")
+                await _one(settings, function, requests, "thaw")
+        say(f"{function.name}: demand to response, block {block + 1} of {_BLOCKS}")
 
 
 def figures(measured: list[Measured], requests: Any, modes: tuple[str, ...]) -> dict[str, Any]:

@@ -130,7 +130,11 @@ class Bench:
         options = self._options
         wanted = tuple(mode for mode in ("thaw", "restore", "remote") if mode in options.modes)
         work = demand.measure(self._installation, settings, document, options.starts, wanted, self._book)
-        return await self._part("demand to response", work)
+        found = await self._part("demand to response", work)
+        if found.get("failed"):
+            self._failed.append(found["failed"])
+            self._say(f"NOT MEASURED: {found['failed']} (logs: {self._installation.keep_logs()})")
+        return found
 
     async def _part(self, name: str, work: Coroutine[Any, Any, dict[str, Any]]) -> dict[str, Any]:
         """Do one part; what it found, or nothing."""
