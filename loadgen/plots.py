@@ -88,7 +88,7 @@ def stacked_phases(bars: Mapping[str, Mapping[str, float]], name: str) -> str:
         bars: by mode: ms by phase, in the order of the phases; they add up to the whole.
         name: of the function; tells the figure from others on the page.
     """
-    phases = list(dict.fromkeys(phase for bar in bars.values() for phase in bar))
+    phases = sorted(dict.fromkeys(phase for bar in bars.values() for phase in bar), key="unaccounted".__eq__)
     palette = matplotlib.colormaps["tab20"]
     colours = {phase: "#ced4da" if phase == "unaccounted" else palette(place % 20) for place, phase in enumerate(phases)}
     with matplotlib.rc_context(_STYLE):
@@ -107,7 +107,8 @@ def stacked_phases(bars: Mapping[str, Mapping[str, float]], name: str) -> str:
             axes.tick_params(axis="x", labelsize=8)
             axes.grid(axis="y", visible=False)
         all_axes[-1].set_xlabel("ms")
-        figure.legend(list(handles.values()), list(handles), loc="outside upper left", ncols=5, fontsize=8.5)
+        shown = [phase for phase in phases if phase in handles]
+        figure.legend([handles[phase] for phase in shown], shown, loc="outside upper left", ncols=5, fontsize=8.5)
         return _svg(figure, f"phases-{name}")
 
 
@@ -130,8 +131,8 @@ def cdfs_by_function(panels: Mapping[str, Sequence[Series]], x_label: str) -> st
         return _svg(figure, "cdfs")
 
 
-def waterfall(record: StartRecord) -> str:
-    """The phases of one start as bars on its own time axis, with the time that no phase covers."""
+def waterfall(record: StartRecord, since: str = "demand record") -> str:
+    """The phases of one start as bars on its own time axis, from ``since`` on, with the time that no phase covers."""
     phases = sorted(record.phases, key=lambda phase: (phase.start_ns, -phase.end_ns))
     with matplotlib.rc_context(_STYLE):
         figure = Figure(figsize=(9.2, 0.62 + 0.27 * (len(phases) + 1)), layout="constrained")
@@ -145,7 +146,7 @@ def waterfall(record: StartRecord) -> str:
         rest = record.unaccounted_ns / 1e6
         _beside_bar(axes, len(phases), 0, 0, total, f"{_ms(rest)} ({rest / total:.1%})")
         axes.set_yticks(range(len(phases) + 1), [*(phase.name for phase in phases), "unaccounted"])
-        axes.set(xlim=(0, total), ylim=(len(phases) + 0.6, -0.6), xlabel="ms since the demand record")
+        axes.set(xlim=(0, total), ylim=(len(phases) + 0.6, -0.6), xlabel=f"ms since the {since}")
         axes.grid(axis="y", visible=False)
         return _svg(figure, f"waterfall-{record.command_id}")
 

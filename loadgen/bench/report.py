@@ -179,7 +179,7 @@ def _waterfalls(result: Mapping[str, Any], measured: Sequence[Measured]) -> list
             middle = ordered[(len(ordered) - 1) // 2]
             pages = f"{middle.pages_prefetched:,} pages prefetched, {middle.pages_faulted:,} faulted"
             caption = f"{middle.function}, {middle.total_ns / 1e6:,.2f} ms, {pages}."
-            sections.append(section(f"The median start: {mode}", plots.waterfall(middle), caption))
+            sections.append(section(f"The median start: {mode}", plots.waterfall(middle, "command"), caption))
     return sections
 
 
@@ -190,7 +190,7 @@ def _demand(found: Mapping[str, Any]) -> list[str]:
     rows: list[Sequence[str]] = []
     for mode in modes:
         rows.append((mode, "first response", *_distribution(found[mode])))
-        rows.append((mode, "whole answer at the client", *_distribution(found[mode].get("answer", {}))))
+        rows.append((mode, "whole answer at the client", *_distribution(found[mode]["answer"])))
     phases = list(dict.fromkeys(name for mode in modes for name in found[mode]["phases_ms"]))
     by_phase = [(name, *(_figure(found[mode]["phases_ms"].get(name)) for mode in modes)) for name in phases]
     return [
@@ -207,7 +207,7 @@ def _fanout(result: Mapping[str, Any], measured: Sequence[Measured]) -> list[str
     found = result.get("fanout") or {}
     if not found:
         return []
-    fields = ("first_ms", "median_ms", "last_ms", "cpu_ms_each", "cpu_ms_one", "last_to_cpu_bound", "repeats")
+    fields = ("first_ms", "median_ms", "last_ms", "cpu_ms_each", "cpu_ms_one", "last_to_cpu_bound", "background_percent", "repeats")
     header = (
         "at once",
         "first ms",
@@ -216,6 +216,7 @@ def _fanout(result: Mapping[str, Any], measured: Sequence[Measured]) -> list[str
         "CPU ms each",
         "CPU ms of one alone",
         "last / (n x CPU of one / cores)",
+        "used by others, % of a core",
         "repeats",
     )
     rows = [(size, *(_figure(item[field]) for field in fields)) for size, item in found.items()]
@@ -225,11 +226,11 @@ def _fanout(result: Mapping[str, Any], measured: Sequence[Measured]) -> list[str
     series = [
         Series(f"{size} at once", kind, [record.total_ns / 1e6 for record in counted(items, "restore")])
         for (size, items), kind in zip(starts.items(), kinds, strict=False)
-        if items
     ]
-    figure = [plots.cdf([item for item in series if item.milliseconds], _FROM_COMMAND, of="starts", name="fanout")] if series else []
+    drawn = [item for item in series if item.milliseconds]
+    figure = [plots.cdf(drawn, _FROM_COMMAND, of="starts", name="fanout")] if drawn else []
     note = (
-        "Medians of the repeats, from the first command on the wire. CPU is that of the whole machine, less what it uses when idle, until "
+        "Medians of the repeats, from the first command on the wire. CPU is that of the whole machine, less what it used before, until "
         "the sandboxes taken from the pool are replaced."
     )
     return [section("Many starts at once", table(header, rows), *figure, note)]

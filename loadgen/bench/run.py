@@ -17,7 +17,7 @@ from agent.api.function import Function, read_yaml
 from infra.local import broker, criu, objectstore
 from infra.settings import Settings
 from loadgen import functions_setup, machine
-from loadgen.bench import demand, density, fanout, goals, modes, report
+from loadgen.bench import demand, density, fanout, goals, host, modes, report
 from loadgen.bench.book import Book
 from loadgen.bench.figures import MODES
 from loadgen.bench.link import opened
@@ -28,6 +28,8 @@ from loadgen.installation import Installation, Say
 
 #: The function whose figures the targets are about: of it (or else of the first one) fan-out, density and demand are measured.
 SUBJECT = "index"
+#: How long the machine is watched before the bench, s, and what others may use of it, percent of a core.
+_QUIET_S, _QUIET_PERCENT = 2.0, 20.0
 
 
 @dataclass(frozen=True)
@@ -81,7 +83,9 @@ class Bench:
             SampleUnavailable: a sample function cannot be made here.
         """
         options = self._options
-        load = machine.load_average()
+        load, background = machine.load_average(), asyncio.run(host.background_ms_per_s(_QUIET_S)) / 10
+        if background > _QUIET_PERCENT:
+            self._say(f"the machine is busy with other things ({background:.0f} % of a core): figures will be worse than they are")
         result: dict[str, Any] = {"functions": {}, "demand_to_response": {}, "fanout": {}, "density": {}}
         began_ns = time.time_ns()
         try:
@@ -99,7 +103,9 @@ class Bench:
             self._installation.remove()
         result["wrong"] = self._book.wrong
         result["failed"] = self._failed
-        result["machine"] = machine.facts({"load average before": load, **self._tools()})
+        result["machine"] = machine.facts(
+            {"load average before": load, "used by others before": f"{background:.0f} % of a core", **self._tools()}
+        )
         result["command"] = options.command
         result["goals"] = [
             {"what": goal.what, "target": goal.target, "figure": goal.figure, "met": goal.met} for goal in goals.judge(result)
