@@ -12,6 +12,8 @@ from typing import Any
 
 #: Starts over which a percentile has to be taken to count.
 STARTS_MIN = 30
+#: What others may use of the machine before a fan-out says little, percent of a core.
+BUSY_PERCENT = 20.0
 #: Functions whose cold start takes at least so long, ms, must thaw so many times faster.
 _COLD_MS_MIN, _THAW_FACTOR = 200.0, 50.0
 
@@ -81,6 +83,8 @@ def _density(found: Mapping[str, Any]) -> Iterator[Goal]:
 
 def _fanout(found: Mapping[str, Any]) -> Iterator[Goal]:
     note = f"{found['other']} were something else" if found.get("other") else ""
+    if found.get("background_percent", 0.0) > BUSY_PERCENT:
+        note = f"the machine was busy with other things: {found['background_percent']:.0f} % of a core"
     yield _limit("100 starts at once: first", found.get("first_ms") or None, 50.0, "ms", note)
     yield _limit("100 starts at once: last / (100 x CPU of one / cores)", found.get("last_to_cpu_bound") or None, 1.4, "x", note)
 
@@ -101,7 +105,7 @@ def _limit(what: str, figure: float | None, limit: float, unit: str, note: str =
 
 
 def _least(what: str, figure: float | None, limit: float, note: str = "") -> Goal:
-    return Goal(what, f">= {limit:g} x", figure, None if figure is None else figure >= limit, note)
+    return Goal(what, f">= {limit:g} x", figure, None if figure is None else figure >= limit, note if figure is not None else "")
 
 
 def _note(found: Mapping[str, Any]) -> str:

@@ -92,14 +92,17 @@ def _headline(result: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     demand = (result.get("demand_to_response") or {}).get("thaw", {})
     rows = {row[0]: row for row in rows_by_function(result["functions"])}
     _, p50, thawed, restored = rows.get(name, (name, {}, 0.0, 0.0))
+    thawed_note = f"p50; cold {_ms(p50['cold'])}: {thawed:,.0f} times as long" if thawed else "p50"
+    restored_note = f"p50; whole image {_ms(p50['whole'])}: {restored:,.0f} times as long" if restored else "p50"
+    cold_mb = found.get("cold_pss_mb", 0.0)
     return [
-        (_ms(p50.get("thaw")), f"thaw, {name}", f"p50; cold {_ms(p50.get('cold'))}: {thawed:,.0f} times as long"),
-        (_ms(p50.get("restore")), "restore from the cache", f"p50; whole image {_ms(p50.get('whole'))}: {restored:,.0f} times as long"),
+        (_ms(p50.get("thaw")), f"thaw, {name}", thawed_note),
+        (_ms(p50.get("restore")), "restore from the cache", restored_note),
         (_ms(demand.get("p50_ms") if demand.get("n") else None), "demand record to response", "p50 from standby, through the real broker"),
         (
             f"{found.get('standby_pss_mb', 0):,.1f} MB",
             "memory of a standby",
-            f"PSS; the instance started cold holds {found.get('cold_pss_mb', 0):,.0f} MB",
+            "PSS" + (f"; the instance started cold holds {cold_mb:,.0f} MB" if cold_mb else ""),
         ),
     ]
 
@@ -197,8 +200,8 @@ def _demand(found: Mapping[str, Any]) -> list[str]:
         section(
             "From the demand record to the response",
             table(("mode", "until", "n", "p50 ms", "p90 ms", "p99 ms", "max ms"), rows),
-            table(("phase, median ms", *modes), by_phase),
             "Through the real broker, the scaler and the agent, one request at a time; from the event time of the demand record on.",
+            table(("phase, median ms", *modes), by_phase),
         )
     ]
 

@@ -28,8 +28,8 @@ from loadgen.installation import Installation, Say
 
 #: The function whose figures the targets are about: of it (or else of the first one) fan-out, density and demand are measured.
 SUBJECT = "index"
-#: How long the machine is watched before the bench, s, and what others may use of it, percent of a core.
-_QUIET_S, _QUIET_PERCENT = 2.0, 20.0
+#: How long the machine is watched before the bench, s.
+_QUIET_S = 2.0
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ class Bench:
         """
         options = self._options
         load, background = machine.load_average(), asyncio.run(host.background_ms_per_s(_QUIET_S)) / 10
-        if background > _QUIET_PERCENT:
+        if background > goals.BUSY_PERCENT:
             self._say(f"the machine is busy with other things ({background:.0f} % of a core): figures will be worse than they are")
         result: dict[str, Any] = {"functions": {}, "demand_to_response": {}, "fanout": {}, "density": {}}
         began_ns = time.time_ns()

@@ -89,3 +89,11 @@ def test_too_few_starts_are_said():
     changed = result()
     changed["functions"]["index"]["thaw"]["n"] = 29
     assert judge(changed)[0].note == "n = 29, fewer than 30"
+
+
+def test_a_busy_machine_is_said_beside_the_fanout():
+    changed = result()
+    changed["fanout"]["100"]["background_percent"] = 90.0
+    assert [goal.note for goal in judge(changed) if goal.what.startswith("100")] == [
+        "the machine was busy with other things: 90 % of a core"
+    ] * 2
