@@ -210,7 +210,17 @@ def _fanout(result: Mapping[str, Any], measured: Sequence[Measured]) -> list[str
     found = result.get("fanout") or {}
     if not found:
         return []
-    fields = ("first_ms", "median_ms", "last_ms", "cpu_ms_each", "cpu_ms_one", "last_to_cpu_bound", "background_percent", "repeats")
+    fields = (
+        "first_ms",
+        "median_ms",
+        "last_ms",
+        "cpu_ms_each",
+        "cpu_ms_one",
+        "last_to_cpu_bound",
+        "last_to_cpu_used",
+        "background_percent",
+        "repeats",
+    )
     header = (
         "at once",
         "first ms",
@@ -219,6 +229,7 @@ def _fanout(result: Mapping[str, Any], measured: Sequence[Measured]) -> list[str
         "CPU ms each",
         "CPU ms of one alone",
         "last / (n x CPU of one / cores)",
+        "last / (n x CPU each / cores)",
         "used by others, % of a core",
         "repeats",
     )

@@ -38,7 +38,7 @@ def result(measured):
     index["other"] = {"thaw": {"restore": 2}}
     index["requests"] = {"thaw": {"asked": 10000, "wrong": 0, "failed": 3, "per_second": 900, "problems": []}}
     fan = {"first_ms": 9.0, "median_ms": 20.0, "last_ms": 31.0, "cpu_ms_each": 11.0, "cpu_ms_one": 10.0}
-    fan |= {"last_to_cpu_bound": 1.24, "background_percent": 3.0, "repeats": 1, "starts": 5, "other": {}}
+    fan |= {"last_to_cpu_bound": 1.24, "last_to_cpu_used": 1.13, "background_percent": 3.0, "repeats": 1, "starts": 5, "other": {}}
     idle = {"before": 1.0, "with_standbys": 1.5}
     with_standbys = {"restore": distribution([11.0]), "thaw": distribution([2.0])}
     density = {"standbys": 200, "system_mb": 876.5, "pss_mb": 4.1, "made_seconds": 26.3, "refused": ["no <room>"], "other": {}}
