@@ -15,7 +15,7 @@ import os
 import platform
 import shutil
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -42,6 +42,8 @@ from infra.tasks import TaskGroup
 
 logger = logging.getLogger(__name__)
 WARM_UP_TIMEOUT_S = 30.0
+#: In a manifest that is not finished.
+_NOTHING = Blob(0, bytes(32), 0)
 
 
 class Checkpointer:
@@ -84,8 +86,8 @@ class Checkpointer:
             draft = await self._freeze(function, layers, f"{name}-donor", building, deadline_ns, clock)
             touched = await self._record(function, layers, f"{name}-recording", building, draft, deadline_ns, clock)
             with clock.phase("pack"):
-                packed = await asyncio.to_thread(workingset.pack, building / IMAGES, draft, touched)
-            finished, encoded, working_set = packed
+                finished, working_set = await asyncio.to_thread(_pack, building, draft, touched)
+                encoded = manifest.encode(finished)
             with clock.phase("upload"):
                 await asyncio.to_thread(self._upload, building, finished, encoded, working_set)
             with clock.phase("publish"):
@@ -115,11 +117,10 @@ class Checkpointer:
                     left_s = max(1.0, (deadline_ns - time.time_ns()) / 1e9)
                     await tool.dump(donor.sandbox, self._workshop.furnisher.criu_fd, donor.root_pid, building / IMAGES, left_s)
                 with clock.phase("pack_files"):
-                    packed, plain_bytes = await asyncio.to_thread(archive.pack, building / IMAGES, donor.sandbox.layer, layers.targets)
+                    layer = await asyncio.to_thread(archive.pack_layer, donor.sandbox.layer, layers.targets)
             finally:
                 await donor.stop(self._workshop)
-        (building / ARCHIVE).write_bytes(packed)
-        archive.unpack(packed, plain_bytes, building / IMAGES, building / LAYER)
+        (building / LAYER).write_bytes(layer)
         with clock.phase("digest"):
             pages = await asyncio.to_thread(_digest_pages, building / IMAGES)
         return Manifest(
@@ -134,12 +135,11 @@ class Checkpointer:
             root_pid=donor.root_pid,
             outputs=[pipe_name],
             mapped_files=mapped,
-            archive=Blob(len(packed), hashlib.sha256(packed).digest(), plain_bytes),
-            working_set=Blob(0, b"\0" * 32, 0),
+            archive=_NOTHING,
+            working_set=_NOTHING,
             extents=[],
-            prefetch={},
             pages=pages,
-            image_bytes=sum(item.size for item in pages.values()) + plain_bytes,
+            image_bytes=sum(item.size for item in pages.values()),
         )
 
     async def _record(
@@ -209,6 +209,15 @@ class Checkpointer:
             self._store.put(key, pointer, only_if_absent=not tag, only_if_tag=tag)
         except ObjectConflict as error:
             raise ImageInvalid("another node published a checkpoint of this function first", function=finished.function) from error
+
+
+def _pack(building: Path, draft: Manifest, touched: Sequence[tuple[int, int]]) -> tuple[Manifest, bytes]:
+    """Finish the manifest; returns it and the working-set object."""
+    known, working_set = workingset.pack(building / IMAGES, draft, touched)
+    packed, plain_bytes = archive.pack(building / IMAGES, (building / LAYER).read_bytes())
+    (building / ARCHIVE).write_bytes(packed)
+    blob = Blob(len(packed), hashlib.sha256(packed).digest(), plain_bytes)
+    return msgspec.structs.replace(known, archive=blob, image_bytes=known.image_bytes + plain_bytes), working_set
 
 
 def _digest_pages(directory: Path) -> dict[str, Pages]:

@@ -53,7 +53,7 @@ class Furnisher:
         """At a start: limits, identity, name and the function's files; its log file is the sandbox's output file from now on."""
         limits = function.spec.limits
         sandbox.cgroup.limit(limits.memory_mb << 20, limits.pids + 1)
-        rootfs.write_identity(sandbox.layer, instance=instance_id, function=function.name, checkpoint=checkpoint, user=self.run_as)
+        rootfs.write_identity(sandbox.layer_fd, instance=instance_id, function=function.name, checkpoint=checkpoint, user=self.run_as)
         (sandbox.folder / _OUTPUT).rename(self.log(instance_id))
         await sandbox.bind_files(f"{function.name}-{instance_id[-6:]}"[:63], layers.binds)
 

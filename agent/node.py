@@ -11,9 +11,10 @@ import logging
 import os
 import time
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from agent.adoption import write_down
 from agent.api.function import Function
 from agent.api.messages import (
     AgentCommand,
@@ -45,6 +46,7 @@ from agent.checkpoint import Checkpointer
 from agent.errors import AgentError, Refused
 from agent.furnish import last_output
 from agent.instance import Instance, Workshop
+from agent.room import check_room, memory_mb
 from agent.standbys import Standbys
 from agent.starts import Starter, StartFailure, instance_id
 from agent.store.cache import CachedImage
@@ -55,8 +57,6 @@ from infra.telemetry import log_context, trace_id
 logger = logging.getLogger(__name__)
 #: Answers kept for repeated commands.
 _ANSWERS_MAX = 4096
-#: Memory that functions never get, MB.
-_MEMORY_RESERVE_MB = 256
 #: Time between SIGTERM and the end of a released instance, s.
 _RELEASE_GRACE_S = 2.0
 #: Output files of ended instances that are kept.
@@ -93,7 +93,7 @@ class Node:
 
     def inventory(self) -> Inventory:
         """Everything that is here now."""
-        total_mb, free_mb = _memory_mb()
+        total_mb, free_mb = memory_mb()
         return Inventory(
             node=self.name,
             memory_mb=total_mb,
@@ -184,7 +184,6 @@ class Node:
         self._epochs[command.shard] = command.epoch
 
     async def _start(self, command: Start, received_ns: int) -> Message:
-        self._check_room(command.function.spec.limits.memory_mb)
         try:
             instance, record = await self._starter.start(command, received_ns, self._answered)
         except StartFailure as failure:
@@ -194,8 +193,10 @@ class Node:
                 function=command.function.name,
                 reason=failure.cause.reason,
                 message=str(failure),
+                refused=isinstance(failure.cause, Refused),
                 record=failure.record,
             )
+        write_down(instance)
         if instance.image is not None and not instance.image.complete:
             self._tasks.spawn(self._catalog.complete(instance.image), f"download of {instance.image.checkpoint}")
         logger.info("instance %s answers at %s after %s", instance.id, instance.address, record.start_mode)
@@ -207,21 +208,26 @@ class Node:
         if instance.id not in self.instances:
             self._hold(instance)
 
+    def adopt(self, instances: Sequence[Instance]) -> None:
+        """Go on with instances of an agent that is gone."""
+        for instance in instances:
+            self._hold(instance)
+            if instance.standby:
+                self._standbys.add(instance)
+        if instances:
+            logger.info("%d instances of an earlier agent go on", len(instances))
+
     def _hold(self, instance: Instance) -> None:
         self.instances[instance.id] = instance
         self._tasks.spawn(self._watch(instance), f"watch of {instance.id}")
 
     async def _prepare(self, command: Prepare) -> Message:
-        self._check_room(0)
+        check_room(0)
         instance, seconds = await self._standbys.make(command, instance_id(command.function))
         self._hold(instance)
+        write_down(instance)
         logger.info("instance %s is on standby with %d KiB: %s", instance.id, instance.pss_bytes >> 10, seconds)
         return PrepareDone(command_id=command.id, standby=_standby_info(instance), seconds=seconds)
-
-    def _check_room(self, wanted_mb: int) -> None:
-        _, free_mb = _memory_mb()
-        if free_mb - _MEMORY_RESERVE_MB < wanted_mb:
-            raise Refused(f"{free_mb} MB of memory are free, {wanted_mb} MB and a reserve of {_MEMORY_RESERVE_MB} MB are needed")
 
     async def _fetch(self, command: Fetch) -> Message:
         resolution = await self._catalog.resolve(command.function, refresh=True)
@@ -328,12 +334,6 @@ def _checkpoint_info(image: CachedImage) -> CheckpointInfo:
         image_bytes=image.manifest.image_bytes,
         complete=image.complete,
     )
-
-
-def _memory_mb() -> tuple[int, int]:
-    """Total and available memory of the machine."""
-    fields = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
-    return int(fields["MemTotal"].split()[0]) >> 10, int(fields["MemAvailable"].split()[0]) >> 10
 
 
 def _trim_logs(directory: Path, live: set[str], bytes_max: int) -> None:

@@ -9,8 +9,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
+import os
+import select
 import socket
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from agent.api.function import Function, WarmUp
@@ -31,7 +35,9 @@ class Readiness:
     responded_ns: int
 
 
-async def wait_ready(address: str, function: Function, deadline_ns: int, ended: asyncio.Future[int]) -> Readiness:
+async def wait_ready(
+    address: str, function: Function, deadline_ns: int, ended: asyncio.Future[int], go: Callable[[], None] = lambda: None
+) -> Readiness:
     """Wait until the instance at ``address`` fulfils its readiness rule.
 
     Args:
@@ -39,12 +45,21 @@ async def wait_ready(address: str, function: Function, deadline_ns: int, ended: 
         function: port and readiness rule.
         deadline_ns: wall clock ns at which to give up.
         ended: completed with a wait status when the instance's main process ends.
+        go: called once, when the first request is on its way or could not be sent. A stopped process is resumed here: the kernel has
+            accepted the connection in its place by then, and the request waits for it.
 
     Raises:
         NotReady: the deadline passed; the message says what happened last. InstanceGone: it ended first.
     """
     path = function.spec.readiness.path
-    pause, last = _PAUSE_S, ""
+    pause, last, going = _PAUSE_S, "", False
+
+    def go_once() -> None:
+        nonlocal going
+        if not going:
+            going = True
+            go()
+
     while True:
         if ended.done():
             raise InstanceGone(f"the process ended with status {ended.result()} before it answered", function=function.name)
@@ -58,8 +73,9 @@ async def wait_ready(address: str, function: Function, deadline_ns: int, ended: 
                 accepted_ns = time.time_ns()
                 with sock:
                     if not path:
+                        go_once()
                         return Readiness(accepted_ns, accepted_ns)
-                    status = await _exchange(sock, address, WarmUp(path=path))
+                    status = await _exchange(sock, address, WarmUp(path=path), go_once)
             if 200 <= status < 300:
                 return Readiness(accepted_ns, time.time_ns())
             last = f"GET {path} answered {status}"
@@ -70,6 +86,7 @@ async def wait_ready(address: str, function: Function, deadline_ns: int, ended: 
             last = error.strerror or str(error)
         except ValueError as error:
             last = f"GET {path} answered something that is not HTTP: {error}"
+        go_once()
         await asyncio.sleep(pause)
         pause = min(pause * 1.5, _PAUSE_MAX_S)
 
@@ -98,19 +115,42 @@ async def _connect(address: str, port: int) -> socket.socket:
     sock = socket.socket(socket.AF_INET, socket.SOCK_STREAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
     try:
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        await asyncio.get_running_loop().sock_connect(sock, (address, port))
+        error = sock.connect_ex((address, port))
+        if error == errno.EINPROGRESS:
+            # To a sandbox of this node the handshake is over when the call returns; a turn of the loop would cost more than it.
+            if not select.select([], [sock], [], 0)[1]:
+                await _writable(sock)
+            error = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+        if error:
+            raise OSError(error, os.strerror(error))
     except BaseException:
         sock.close()
         raise
     return sock
 
 
-async def _exchange(sock: socket.socket, host: str, request: WarmUp) -> int:
+def _finish(future: asyncio.Future[None]) -> None:
+    if not future.done():
+        future.set_result(None)
+
+
+async def _writable(sock: socket.socket) -> None:
+    loop = asyncio.get_running_loop()
+    done: asyncio.Future[None] = loop.create_future()
+    loop.add_writer(sock.fileno(), _finish, done)
+    try:
+        await done
+    finally:
+        loop.remove_writer(sock.fileno())
+
+
+async def _exchange(sock: socket.socket, host: str, request: WarmUp, sent: Callable[[], None] = lambda: None) -> int:
     """Send one request and read the response to its end; returns the status."""
     loop = asyncio.get_running_loop()
     body = request.body.encode()
     head = f"{request.method} {request.path} HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\nContent-Length: {len(body)}\r\n\r\n"
     await loop.sock_sendall(sock, head.encode() + body)
+    sent()
     data = b""
     while len(data) < RESPONSE_BYTES_MAX:
         piece = await loop.sock_recv(sock, 65536)

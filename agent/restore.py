@@ -8,10 +8,12 @@ instances in between. The working set is copied while CRIU works. :mod:`agent.ch
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 import signal
 import time
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -58,6 +60,7 @@ async def restore(
     deadline_ns: int,
     clock: PhaseClock,
     *,
+    place: AbstractAsyncContextManager[None] | None = None,
     record: bool = False,
     background: bool = False,
 ) -> Instance:
@@ -70,7 +73,8 @@ async def restore(
         layers: its root files.
         instance_id: name of the new instance.
         deadline_ns: wall clock ns at which to give up.
-        clock: gets the phases ``sandbox``, ``sandbox.root``, ``criu.restore``.
+        clock: gets the phases ``sandbox``, ``admission``, ``sandbox.root``, ``criu.restore``.
+        place: held while processors are busy with it. The sandbox comes before: making one is mostly waiting for the kernel.
         record: copy nothing ahead and note each touched page.
         background: nobody waits for it; leave the cores to others.
 
@@ -87,21 +91,47 @@ async def restore(
         instance.root_pid = image.manifest.root_pid
         instance.watch()
     try:
-        worker, lazy = sandbox.worker, record or _lazy(function, image)
-        if worker is None:
-            raise SandboxError("no CRIU worker waits in it", sandbox=sandbox.id)
+        async with contextlib.AsyncExitStack() as held:
+            if place is not None:
+                with clock.phase("admission"):
+                    await held.enter_async_context(place)
+            await _fill(workshop, pager, tasks, instance, layers, deadline_ns, clock, record=record, background=background)
+    except BaseException:
+        await instance.stop(workshop)
+        raise
+    return instance
+
+
+async def _fill(
+    workshop: Workshop,
+    pager: PagerClient,
+    tasks: TaskGroup,
+    instance: Instance,
+    layers: RootLayers,
+    deadline_ns: int,
+    clock: PhaseClock,
+    *,
+    record: bool,
+    background: bool,
+) -> None:
+    """Fill a sandbox with the function's files and CRIU's processes."""
+    sandbox, function, image = instance.sandbox, instance.function, instance.image
+    worker = sandbox.worker
+    if worker is None or image is None:
+        raise SandboxError("no CRIU worker waits in it", sandbox=sandbox.id)
+    lazy, work = record or _lazy(function, image), work_directory(sandbox)
+    serving: asyncio.Task[None] | None = None
+    if lazy:  # the pager gets ready while files are bound and CRIU begins
+        served = _served(instance, tasks)
+        serve = pager.serve(instance.id, image.checkpoint, work, served, record=record, prefetch=not record)
+        serving = tasks.spawn(serve, f"pager of {instance.id}")
+    else:
+        instance.pager = None
+    try:
         with clock.phase("sandbox.root"):
             if image.layer.stat().st_size:  # the thread costs more than the call when there is nothing to unpack
                 await asyncio.to_thread(archive.unpack_layer, image.layer, sandbox.layer_fd, sandbox.open_root)
-            furnishing = workshop.furnisher.furnish(sandbox, function, layers, instance_id, image.checkpoint)
-            work = work_directory(sandbox)
-            if lazy:
-                served = _served(instance, tasks)
-                serving = pager.serve(instance_id, image.checkpoint, work, served, record=record, prefetch=not record)
-                await asyncio.gather(furnishing, serving)
-            else:
-                instance.pager = None
-                await furnishing
+            await workshop.furnisher.furnish(sandbox, function, layers, instance.id, image.checkpoint)
         if background:
             for pid in sandbox.processes():
                 os.setpriority(os.PRIO_PROCESS, pid, _BACKGROUND_NICE)
@@ -109,10 +139,9 @@ async def restore(
             left_s = max(0.001, (deadline_ns - time.time_ns()) / 1e9)
             path = f"{image.directory.name}/{IMAGES}"
             await tool.restore(worker, path, image.manifest.outputs, work, lazy=lazy, leave_stopped=True, timeout_s=left_s)
-    except BaseException:
-        await instance.stop(workshop)
-        raise
-    return instance
+    finally:
+        if serving is not None:
+            await serving
 
 
 async def resume(workshop: Workshop, instance: Instance, deadline_ns: int, clock: PhaseClock) -> None:
@@ -125,7 +154,7 @@ async def resume(workshop: Workshop, instance: Instance, deadline_ns: int, clock
         workshop: what the node works with.
         instance: stopped; the caller ends it when this raises.
         deadline_ns: wall clock ns at which to give up.
-        clock: gets the phases ``resume``, ``ready``, ``first_response``.
+        clock: gets the phases ``ready`` (the kernel has taken the first request), ``resume``, ``first_response``.
 
     Raises:
         AgentError: it does not answer.
@@ -136,15 +165,21 @@ async def resume(workshop: Workshop, instance: Instance, deadline_ns: int, clock
         instance.start_mode = "thaw"
         checkpoint = instance.image.checkpoint if instance.image else ""
         user = workshop.furnisher.run_as
-        rootfs.write_identity(sandbox.layer, instance=instance.id, function=function.name, checkpoint=checkpoint, user=user)
-    if function.spec.resume_signal:
-        sandbox.signal_handler(instance.root_pid, signal.Signals[function.spec.resume_signal])
-    sandbox.signal_all(signal.SIGCONT)
-    resumed_ns = time.time_ns()
-    clock.add("resume", start_ns, resumed_ns)
-    readiness = await wait_ready(sandbox.address, function, deadline_ns, instance.ended)
-    clock.add("ready", resumed_ns, readiness.accepted_ns)
-    clock.add("first_response", readiness.accepted_ns, readiness.responded_ns)
+        rootfs.write_identity(sandbox.layer_fd, instance=instance.id, function=function.name, checkpoint=checkpoint, user=user)
+    resumed_ns = 0
+
+    def go() -> None:
+        nonlocal resumed_ns
+        if function.spec.resume_signal:
+            sandbox.signal_handler(instance.root_pid, signal.Signals[function.spec.resume_signal])
+        sandbox.signal_all(signal.SIGCONT)
+        resumed_ns = time.time_ns()
+
+    readiness = await wait_ready(sandbox.address, function, deadline_ns, instance.ended, go)
+    accepted_ns = min(readiness.accepted_ns, resumed_ns)
+    clock.add("ready", start_ns, accepted_ns)
+    clock.add("resume", accepted_ns, resumed_ns)
+    clock.add("first_response", resumed_ns, readiness.responded_ns)
     instance.started_ns = readiness.responded_ns
 
 
@@ -159,6 +194,7 @@ async def start_restored(
     deadline_ns: int,
     clock: PhaseClock,
     *,
+    place: AbstractAsyncContextManager[None] | None = None,
     record: bool = False,
 ) -> Instance:
     """:func:`restore`, then :func:`resume`.
@@ -166,7 +202,7 @@ async def start_restored(
     Raises:
         AgentError: it did not come up; nothing is left.
     """
-    instance = await restore(workshop, pager, tasks, image, function, layers, instance_id, deadline_ns, clock, record=record)
+    instance = await restore(workshop, pager, tasks, image, function, layers, instance_id, deadline_ns, clock, place=place, record=record)
     try:
         await resume(workshop, instance, deadline_ns, clock)
     except BaseException:
@@ -175,7 +211,7 @@ async def start_restored(
     return instance
 
 
-async def evidence_of(instance: Instance, clock: PhaseClock) -> RestoreEvidence:
+async def evidence_of(instance: Instance) -> RestoreEvidence:
     """What a restored or thawed instance took until its first response, as counted by the pager and CRIU."""
     evidence, image = RestoreEvidence(), instance.image
     if image is None:
@@ -184,20 +220,15 @@ async def evidence_of(instance: Instance, clock: PhaseClock) -> RestoreEvidence:
     if not thawed:
         evidence.criu = images.restore_stats(work_directory(instance.sandbox))
     stats: dict[str, Any] = await instance.pager.stats(instance.id) if instance.pager else {}
-    if not stats:
-        evidence.bytes_by_tier["memory" if thawed else "disk"] = image.manifest.image_bytes
-        return evidence
-    evidence.pages_faulted = stats["pages_faulted"]
+    ahead_bytes = image.manifest.working_set.unpacked if stats else image.manifest.image_bytes
+    evidence.pages_prefetched = ahead_bytes // images.PAGE
+    evidence.pages_faulted = stats.get("pages_faulted", 0)
     if thawed:
-        evidence.bytes_by_tier["memory"] = stats["pages_prefetched"] * images.PAGE
-        return evidence
-    evidence.pages_prefetched = stats["pages_prefetched"]
-    evidence.s3_gets = stats["s3_gets"]
-    evidence.bytes_by_tier["s3"] = stats["s3_bytes"]
-    pages = (evidence.pages_prefetched + evidence.pages_faulted) * images.PAGE
-    evidence.bytes_by_tier["disk"] = image.manifest.archive.unpacked + pages
-    if stats["prefetch_end_ns"]:
-        clock.add("prefetch", stats["prefetch_start_ns"], stats["prefetch_end_ns"])
+        evidence.bytes_by_tier["memory"] = ahead_bytes
+    else:
+        evidence.bytes_by_tier["disk"] = image.manifest.archive.unpacked + ahead_bytes + evidence.pages_faulted * images.PAGE
+        evidence.bytes_by_tier["s3"] = stats.get("s3_bytes", 0)
+        evidence.s3_gets = stats.get("s3_gets", 0)
     return evidence
 
 

@@ -16,6 +16,7 @@ import socket
 from dataclasses import dataclass
 from pathlib import Path
 
+from agent.adoption import adopt
 from agent.api.connection import Connection
 from agent.api.messages import (
     EndpointDown,
@@ -97,32 +98,30 @@ class Agent:
         cgroups = CgroupTree(f"thaw-{settings.node_name}")
         stack.callback(cgroups.close)
         factory = SandboxFactory(self._tools.init, state / "sandboxes", cgroups, network, settings.orphan_s)
-        for folder in factory.left():
-            await factory.discard(folder)
-        for name in cgroups.left():
-            await asyncio.to_thread(cgroups.existing(name).remove)
-        await network.sweep()
-        criu_fd = os.open(self._tools.criu, os.O_RDONLY | os.O_CLOEXEC)
-        stack.callback(os.close, criu_fd)
-        kdat = await _probe_criu(factory, criu_fd)
-        version = self._tools.criu_version
-        furnisher = Furnisher(criu_fd, kdat, state / "images", logs, settings.run_as)
-        pool = SandboxPool(factory, settings.pool_size, self._tasks, furnisher.prepare)
-        stack.push_async_callback(pool.close)
         store = ObjectStore(self._settings.s3, settings.store_parallel)
         stack.callback(store.close)
         self._pager = await self._start_pager()
         stack.push_async_callback(self._close_pager)
-        workshop = Workshop(settings, furnisher, pool)
         cache = ImageCache(state / "images", settings.cache_mb << 20)
-        adopted = await asyncio.to_thread(cache.adopt)
-        logger.info("node %s: CRIU %s, %d checkpoints in the cache", settings.node_name, version, len(adopted))
-        catalog = Catalog(settings, cache, store, lambda: self._pager, state / "layers", version)
+        cached = await asyncio.to_thread(cache.adopt)
+        criu_fd = os.open(self._tools.criu, os.O_RDONLY | os.O_CLOEXEC)
+        stack.callback(os.close, criu_fd)
+        logger.info("node %s: CRIU %s, %d checkpoints in the cache", settings.node_name, self._tools.criu_version, len(cached))
+        instances = await adopt(factory, cache, self._pager, logs)
+        for name in cgroups.left() - {instance.sandbox.id for instance in instances}:
+            await asyncio.to_thread(cgroups.existing(name).remove)
+        await network.sweep()
+        furnisher = Furnisher(criu_fd, await _probe_criu(factory, criu_fd), state / "images", logs, settings.run_as)
+        pool = SandboxPool(factory, settings.pool_size, self._tasks, furnisher.prepare)
+        stack.push_async_callback(pool.close)
+        workshop = Workshop(settings, furnisher, pool)
+        catalog = Catalog(settings, cache, store, lambda: self._pager, state / "layers", self._tools.criu_version)
         quiet = asyncio.Event()
         standbys = Standbys(workshop, catalog, lambda: self._pager, self._tasks, quiet)
         starter = Starter(settings.node_name, workshop, catalog, standbys, lambda: self._pager, self._tasks, quiet)
-        checkpointer = Checkpointer(workshop, cache, store, lambda: self._pager, self._tasks, version)
+        checkpointer = Checkpointer(workshop, cache, store, lambda: self._pager, self._tasks, self._tools.criu_version)
         node = Node(settings.node_name, workshop, catalog, starter, standbys, checkpointer, self._tasks, self._report)
+        node.adopt(instances)
         stack.push_async_callback(node.release_all)
         self._tasks.spawn(self._keep_pager(node), "watch of the pager", essential=True)
         self._tasks.spawn(self._reconcile(node), "housekeeping", essential=True)

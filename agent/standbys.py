@@ -23,8 +23,6 @@ from agent.store.cache import CachedImage
 from infra.tasks import TaskGroup
 
 logger = logging.getLogger(__name__)
-#: Longest wait for the working set to be in place, s.
-_PREFETCH_TIMEOUT_S = 10.0
 
 
 class Standbys:
@@ -67,9 +65,6 @@ class Standbys:
                 background=True,
             )  # fmt: skip
             try:
-                with clock.phase("prefetch"):
-                    if instance.pager is not None:
-                        await instance.pager.prefetched(instance_id, _PREFETCH_TIMEOUT_S)
                 instance.command_id = command.id
                 instance.pss_bytes = await asyncio.to_thread(instance.measure)
                 instance.made_ns = time.time_ns()

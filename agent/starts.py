@@ -24,6 +24,7 @@ from agent.errors import AgentError, CriuError, ImageInvalid, InstanceGone, NotR
 from agent.instance import Instance, Workshop
 from agent.pager.client import PagerClient
 from agent.restore import RestoreEvidence, evidence_of, resume, start_restored
+from agent.room import check_room
 from agent.sandbox.rootfs import RootLayers
 from agent.standbys import Standbys
 from agent.store.cache import CachedImage
@@ -110,7 +111,7 @@ class Starter:
         answered(instance)
         if instance.start_mode != "cold":
             try:
-                attempt.evidence = await evidence_of(instance, attempt.clock)
+                attempt.evidence = await evidence_of(instance)
             except PagerError as error:  # the instance serves; only the counters are lost
                 logger.warning("the pager's counters of %s are lost: %s", instance.id, error)
         return instance, self._record(attempt, instance, None)
@@ -127,11 +128,12 @@ class Starter:
                 clock.add("agent.queue", attempt.waiting_since_ns, time.time_ns())
                 if await self._tried(attempt, image, self._resumed(standby, attempt.restore_deadline_ns)):
                     return standby
-            async with self._restores.place(function.name):
-                clock.add("agent.queue", attempt.waiting_since_ns, time.time_ns())
-                restored = await self._tried(attempt, image, self._restored(attempt, image, resolution.layers))
-                if restored is not None:
-                    return restored
+        check_room(function.spec.limits.memory_mb)  # a standby has its place already
+        if image is not None:
+            clock.add("agent.queue", attempt.waiting_since_ns, time.time_ns())
+            restored = await self._tried(attempt, image, self._restored(attempt, image, resolution.layers))
+            if restored is not None:
+                return restored
         async with self._colds.place(function.name):
             clock.add("agent.queue", attempt.waiting_since_ns, time.time_ns())
             return await start_cold(self._workshop, function, resolution.layers, instance_id(function), command.deadline_ns, clock)
@@ -168,8 +170,9 @@ class Starter:
         clock, function = PhaseClock(), attempt.command.function
         await self._catalog.open(image)
         instance = await start_restored(
-            self._workshop, self._pager(), self._tasks, image, function, layers, instance_id(function), attempt.restore_deadline_ns, clock
-        )
+            self._workshop, self._pager(), self._tasks, image, function, layers, instance_id(function), attempt.restore_deadline_ns, clock,
+            place=self._restores.place(function.name),
+        )  # fmt: skip
         return instance, clock
 
     def _record(self, attempt: _Attempt, instance: Instance | None, error: AgentError | None) -> StartRecord:

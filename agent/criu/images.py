@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import re
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -87,6 +87,45 @@ def parse_page_map(pid: int, data: bytes, name: str = "pagemap") -> PageMap:
     if any(left.end > right.start for left, right in itertools.pairwise(runs)):
         raise ImageInvalid(f"{name}: runs overlap")
     return PageMap(pid, protobuf.integer(entries[0], 1), tuple(runs))
+
+
+def make_eager(data: bytes, spans: Sequence[tuple[int, int]]) -> bytes:
+    """A pagemap file in which CRIU itself puts the pages of ``spans`` in place, and leaves only the others to the pager.
+
+    Args:
+        data: a pagemap file.
+        spans: ``[start, end)`` addresses, sorted, disjoint, of whole pages.
+    """
+    out = bytearray(data[:8])
+    for number, entry in enumerate(_entries(data)):
+        flags = protobuf.integer(entry, 4, _PRESENT)
+        if number == 0 or not flags & _LAZY:
+            out += _entry(entry)
+            continue
+        start = protobuf.integer(entry, 1)
+        end = start + (protobuf.integer(entry, 5) or protobuf.integer(entry, 2)) * PAGE
+        at = start
+        for low, high in spans:
+            low, high = max(low, at), min(high, end)
+            if low >= high:
+                continue
+            if at < low:
+                out += _entry(_part(entry, at, low, flags))
+            out += _entry(_part(entry, low, high, flags & ~_LAZY))
+            at = high
+        if at < end:
+            out += _entry(_part(entry, at, end, flags))
+    return bytes(out)
+
+
+def _part(entry: protobuf.Fields, start: int, end: int, flags: int) -> protobuf.Fields:
+    counts: protobuf.Fields = {number: [(end - start) // PAGE] for number in (2, 5) if number in entry}
+    return {**entry, **counts, 1: [start], 4: [flags]}
+
+
+def _entry(fields: protobuf.Fields) -> bytes:
+    encoded = protobuf.encode(fields)
+    return struct.pack("<I", len(encoded)) + encoded
 
 
 def restore_stats(work_directory: Path) -> dict[str, int]:

@@ -138,9 +138,9 @@ class PagerClient:
         """Counters of one restore, and with ``touched`` the (pid, address) of pages in order of first touch."""
         return await self._call("stats", restore=restore, touched=touched)
 
-    async def prefetched(self, restore: str, timeout_s: float) -> None:
-        """Wait until the working set is in place."""
-        await asyncio.sleep(0.1)
+    async def restores(self) -> set[str]:
+        """Names of what it serves."""
+        return set()
 
     async def release(self, restore: str) -> None:
         """Stop serving; the processes must be gone or about to go."""

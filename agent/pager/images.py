@@ -54,7 +54,7 @@ class Image:
         for page_map in self.page_maps.values():
             if page_map.pages_bytes > sizes.get(page_map.pages_id, -1):
                 raise ImageInvalid(f"checkpoint {name}: the page map of process {page_map.pid} is larger than its pages")
-        self.prefetch = {int(pid): [(run.address, run.address + run.size) for run in runs] for pid, runs in manifest.prefetch.items()}
+        self.prefetch: dict[int, list[tuple[int, int]]] = {}
         self.gets = 0
         self.bytes_fetched = 0
         self._pages = ImagePages(

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 from collections import OrderedDict, deque
 from collections.abc import Awaitable, Callable
 
@@ -20,6 +21,8 @@ logger = logging.getLogger(__name__)
 _RETRY_S = 1.0
 #: A pool that is more than half full waits so long with its refill.
 _REFILL_DELAY_S = 0.15
+#: Sandboxes made at once for starts that found the pool empty. Making one is mostly waiting for the kernel.
+_MAKING_MAX = 2 * (os.cpu_count() or 1)
 #: Roots for which sandboxes are kept; most functions have the same one.
 _ROOTS_MAX = 4
 
@@ -51,6 +54,8 @@ class SandboxPool:
         self._wanted = asyncio.Event()
         self._wanted.set()
         self._closed = False
+        self._making = asyncio.Semaphore(_MAKING_MAX)
+        self._urgent = 0
         self._refilling = tasks.spawn(self._refill(), "refill of the sandbox pool", essential=True)
 
     def __len__(self) -> int:
@@ -70,7 +75,12 @@ class SandboxPool:
             if not sandbox.gone.done():
                 return sandbox
             await sandbox.destroy(self._factory.network)
-        return await self._make(root)
+        self._urgent += 1
+        try:
+            async with self._making:
+                return await self._make(root)
+        finally:
+            self._urgent -= 1
 
     async def give_back(self, sandbox: Sandbox) -> None:
         """Destroy a used sandbox."""
@@ -110,6 +120,9 @@ class SandboxPool:
         if len(self._ready.get(root, ())) > self._size // 2:
             await asyncio.sleep(_REFILL_DELAY_S)  # the start that took one needs the cores now
         while not self._closed and root in self._ready and len(self._ready[root]) < self._size:
+            if self._urgent:
+                await asyncio.sleep(_REFILL_DELAY_S)
+                continue
             try:
                 sandbox = await self._make(root)
             except (SandboxError, OSError) as error:

@@ -72,19 +72,24 @@ def prepare(function: Function, layers: Path) -> RootLayers:
     return RootLayers(spec.root, str(final), _topmost([item.target for item in spec.files]), digest)
 
 
-def write_identity(layer: Path, *, instance: str, function: str, checkpoint: str, user: int) -> None:
-    """Tell the instance who it is: ``/run/thaw/instance.json``, with a new seed at each start and each resume, before the process runs."""
+def write_identity(layer_fd: int, *, instance: str, function: str, checkpoint: str, user: int) -> None:
+    """Tell the instance who it is: ``/run/thaw/instance.json``, with a new seed at each start and resume, while the process does not run.
+
+    Args:
+        layer_fd: the sandbox's writable layer; its ``run/thaw`` exists and belongs to the agent.
+        instance, function, checkpoint: names; no checkpoint: an empty text.
+        user: who may read it.
+    """
     content = {
         "instance": instance, "function": function, "checkpoint": checkpoint, "seed": os.urandom(32).hex(), "resumed_ns": time.time_ns(),
     }  # fmt: skip
-    path = f"{layer}/run/thaw/instance.json"
-    fd = os.open(f"{path}.new", os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, 0o400)
+    flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC
+    fd = os.open("run/thaw/instance.json", flags, 0o400, dir_fd=layer_fd)
     try:
         os.fchown(fd, user, user)
         os.write(fd, json.dumps(content).encode() + b"\n")
     finally:
         os.close(fd)
-    os.rename(f"{path}.new", path)  # noqa: PTH104 (this is on the path of a thaw, and a Path costs as much as the call)
 
 
 def _topmost(targets: list[str]) -> tuple[str, ...]:

@@ -31,23 +31,18 @@ _PAGES_NAME = re.compile(r"pages-\d+\.img")
 _XATTR = "SCHILY.xattr."
 
 
-def pack(images: Path, layer: Path, mount_points: Sequence[str]) -> tuple[bytes, int]:
+def pack(images: Path, packed_layer: bytes) -> tuple[bytes, int]:
     """Pack everything but page contents; returns the archive and its size before compression.
 
     Args:
         images: CRIU's image directory.
-        layer: the sandbox's writable layer.
-        mount_points: paths of the root that the sandbox binds files over; it makes them anew for each instance.
-
-    Raises:
-        ImageInvalid: the function wrote more than :data:`LAYER_BYTES_MAX` to its root.
+        packed_layer: of :func:`pack_layer`.
     """
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w", format=tarfile.PAX_FORMAT) as archive:
         for path in sorted(images.iterdir()):
             if path.is_file() and not _PAGES_NAME.fullmatch(path.name) and not path.name.endswith(".log"):
                 archive.add(path, f"img/{path.name}", recursive=False)
-        packed_layer = pack_layer(layer, mount_points)
         member = tarfile.TarInfo("layer.tar")
         member.size = len(packed_layer)
         archive.addfile(member, io.BytesIO(packed_layer))
@@ -82,7 +77,15 @@ def unpack(archive: bytes, size: int, images: Path, layer_file: Path) -> None:
 
 
 def pack_layer(layer: Path, mount_points: Sequence[str] = ()) -> bytes:
-    """The writable layer as a tar, every parent before what is in it; empty when nothing was written."""
+    """The writable layer as a tar, every parent before what is in it; empty when nothing was written.
+
+    Args:
+        layer: the sandbox's writable layer.
+        mount_points: paths of the root that the sandbox binds files over; it makes them anew for each instance.
+
+    Raises:
+        ImageInvalid: the function wrote more than :data:`LAYER_BYTES_MAX` to its root.
+    """
     found = list(_walk(layer, _mount_point_names(layer, mount_points)))
     if [name for _, name in found] == list(LAYER_PARTS):
         return b""

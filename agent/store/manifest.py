@@ -19,7 +19,7 @@ import msgspec
 
 from agent.errors import ImageInvalid
 
-FORMAT = 1
+FORMAT = 2
 CHUNK_BYTES = 1 << 20
 HEAD_MAGIC = b"THAWHEAD"
 MANIFEST_BYTES_MAX = 64 << 20
@@ -62,13 +62,6 @@ class Extent(msgspec.Struct, frozen=True, array_like=True):
     size: Size
 
 
-class Prefetch(msgspec.Struct, frozen=True, array_like=True):
-    """A run of pages to copy before resume: where in the process, how much."""
-
-    address: Annotated[int, msgspec.Meta(ge=0, le=(1 << 62))]
-    size: Size
-
-
 class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """One checkpoint.
 
@@ -80,7 +73,6 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         mapped_files: files that must be the same on the restoring node.
         archive: metadata images and file changes, in the head object.
         working_set, extents: the working-set object and which bytes of which pages file it holds.
-        prefetch: by pid (as text), the recorded runs.
         pages, chunk_bytes: all pages, by pages id (as text).
         image_bytes: size of all pages and metadata.
     """
@@ -100,7 +92,6 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     archive: Blob
     working_set: Blob
     extents: list[Extent]
-    prefetch: dict[str, list[Prefetch]]
     pages: dict[str, Pages]
     chunk_bytes: Annotated[int, msgspec.Meta(ge=PAGE, le=64 << 20)] = CHUNK_BYTES
     image_bytes: Size
@@ -157,9 +148,6 @@ def _check(manifest: Manifest) -> None:
         total += extent.size
     if total != manifest.working_set.unpacked:
         raise ImageInvalid("the working set and its extents differ in size")
-    for pid, runs in manifest.prefetch.items():
-        if not pid.isdigit() or any(run.address % PAGE or run.size % PAGE for run in runs):
-            raise ImageInvalid("a recorded run is not made of whole pages")
 
 
 def pack_head(encoded_manifest: bytes, archive: bytes) -> bytes:

@@ -19,6 +19,7 @@ from agent.api.messages import (
     FetchDone,
     InstanceExited,
     MakeCheckpoint,
+    Prepare,
     Release,
     Start,
     StartFailed,
@@ -51,7 +52,7 @@ async def test_the_whole_life(stack_settings: Settings, tmp_path: Path) -> None:
         assert identities[0]["seed"] != identities[1]["seed"]
         for report in (one, two):
             record = report.record
-            assert {"agent.queue", "sandbox", "criu.restore", "prefetch", "ready", "first_response"} <= {p.name for p in record.phases}
+            assert {"agent.queue", "sandbox", "criu.restore", "ready", "resume", "first_response"} <= {p.name for p in record.phases}
             assert record.unaccounted_ns <= 0.05 * record.total_ns
             assert record.pages_prefetched > 0 and record.criu["restore_us"] > 0
 
@@ -157,18 +158,48 @@ async def test_no_room_is_refused(stack_settings: Settings, tmp_path: Path) -> N
         assert isinstance(report, StartFailed) and report.refused and "memory" in report.message
 
 
-async def test_a_killed_agent_leaves_nothing_once_it_is_back(stack_settings: Settings, tmp_path: Path) -> None:
-    function = a_function(tmp_path, "killed")
-    async with running_agent(stack_settings, tmp_path / "killed") as agent:
+async def test_instances_outlive_the_agent_and_the_next_one_goes_on_with_them(stack_settings: Settings, tmp_path: Path) -> None:
+    function = a_function(tmp_path, "outlive", instances={"max": 5})
+    async with running_agent(stack_settings, tmp_path / "outlive") as agent:
+        await agent.call(MakeCheckpoint, function=function)
+        cold = await agent.start_instance(a_function(tmp_path, "chilly", policy={"checkpoint": "off"}))
+        restored = await agent.start_instance(function)
+        await agent.call(Prepare, function=function)
+        thawed = await agent.start_instance(function)
+        standby = await agent.call(Prepare, function=function)
+        assert thawed.record.start_mode == "thaw"
+        reports = [cold, restored, thawed]
+        tokens = [(await ask(report))["token"] for report in reports]
+        await agent.stop(signal.SIGKILL)
+        answers = [await ask(report, f"/{page}") for page in range(0, 2000, 100) for report in reports]
+        assert all(answer["ok"] for answer in answers), "they serve while there is no agent"
+        await agent.start()
+        assert agent.inventory is not None
+        assert {info.instance for info in agent.inventory.instances} == {report.instance.instance for report in reports}
+        assert [info.standby for info in agent.inventory.standbys] == [standby.standby.standby]
+        assert [(await ask(report))["token"] for report in reports] == tokens
+        again = await agent.start_instance(function)
+        assert again.record.start_mode == "thaw" and again.instance.instance == standby.standby.standby
+        assert (await agent.start_instance(function)).record.start_mode == "restore"
+        exited = await agent.call(Release, instance=restored.instance.instance)
+        assert isinstance(exited, InstanceExited) and exited.reason == "released"
+        await agent.stop()
+    assert host_leftovers(agent) == []
+
+
+async def test_without_a_next_agent_everything_ends(stack_settings: Settings, tmp_path: Path) -> None:
+    function = a_function(tmp_path, "orphan")
+    async with running_agent(stack_settings, tmp_path / "orphan", **{"agent.orphan_s": "2"}) as agent:
         await agent.call(MakeCheckpoint, function=function)
         for _ in range(3):
             await agent.start_instance(function)
         await agent.stop(signal.SIGKILL)
+        assert len(processes_of(agent)) > 3
         for _ in range(100):
             if not processes_of(agent):
                 break
             await asyncio.sleep(0.1)
-        assert processes_of(agent) == [], "sandboxes and pager end with the agent"
+        assert processes_of(agent) == [], "sandboxes and pager end by themselves"
         await agent.start()
         assert agent.inventory is not None and agent.inventory.instances == []
         assert (await agent.start_instance(function)).record.start_mode == "restore"

@@ -8,8 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from agent.criu import protobuf
-from agent.criu.images import PAGE, parse_page_map
+from agent.criu.images import PAGE, PageMap, make_eager, parse_page_map
 from agent.errors import ImageInvalid
+from agent.store.workingset import merge
 
 LAZY, PRESENT = 2, 4
 
@@ -57,3 +58,16 @@ def test_overlapping_runs_are_refused() -> None:
 def test_any_bytes_are_parsed_or_refused(data: bytes) -> None:
     with contextlib.suppress(ImageInvalid):
         parse_page_map(1, data)
+
+
+@given(st.lists(st.tuples(st.integers(0, 60), st.integers(1, 8)).map(lambda item: (item[0], item[0] + item[1])), max_size=8))
+def test_eager_pages_are_where_they_were_and_no_longer_lazy(spans: list[tuple[int, int]]) -> None:
+    eager = [(start * PAGE, end * PAGE) for start, end in merge(spans)]
+    data = page_map({1: 0x2000, 2: 20, 5: 20, 4: PRESENT | LAZY}, {1: 30 * PAGE, 2: 4, 4: PRESENT}, {1: 40 * PAGE, 5: 9, 4: PRESENT | LAZY})
+    before, after = parse_page_map(1, data), parse_page_map(1, make_eager(data, eager))
+
+    def pages(found: PageMap) -> dict[int, tuple[int, bool]]:
+        return {at: (run.offset + at - run.start, run.lazy) for run in found.runs for at in range(run.start, run.end, PAGE)}
+
+    wanted = {at for start, end in eager for at in range(start, end, PAGE)}
+    assert pages(after) == {at: (offset, lazy and at not in wanted) for at, (offset, lazy) in pages(before).items()}

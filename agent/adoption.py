@@ -1,0 +1,133 @@
+"""Instances outlive the agent: what it writes down of each, and how the next agent takes them over.
+
+In: instances of :mod:`agent.node`, the folders that an agent which is gone has left. Out: a record in the sandbox's folder, and later the
+same :class:`~agent.instance.Instance` again. What has no record was in the making and is ended; so is what nobody serves any more: an
+instance whose pager is gone, and a standby that was being resumed at that very moment.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from pathlib import Path
+
+import msgspec
+
+from agent.api.function import Function
+from agent.api.records import StartMode
+from agent.errors import AgentError, InstanceGone
+from agent.instance import Instance
+from agent.pager.client import PagerClient
+from agent.sandbox.local import Sandbox, SandboxFactory
+from agent.store.cache import ImageCache
+
+logger = logging.getLogger(__name__)
+_RECORD = "instance"
+
+
+class InstanceRecord(msgspec.Struct, frozen=True, kw_only=True):
+    """What the next agent must know of an instance; fields as in :class:`~agent.instance.Instance`."""
+
+    id: str
+    function: Function
+    start_mode: StartMode
+    root_pid: int
+    checkpoint: str
+    #: Its memory is served by the pager.
+    lazy: bool
+    started_ns: int
+    command_id: str
+    made_ns: int
+    pss_bytes: int
+
+
+def write_down(instance: Instance) -> None:
+    """Note an instance that answers, or that is on standby, for the next agent."""
+    record = InstanceRecord(
+        id=instance.id,
+        function=instance.function,
+        start_mode=instance.start_mode,
+        root_pid=instance.root_pid,
+        checkpoint=instance.image.checkpoint if instance.image else "",
+        lazy=instance.pager is not None,
+        started_ns=instance.started_ns,
+        command_id=instance.command_id,
+        made_ns=instance.made_ns,
+        pss_bytes=instance.pss_bytes,
+    )
+    path = instance.sandbox.folder / _RECORD
+    with contextlib.suppress(FileNotFoundError):  # it ended in this moment
+        path.with_suffix(".new").write_bytes(msgspec.msgpack.encode(record))
+        path.with_suffix(".new").rename(path)
+
+
+async def adopt(factory: SandboxFactory, cache: ImageCache, pager: PagerClient, logs: Path) -> list[Instance]:
+    """Take over what an agent that is gone has left, and end the rest of it.
+
+    Returns:
+        Instances that run or are on standby.
+    """
+    served = await pager.restores()
+
+    async def one(folder: Path) -> Instance | None:
+        try:
+            record = msgspec.msgpack.decode((folder / _RECORD).read_bytes(), type=InstanceRecord)
+            if record.lazy and record.id not in served:
+                raise InstanceGone("its pager is gone", instance=record.id)
+            sandbox = await factory.adopt(folder)
+        except FileNotFoundError:
+            await factory.discard(folder)
+            return None
+        except (OSError, AgentError, msgspec.MsgspecError) as error:
+            logger.warning("what an earlier agent left in %s is ended: %s", folder.name, error)
+            await factory.discard(folder)
+            return None
+        try:
+            return _instance(record, sandbox, cache, pager, logs)
+        except AgentError as error:
+            logger.warning("instance %s is not taken over but ended: %s", record.id, error)
+            await sandbox.destroy(factory.network)
+            return None
+
+    found = [instance for instance in await asyncio.gather(*map(one, factory.left())) if instance is not None]
+    for name in served - {instance.id for instance in found}:
+        await pager.release(name)
+    return found
+
+
+def _instance(record: InstanceRecord, sandbox: Sandbox, cache: ImageCache, pager: PagerClient, logs: Path) -> Instance:
+    image = cache.get(record.checkpoint) if record.checkpoint else None
+    if record.lazy and image is None:
+        raise InstanceGone("its checkpoint is not on the node any more", instance=record.id)
+    instance = Instance(
+        record.id,
+        record.function,
+        sandbox,
+        logs / f"{record.id}.log",
+        start_mode=record.start_mode,
+        root_pid=record.root_pid,
+        image=image,
+        pager=pager if record.lazy else None,
+        started_ns=record.started_ns,
+        command_id=record.command_id,
+        made_ns=record.made_ns,
+        pss_bytes=record.pss_bytes,
+    )
+    instance.watch()
+    if instance.ended.done():
+        raise InstanceGone("it ended meanwhile", instance=record.id)
+    if instance.standby and any(not _stopped(pid) for pid in sandbox.processes()):
+        raise InstanceGone("it was being resumed", instance=record.id)
+    if image is not None:
+        image.users += 1
+        image.opened = image.opened or record.lazy
+    return instance
+
+
+def _stopped(pid: int) -> bool:
+    """Whether a process is stopped by a signal, or gone."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] in "TtZX"
+    except OSError:
+        return True
