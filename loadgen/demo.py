@@ -17,9 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from agent.api.function import Function, read_yaml
+from agent.api.function import Function
 from agent.api.records import StartRecord
 from infra import leaks, telemetry
 from infra.local import broker, criu, objectstore
@@ -159,23 +157,7 @@ class Demo:
 
     def _apply(self, documents: Sequence[Path], checkpoint: str) -> dict[str, Function]:
         """Apply the samples with the demo's policy."""
-        folder = self._state / "functions"
-        folder.mkdir(parents=True, exist_ok=True)
-        functions = {}
-        paths = []
-        for document in documents:
-            text = document.read_text()
-            (function,) = read_yaml(text, str(document), document.parent)
-            value = yaml.safe_load(text)
-            value["spec"].setdefault("policy", {}).update(idleSeconds=self._options.idle_s, checkpoint=checkpoint)
-            for item in value["spec"].get("files", []):
-                item["source"] = str((document.parent / item["source"]).resolve())
-            path = folder / f"{function.name}.yaml"
-            path.write_text(yaml.safe_dump(value, sort_keys=False))
-            functions[function.name] = function
-            paths += ["-f", str(path)]
-        self._installation.command("apply", *paths)
-        return functions
+        return self._installation.apply(documents, idleSeconds=self._options.idle_s, checkpoint=checkpoint)
 
     async def _run(
         self,

@@ -16,6 +16,9 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+import yaml
+
+from agent.api.function import Function, read_yaml
 from infra import settings as settings_module
 from infra.settings import Settings
 from loadgen.errors import LoadImpossible
@@ -108,6 +111,34 @@ class Installation:
                 self._say(f"  {line.rstrip()}")
         if check and process.returncode:
             raise LoadImpossible(f"thaw {' '.join(arguments)} failed with code {process.returncode}; see {self.keep_logs()}")
+
+    def apply(self, documents: Sequence[Path], **policy: object) -> dict[str, Function]:
+        """``thaw apply`` documents with other policies than they were written with.
+
+        Args:
+            documents: Function documents.
+            **policy: fields of ``spec.policy``, as in YAML.
+
+        Returns:
+            The functions by name, as the documents have them.
+        """
+        folder = self.state / "functions"
+        folder.mkdir(parents=True, exist_ok=True)
+        functions = {}
+        paths: list[str] = []
+        for document in documents:
+            text = document.read_text()
+            (function,) = read_yaml(text, str(document), document.parent)
+            value = yaml.safe_load(text)
+            value["spec"].setdefault("policy", {}).update(policy)
+            for item in value["spec"].get("files", []):
+                item["source"] = str((document.parent / item["source"]).resolve())
+            path = folder / f"{function.name}.yaml"
+            path.write_text(yaml.safe_dump(value, sort_keys=False))
+            functions[function.name] = function
+            paths += ["-f", str(path)]
+        self.command("apply", *paths)
+        return functions
 
     def keep_logs(self) -> Path:
         """Copy the logs to where they outlive the state folder."""

@@ -19,12 +19,17 @@ def facts(more: Mapping[str, str] | None = None) -> dict[str, str]:
         "processor": _first(r"model name\s*:\s*(.+)", "/proc/cpuinfo") or platform.machine(),
         "cores": str(len(os.sched_getaffinity(0))),
         "memory": f"{memory_kib / 2**20:.1f} GiB",
-        "load average at the end": " ".join(f"{value:.1f}" for value in os.getloadavg()),
+        "load average at the end": load_average(),
         "kernel": platform.release(),
         "system": _first(r'PRETTY_NAME="?([^"\n]+)', "/etc/os-release") or platform.system(),
         "Python": platform.python_version(),
         **(more or {}),
     }
+
+
+def load_average() -> str:
+    """Of the last 1, 5 and 15 minutes: whether the machine was quiet."""
+    return " ".join(f"{value:.1f}" for value in os.getloadavg())
 
 
 def _first(pattern: str, path: str) -> str:

@@ -24,6 +24,7 @@ COLOURS = {
     "thaw": "#0ca678",
     "restore": "#1c7ed6",
     "remote": "#7048e8",
+    "whole": "#f08c00",
     "cold": "#e8590c",
     "baseline": "#c92a2a",
 }
@@ -63,19 +64,52 @@ class Series:
         self.milliseconds = sorted(milliseconds)
 
 
-def cdf(series: Sequence[Series], x_label: str) -> str:
-    """Distributions on one logarithmic axis."""
+def cdf(series: Sequence[Series], x_label: str, *, of: str = "requests", name: str = "cdf") -> str:
+    """Distributions on one logarithmic axis, of ``of``; ``name`` tells the figure from others on its page."""
     with matplotlib.rc_context(_STYLE):
         figure = Figure(figsize=(9.2, 3.9), layout="constrained")
         axes = figure.add_subplot()
         for item in series:
             _cdf_curve(axes, item, f"{item.label}: n = {len(item.milliseconds)}, median {_ms(_median(item.milliseconds))}")
         _log_axis(axes, [value for item in series for value in item.milliseconds])
-        axes.set(xlabel=x_label, ylabel="share of requests", ylim=(0, 1.02))
+        axes.set(xlabel=x_label, ylabel=f"share of {of}", ylim=(0, 1.02))
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.0%}"))
         if series:
             figure.legend(loc="outside upper left", ncols=2, fontsize=9.5)
-        return _svg(figure, "cdf")
+        return _svg(figure, name)
+
+
+def stacked_phases(bars: Mapping[str, Mapping[str, float]], name: str) -> str:
+    """Where the time of a start goes: one bar per start mode, each as long as the whole, on an axis of its own.
+
+    Modes differ by factors of hundreds, so that on one axis only the slowest could be read.
+
+    Args:
+        bars: by mode: ms by phase, in the order of the phases; they add up to the whole.
+        name: of the function; tells the figure from others on the page.
+    """
+    phases = sorted(dict.fromkeys(phase for bar in bars.values() for phase in bar), key="unaccounted".__eq__)
+    palette = matplotlib.colormaps["tab20"]
+    colours = {phase: "#ced4da" if phase == "unaccounted" else palette(place % 20) for place, phase in enumerate(phases)}
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=(9.2, 0.72 * max(1, len(bars)) + 1.0), layout="constrained")
+        all_axes = figure.subplots(max(1, len(bars)), 1, squeeze=False)[:, 0]
+        handles: dict[str, Any] = {}
+        for axes, (mode, bar) in zip(all_axes, bars.items(), strict=False):
+            total, reached = sum(bar.values()), 0.0
+            for phase, length in bar.items():
+                (handles[phase],) = axes.barh(0, length, left=reached, color=colours[phase], height=0.8)
+                if length > 0.14 * total:
+                    axes.text(reached + length / 2, 0, f"{_ms(length)}", va="center", ha="center", fontsize=8.5)
+                reached += length
+            axes.set_yticks([0], [f"{mode}\n{_ms(total)}"])
+            axes.set(xlim=(0, max(total, 1e-6)))
+            axes.tick_params(axis="x", labelsize=8)
+            axes.grid(axis="y", visible=False)
+        all_axes[-1].set_xlabel("ms")
+        shown = [phase for phase in phases if phase in handles]
+        figure.legend([handles[phase] for phase in shown], shown, loc="outside upper left", ncols=5, fontsize=8.5)
+        return _svg(figure, f"phases-{name}")
 
 
 def cdfs_by_function(panels: Mapping[str, Sequence[Series]], x_label: str) -> str:
@@ -97,8 +131,8 @@ def cdfs_by_function(panels: Mapping[str, Sequence[Series]], x_label: str) -> st
         return _svg(figure, "cdfs")
 
 
-def waterfall(record: StartRecord) -> str:
-    """The phases of one start as bars on its own time axis, with the time that no phase covers."""
+def waterfall(record: StartRecord, since: str = "demand record") -> str:
+    """The phases of one start as bars on its own time axis, from ``since`` on, with the time that no phase covers."""
     phases = sorted(record.phases, key=lambda phase: (phase.start_ns, -phase.end_ns))
     with matplotlib.rc_context(_STYLE):
         figure = Figure(figsize=(9.2, 0.62 + 0.27 * (len(phases) + 1)), layout="constrained")
@@ -112,7 +146,7 @@ def waterfall(record: StartRecord) -> str:
         rest = record.unaccounted_ns / 1e6
         _beside_bar(axes, len(phases), 0, 0, total, f"{_ms(rest)} ({rest / total:.1%})")
         axes.set_yticks(range(len(phases) + 1), [*(phase.name for phase in phases), "unaccounted"])
-        axes.set(xlim=(0, total), ylim=(len(phases) + 0.6, -0.6), xlabel="ms since the demand record")
+        axes.set(xlim=(0, total), ylim=(len(phases) + 0.6, -0.6), xlabel=f"ms since the {since}")
         axes.grid(axis="y", visible=False)
         return _svg(figure, f"waterfall-{record.command_id}")
 

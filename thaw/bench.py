@@ -1,83 +1,146 @@
-"""``thaw bench``: figures that anyone can repeat."""
+"""``thaw bench``: figures that anyone can repeat.
+
+In: the command line. Out: progress on standard error, a table or one JSON object on standard output, the report in a folder; exit code 1
+when an answer was wrong, an instance crashed, or something could not be measured. Next: :mod:`loadgen.bench` measures.
+"""
 
 from __future__ import annotations
 
-import asyncio
 import json
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import click
 from rich.console import Console
 from rich.table import Table
 
 from infra.settings import Settings
-from loadgen import bench as measuring
-from loadgen import functions_setup, machine
+from loadgen.bench import goals, report
+from loadgen.bench.figures import MODES
+from loadgen.bench.run import Bench, BenchOptions
 from loadgen.checks import SAMPLES
-from loadgen.installation import Installation
 from thaw import isolated
+
+#: What ``thaw bench`` measures when it is told nothing.
+_FANOUT, _DENSITY = (1, 5, 25, 100), 200
+
+
+class _Numbers(click.ParamType):  # type: ignore[type-arg]
+    """Comma-separated whole numbers above 0; empty: none."""
+
+    name = "N,N,…"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, ...]:
+        """Read them."""
+        if isinstance(value, tuple):
+            return value
+        parts = [part.strip() for part in str(value).split(",") if part.strip()]
+        if not all(part.isdigit() and int(part) for part in parts):
+            self.fail(f"{value!r} is not a list of whole numbers above 0, such as 1,5,25", param, ctx)
+        return tuple(int(part) for part in parts)
 
 
 @click.group(invoke_without_command=True)
 @click.pass_context
 def bench(context: click.Context) -> None:
-    """Measure; without a subcommand: restore."""
+    """Measure; without a subcommand: everything that ``restore`` can."""
     if context.invoked_subcommand is None:
-        context.invoke(restore)
+        context.invoke(restore, fanout=_FANOUT, density=_DENSITY, check=True)
 
 
 @bench.command()
-@click.option("--sample", "samples", multiple=True, help="Sample function; may be repeated; default: all.")
+@click.option("--sample", "samples", multiple=True, type=click.Choice(SAMPLES), help="Sample function; may be repeated; default: all.")
+@click.option("--mode", "modes", multiple=True, type=click.Choice(MODES), help="Start mode; may be repeated; default: all.")
+@click.option("-n", "starts", type=click.IntRange(min=1), default=30, show_default=True, help="Starts of each function and mode.")
+@click.option("--cold", "cold_starts", type=click.IntRange(min=0), default=10, show_default=True, help="Cold starts of each function.")
 @click.option(
-    "-n", "starts", type=click.IntRange(min=1), default=30, show_default=True, help="Restored and remote starts of each function."
+    "--requests", type=click.IntRange(min=0), default=200, show_default=True, help="Checked requests after one start of each kind."
 )
-@click.option("--cold", "cold_starts", type=click.IntRange(min=1), default=10, show_default=True, help="Cold starts of each function.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of a table.")
-@click.option("--out", type=click.Path(file_okay=False, path_type=Path), help="Folder for the result; default: reports/bench-TIME here.")
+@click.option("--fanout", type=_Numbers(), default=(), help="Also so many starts at once, such as 1,5,25,100.")
+@click.option("--density", type=click.IntRange(min=0), default=0, help="Also so many standbys at once.")
+@click.option("--demand/--no-demand", default=True, help="Also from the demand record to the response, through the broker.")
+@click.option("--check", is_flag=True, help="Compare the figures with the targets.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of tables.")
+@click.option("--out", type=click.Path(file_okay=False, path_type=Path), help="Folder of the report; default: reports/bench-TIME here.")
 @click.pass_obj
 def restore(
     settings: Settings,
     *,
     samples: tuple[str, ...] = (),
+    modes: tuple[str, ...] = (),
     starts: int = 30,
     cold_starts: int = 10,
+    requests: int = 200,
+    fanout: tuple[int, ...] = (),
+    density: int = 0,
+    demand: bool = True,
+    check: bool = False,
     as_json: bool = False,
     out: Path | None = None,
 ) -> None:
-    """Command at the agent to first response, by function and start mode, one start at a time on an otherwise idle node."""
+    """What each start mode costs: command at the agent, and demand record, to the first response; memory; many at once.
+
+    Fan-out, density and demand are measured on the function index, or on the first one when index is not among the samples.
+    """
     began = time.monotonic()
     folder = (out or Path("reports") / time.strftime("bench-%Y%m%d-%H%M%S")).resolve()
 
     def say(line: str) -> None:
         click.echo(f"[{time.monotonic() - began:6.1f} s] {line}", err=True)
 
+    chosen = tuple(mode for mode in MODES if mode in (modes or MODES))
+    command = f"thaw bench restore -n {starts} --cold {cold_starts} --requests {requests}"
+    command += "".join(f" --sample {name}" for name in samples) + "".join(f" --mode {mode}" for mode in modes)
+    command += f" --fanout {','.join(map(str, fanout))}" if fanout else ""
+    command += (f" --density {density}" if density else "") + ("" if demand else " --no-demand")
     with isolated.installation(settings, "bench") as (own, arguments):
-        installation = Installation(own, arguments, folder, say)
-        try:
-            documents = functions_setup.prepare(own.paths.cache_dir, say, samples=samples or SAMPLES)
-            with installation.stack() as running, installation.background("agent"):
-                result = asyncio.run(measuring.run(running, documents, starts, cold_starts, say))
-        finally:
-            installation.remove()
-    result["machine"] = machine.facts()
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "restore.json").write_text(json.dumps(result, indent=1) + "\n")
-    say(f"result: {folder / 'restore.json'}")
-    click.echo(json.dumps(result)) if as_json else _table(result)
-    if result["wrong"]:
+        options = BenchOptions(folder, command, samples or SAMPLES, chosen, starts, cold_starts, requests, fanout, density, demand)
+        result = Bench(own, arguments, options, say).run()
+    if as_json:
+        click.echo(json.dumps(result))
+    else:
+        _tables(result, check)
+    if check and as_json:
+        _goals(result, Console(stderr=True, width=130))
+    say(f"report: {folder / report.REPORT_FILE}")
+    if result["wrong"] or result["failed"]:
         sys.exit(1)
 
 
-def _table(result: dict[str, dict[str, dict[str, dict[str, float]]]]) -> None:
-    shown = Table(title="ms from the command at the agent to the first response")
+def _tables(result: dict[str, Any], check: bool) -> None:
+    console = Console(width=130)
+    shown = Table(title="p50 ms from the command at the agent to the first response")
     shown.add_column("function")
-    for heading in ("cold p50", "restore p50", "p99", "remote p50", "p99", "cold/restore"):
+    for heading in (*MODES, "cold / thaw", "whole / restore", "standby MB", "cold MB"):
         shown.add_column(heading, justify="right")
-    for name, modes in result["functions"].items():
-        cold, restored, remote = modes["cold"], modes["restore"], modes["remote"]
-        figures = [cold["p50_ms"], restored["p50_ms"], restored["p99_ms"], remote["p50_ms"], remote["p99_ms"]]
-        ratio = f"{cold['p50_ms'] / restored['p50_ms']:.1f}x" if restored["p50_ms"] else "-"
-        shown.add_row(name, *(f"{figure:.1f}" for figure in figures), ratio)
-    Console(width=100).print(shown)
+    for name, p50, thawed, restored in report.rows_by_function(result["functions"]):
+        found = result["functions"][name]
+        times = [f"{p50[mode]:.1f}" if mode in p50 else "-" for mode in MODES]
+        factors = [f"{value:,.0f}x" if value else "-" for value in (thawed, restored)]
+        shown.add_row(name, *times, *factors, *(f"{found[field]:,.1f}" for field in ("standby_pss_mb", "cold_pss_mb")))
+    console.print(shown)
+    for mode in MODES:
+        if found := (result["demand_to_response"] or {}).get(mode):
+            figures = ", ".join(f"p{share} {found[f'p{share}_ms']:.1f}" for share in (50, 90, 99))
+            console.print(f"demand record to response, {result['subject']}, {mode}: {figures} ms (n = {found['n']})")
+    for size, found in (result["fanout"] or {}).items():
+        console.print(
+            f"{size} at once: first {found['first_ms']:.0f}, median {found['median_ms']:.0f}, last {found['last_ms']:.0f} ms, "
+            f"CPU {found['cpu_ms_each']:.1f} ms each"
+        )
+    if found := result["density"]:
+        console.print(f"{found['standbys']} standbys: {found['system_mb']:,.0f} MB of the system, PSS {found['pss_mb']:.1f} MB each")
+    if check:
+        _goals(result, console)
+
+
+def _goals(result: dict[str, Any], console: Console) -> None:
+    shown = Table(title="targets (two shared cores, quiet machine)")
+    for heading, side in (("what", "left"), ("target", "right"), ("figure", "right"), ("", "left"), ("", "left")):
+        shown.add_column(heading, justify=side)  # type: ignore[arg-type]
+    styles = {"met": "green", "not met": "red", "not measured": "dim"}
+    for goal in goals.judge(result):
+        shown.add_row(goal.what, goal.target, goal.shown, f"[{styles[goal.verdict]}]{goal.verdict}", goal.note)
+    console.print(shown)
