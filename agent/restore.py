@@ -18,7 +18,6 @@ from agent.api.function import Function
 from agent.api.records import PhaseClock
 from agent.criu import images
 from agent.criu.tool import RestoreWorker
-from agent.errors import SandboxError
 from agent.instance import Instance, Workshop, furnish, open_log
 from agent.pager.client import PagerClient, Served
 from agent.ready import wait_ready
@@ -89,7 +88,7 @@ async def start_restored(
             work.mkdir(parents=True)
             if image.layer.stat().st_size:  # the thread costs more than the call when there is nothing to unpack
                 await asyncio.to_thread(archive.unpack_layer, image.layer, sandbox.layer_fd)
-            served = _served(instance, tasks)
+            served = _served(instance)
             await asyncio.gather(  # the pager gets ready while the root is mounted
                 furnish(sandbox, workshop, function, layers, instance_id, image.checkpoint),
                 pager.serve(instance_id, image.checkpoint, work, served, record=record, prefetch=not record),
@@ -120,25 +119,7 @@ async def start_restored(
     return instance
 
 
-def _served(instance: Instance, tasks: TaskGroup) -> Served:
-    sandbox = instance.sandbox
-
-    async def keep(key: int, fd: int) -> None:
-        try:
-            await sandbox.keep(key, fd)
-        except SandboxError as error:
-            if not sandbox.gone.done():
-                logger.warning("a userfaultfd of %s is not kept: %s", instance.id, error)
-        finally:
-            os.close(fd)
-
-    async def drop(key: int) -> None:
-        try:
-            await sandbox.drop(key)
-        except SandboxError as error:
-            if not sandbox.gone.done():
-                logger.warning("a userfaultfd of %s is kept too long: %s", instance.id, error)
-
+def _served(instance: Instance) -> Served:
     def stalled(reason: str) -> None:
         logger.error("instance %s waits for a page that cannot be had, and is ended: %s", instance.id, reason)
         if instance.image is not None:
@@ -146,15 +127,7 @@ def _served(instance: Instance, tasks: TaskGroup) -> Served:
         if not instance.ended.done():
             instance.ended.set_result(9)
 
-    return Served(
-        space=lambda key, fd: _void(tasks.spawn(keep(key, fd), f"keep userfaultfd {key} of {instance.id}")),
-        space_gone=lambda key: _void(tasks.spawn(drop(key), f"drop userfaultfd {key} of {instance.id}")),
-        stalled=stalled,
-    )
-
-
-def _void(_: object) -> None:
-    """Ignore a value in a lambda."""
+    return Served(stalled=stalled)
 
 
 def _collect(evidence: RestoreEvidence, stats: dict[str, Any], image: CachedImage, clock: PhaseClock) -> None:

@@ -19,7 +19,7 @@ import msgspec
 
 from agent.errors import ImageInvalid
 
-FORMAT = 1
+FORMAT = 2
 CHUNK_BYTES = 1 << 20
 HEAD_MAGIC = b"THAWHEAD"
 MANIFEST_BYTES_MAX = 64 << 20
@@ -47,11 +47,27 @@ class MappedFile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     digest: Digest
 
 
+class Span(msgspec.Struct, frozen=True, array_like=True):
+    """Pages of a pages file."""
+
+    offset: Size
+    size: Size
+
+
 class Pages(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """One pages file: its size and the digest of each chunk, None for a chunk of zeros."""
+    """One pages file.
+
+    Attributes:
+        size: its bytes.
+        chunks: the digest of each chunk, None for a chunk of zeros.
+        zeros: pages of zeros, which are neither in the working set nor ever copied. In order and apart, as all spans.
+        ahead: runs of pages that were used during the warm-up: a fault in one brings what is around it.
+    """
 
     size: Size
     chunks: list[Digest | None]
+    zeros: list[Span] = []
+    ahead: list[Span] = []
 
 
 class Extent(msgspec.Struct, frozen=True, array_like=True):
@@ -149,6 +165,8 @@ def _check(manifest: Manifest) -> None:
     for key, pages in manifest.pages.items():
         if not key.isdigit() or pages.size % PAGE or len(pages.chunks) != -(-pages.size // manifest.chunk_bytes):
             raise ImageInvalid(f"pages file {key!r}: size and number of chunks do not fit")
+        if not (_in_order(pages.zeros, pages.size) and _in_order(pages.ahead, pages.size)):
+            raise ImageInvalid(f"pages file {key!r}: spans are not whole pages in order")
         sizes[int(key)] = pages.size
     total = 0
     for extent in manifest.extents:
@@ -160,6 +178,15 @@ def _check(manifest: Manifest) -> None:
     for pid, runs in manifest.prefetch.items():
         if not pid.isdigit() or any(run.address % PAGE or run.size % PAGE for run in runs):
             raise ImageInvalid("a recorded run is not made of whole pages")
+
+
+def _in_order(spans: list[Span], size: int) -> bool:
+    at = 0
+    for span in spans:
+        if span.offset < at or span.offset % PAGE or span.size % PAGE or span.size == 0:
+            return False
+        at = span.offset + span.size
+    return at <= size
 
 
 def pack_head(encoded_manifest: bytes, archive: bytes) -> bytes:
