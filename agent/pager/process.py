@@ -81,8 +81,8 @@ def main() -> None:
         hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     listener = fcntl.fcntl(int(sys.argv[1]), fcntl.F_DUPFD_CLOEXEC, 16)  # out of the way of the fixed numbers
-    for number in (worker.LISTENER_FD, worker.JOURNAL_FD):
-        os.dup2(listener, number, inheritable=False)
+    for fixed in (worker.LISTENER_FD, worker.JOURNAL_FD):
+        os.dup2(listener, fixed, inheritable=False)
     JournalFile(worker.JOURNAL_FD, worker.JOURNAL_BYTES).renew(Kind.SNAPSHOT, State(lambda image, pid: Regions()).snapshot())
     gc.collect()
     gc.freeze()

@@ -8,6 +8,7 @@ are known by their place alone. What was touched later becomes runs that a fault
 from __future__ import annotations
 
 import hashlib
+from bisect import bisect_left
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -119,9 +120,12 @@ def plan(page_maps: dict[int, PageMap], zeros: dict[int, Spans], recording: Reco
     for pages_id, spans in sorted(needed.items()):
         kept = subtract(merge(spans), zeros.get(pages_id, []))
         extents += [Extent(pages_id, start, end - start) for start, end in kept]
-        joined = merge(subtract(merge(runs[pages_id]), zeros.get(pages_id, [])), _GAP_BYTES)
-        beyond = [span for span in joined if subtract([span], kept)]  # a run that is wholly prefetched brings nothing more
-        ahead[str(pages_id)] = [Span(start, end - start) for start, end in beyond]
+        recorded = subtract(merge(runs[pages_id]), zeros.get(pages_id, []))
+        beyond = [start for start, _ in subtract(recorded, kept)]
+        joined = [  # a run that is wholly prefetched would bring nothing more
+            (start, end) for start, end in merge(recorded, _GAP_BYTES) if bisect_left(beyond, start) < bisect_left(beyond, end)
+        ]
+        ahead[str(pages_id)] = [Span(start, end - start) for start, end in joined]
     return Plan(extents, prefetch, ahead)
 
 

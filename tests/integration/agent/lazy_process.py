@@ -12,7 +12,7 @@ import os
 import socket
 import struct
 import sys
-import threading
+from concurrent.futures import ThreadPoolExecutor
 
 PAGE, BASE, ELSEWHERE = 4096, 0x10_0000_0000, 0x20_0000_0000
 PID = 1000
@@ -75,7 +75,7 @@ def main() -> None:
             criu.close()
         elif order == "check":
             first, count, step = numbers
-            answer = check([address for address in sorted(model)[first : first + count : step]])
+            answer = check(sorted(model)[first : first + count : step])
         elif order == "drop":
             start, size = BASE + numbers[0] * PAGE, numbers[1] * PAGE
             done(libc.madvise(start, size, mmap.MADV_DONTNEED))
@@ -102,12 +102,8 @@ def main() -> None:
             os.close(read_fd)
             os.waitpid(pid, 0)
         elif order == "threads":
-            answers: list[str] = []
-            threads = [threading.Thread(target=lambda at=at: answers.append(check(sorted(model)[at::16]))) for at in range(8)]
-            for thread in threads:
-                thread.start()
-            for thread in threads:
-                thread.join()
+            with ThreadPoolExecutor(8) as pool:
+                answers = list(pool.map(check, [sorted(model)[at::16] for at in range(8)]))
             answer = next((item for item in answers if item != "ok"), "ok")
         print(answer, flush=True)
 

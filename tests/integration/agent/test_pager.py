@@ -54,6 +54,14 @@ def an_image(directory: Path, *, prefetch: list[tuple[int, int]], ahead: list[tu
     return manifest.name(encoded)
 
 
+def alive(pid: int) -> bool:
+    """A zombie is not."""
+    try:
+        return bool(Path(f"/proc/{pid}/cmdline").read_bytes())
+    except OSError:
+        return False
+
+
 class Lazy:
     """One lazily filled process."""
 
@@ -124,7 +132,7 @@ class Bench:
                 os.killpg(process.pid, signal.SIGKILL)
             await process.wait()
         await self.pager.close()
-        assert not Path(f"/proc/{self.pager.pid}").exists() and not Path(f"/proc/{self.pager.worker_pid}").exists()
+        assert not alive(self.pager.pid) and not alive(self.pager.worker_pid)
 
 
 @pytest.fixture
@@ -250,7 +258,7 @@ async def test_without_an_agent_it_serves_to_the_end_and_then_ends(tmp_path: Pat
     lazy.process.kill()
     await lazy.process.wait()
     async with asyncio.timeout(10):
-        while Path(f"/proc/{bench.pager.pid}/cmdline").exists() and Path(f"/proc/{bench.pager.pid}/cmdline").read_bytes():
+        while alive(bench.pager.pid):
             await asyncio.sleep(0.1)
 
 
@@ -265,7 +273,7 @@ async def test_a_dead_keeper_takes_no_page_along(bench: Bench) -> None:
     with pytest.raises(PagerError):
         await bench.pager.restores()
     async with asyncio.timeout(5):
-        while Path(f"/proc/{bench.pager.worker_pid}").exists():
+        while alive(bench.pager.worker_pid):
             await asyncio.sleep(0.1)
 
 
