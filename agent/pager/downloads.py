@@ -64,7 +64,7 @@ class Downloads:
         """Fetch a chunk."""
         with self._condition:
             (self._urgent if urgent else self._later).append(download)
-            if self._idle == 0 and self._threads < self._parallel:
+            if len(self._urgent) + len(self._later) > self._idle and self._threads < self._parallel:
                 self._threads += 1
                 threading.Thread(target=self._run, name="chunks", daemon=True).start()
             self._condition.notify()

@@ -121,7 +121,7 @@ class Image:
         pages_id, index = self.page_maps[pid].pages_id, offset // self._pages.chunk_bytes
         self._ask(pages_id, index, urgent=True).waiters.append(waiter)
         following = index + 1
-        if self._last_fault.get(pages_id) in (index, index - 1) and following < len(self._pages.chunks[pages_id]):
+        if self._last_fault.get(pages_id) == index - 1 and following < len(self._pages.chunks[pages_id]):
             size = min(self._pages.chunk_bytes, self._pages.files[pages_id].size - following * self._pages.chunk_bytes)
             if self._pages.files[pages_id].available(following * self._pages.chunk_bytes, size) < size:
                 self._ask(pages_id, following, urgent=True)

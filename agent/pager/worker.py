@@ -138,12 +138,19 @@ class Worker:
             self._watch_restore(restore)
             if restore.record:
                 self._interrupted.add(restore.name)
+            image = self._image(restore.image)
+            if image is None:  # its threads wait, and the agent ends it
+                restore.stalled = f"image {restore.image} cannot be opened again"
+                continue
             for space in restore.spaces:
                 space.faults.clear()  # they come again
-                self._track(space, prefetch=restore.prefetch and not restore.finished)
+                self._track(space, image, prefetch=restore.prefetch and not restore.finished)
         if self._state.agent >= 0:
             self._watch(self._state.agent, self._order)
             self._send({"event": "worker", "pid": os.getpid()})
+            for restore in self._state.restores.values():
+                if restore.stalled:
+                    self._send({"event": "stalled", "restore": restore.name, "reason": restore.stalled})
         for serving in list(self._servings.values()):
             serving.userfault.wake_all(LOWEST_ADDRESS)
 
@@ -310,8 +317,9 @@ class Worker:
         if restore.name in self._interrupted:
             raise PagerError("the recording was interrupted")
         # A large recording does not fit into a message: it goes into memory whose descriptor is passed.
-        servings = [self._servings[space.key] for space in restore.spaces]
-        pairs = array("Q", [number for serving in servings for address in serving.touched for number in (serving.space.pid, address)])
+        pairs = array(
+            "Q", [number for serving in self._of(restore) for address in serving.touched for number in (serving.space.pid, address)]
+        )
         fd = os.memfd_create("thaw-touched", os.MFD_CLOEXEC)
         try:
             with os.fdopen(os.dup(fd), "wb") as file:
@@ -395,26 +403,23 @@ class Worker:
             self._file.journal.keep(size)
             was_finished = restore.finished
             for space in self._state.apply(Kind.MESSAGE, payload):
-                self._serve(self._track(space, prefetch=restore.prefetch))
+                self._serve(self._track(space, self._images[restore.image], prefetch=restore.prefetch))
             if restore.finished and not was_finished:
-                for space in list(restore.spaces):
-                    self._serve(self._servings[space.key])
+                for serving in self._of(restore):
+                    self._serve(serving)
                 self._check_prefetched(restore)
         view.release()
 
     def _check_prefetched(self, restore: Restore) -> None:
         if restore.name in self._awaited and restore.finished:
-            if any(self._servings[space.key].prefetching for space in restore.spaces):
+            if any(serving.prefetching for serving in self._of(restore)):
                 return
             for number in self._awaited.pop(restore.name):
                 self._answer(number, {})
 
     # Address spaces
 
-    def _track(self, space: Space, *, prefetch: bool = False) -> Serving:
-        image = self._image(space.restore.image)
-        if image is None:
-            raise PagerError(f"image {space.restore.image} is not open")
+    def _track(self, space: Space, image: Image, *, prefetch: bool = False) -> Serving:
         serving = Serving(space, image, self._stalled, self._serve)
         self._servings[space.key] = serving
         self._watch(space.fd, lambda: self._readable(serving))
@@ -422,6 +427,9 @@ class Worker:
             serving.prefetch()
             self._busy[space.key] = serving
         return serving
+
+    def _of(self, restore: Restore) -> list[Serving]:
+        return [self._servings[space.key] for space in restore.spaces if space.key in self._servings]
 
     def _untrack(self, space: Space) -> None:
         """The space is no more in the state: let go of the rest. Its memory must be gone, or all there."""
@@ -462,7 +470,7 @@ class Worker:
         else:
             self._file.journal.keep(size)
         for child in self._state.apply(Kind.EVENTS, struct.pack("<Q", space.key) + messages):
-            self._track(child)
+            self._track(child, self._images[child.restore.image])
         return True
 
     def _serve(self, serving: Serving) -> None:
@@ -545,18 +553,15 @@ class Worker:
     def _fill(self) -> None:
         """One piece for the instance whose turn it is."""
         restore = self._filling.pop(0)
-        for space in restore.spaces:
-            size, progress = self._servings[space.key].fill()
-            if progress is Progress.IDLE:
-                # All is in, and no fork is on its way that happened before it was: the memory needs nobody any more.
-                self._forget(space)
-            elif progress is Progress.GONE:
-                self._forget(space)
-            elif progress in (Progress.EVENT, Progress.WAIT):
-                self._again[space.key] = self._servings[space.key]
-            break
-        else:
+        serving = next(iter(self._of(restore)), None)
+        if serving is None:
             return
+        size, progress = serving.fill()
+        if progress in (Progress.IDLE, Progress.GONE):
+            # All is in, and no fork is on its way that happened before it was: this memory needs nobody any more.
+            self._forget(serving.space)
+        else:
+            self._dispatch(serving, progress)
         self._filling.append(restore)
         self._fill_at = max(self._fill_at, time.monotonic() - TICK_S) + size / (float(self._state.settings["fill_mb_per_s"]) * 1e6)
 

@@ -56,7 +56,8 @@ def work(kind, n):
     first = index * 1000
     if kind == "drop":
         libc.madvise(address + 4 * PAGE, 4 * PAGE, mmap.MADV_DONTNEED)
-        return right(address, first, 4) and ctypes.string_at(address + 4 * PAGE, 4 * PAGE) == bytes(4 * PAGE) and right(address + 8 * PAGE, first + 8, 8)
+        dropped = ctypes.string_at(address + 4 * PAGE, 4 * PAGE) == bytes(4 * PAGE)
+        return dropped and right(address, first, 4) and right(address + 8 * PAGE, first + 8, 8)
     if kind == "move":
         target = libc.mremap(address, 16 * PAGE, 64 * PAGE, 1)
         ok = right(target, first, 16) and ctypes.string_at(target + 16 * PAGE, 48 * PAGE) == bytes(48 * PAGE)
