@@ -12,6 +12,7 @@ from collections.abc import Callable
 from enum import Enum
 from pathlib import Path
 
+from agent.pager.downloads import STALL_S
 from agent.pager.images import COPY_BYTES_MAX, Image
 from agent.pager.state import Space
 from agent.pager.userfault import PAGE, CopyResult, Outcome, Requests, Userfault
@@ -63,6 +64,8 @@ class Serving:
         #: ``[start, end)`` still to copy.
         self._work: deque[tuple[int, int]] = deque()
         self.prefetching = False
+        #: Since when the kernel does not take the page that a thread waits for; 0 when it does.
+        self._refused_at = 0.0
 
     def prefetch(self) -> None:
         """Begin to copy the working set."""
@@ -79,8 +82,14 @@ class Serving:
         faults = self.space.faults
         while faults:
             progress = self._fault(faults[0])
+            if progress is Progress.WAIT:
+                self._refused_at = self._refused_at or time.monotonic()
+                if time.monotonic() - self._refused_at > STALL_S:
+                    self._refused_at = 0.0
+                    self._stalled(self, "the kernel has no memory for a page, or cannot read it from the disk")
             if progress is not Progress.IDLE:
                 return progress
+            self._refused_at = 0.0
             faults.popleft()
         return Progress.IDLE
 
