@@ -26,8 +26,10 @@ from agent.pager.state import Kind, State
 logger = logging.getLogger(__name__)
 _SYS_CLONE = 56  # x86_64
 _CLONE_FILES = 0x400
-#: A worker that lives shorter than this did not get anywhere; after so many in a row the keeper gives up, since the next would not either.
-_SHORT_S, _SHORT_LIVES_MAX = 0.2, 20
+#: A worker that crashes this soon did not get far; after so many in a row, with growing pauses, the keeper gives up, since the next would
+#: not either. Being killed from outside says nothing about the next one.
+_SHORT_S, _CRASHES_MAX = 2.0, 20
+_PAUSE_S = 0.01
 #: Exit status of a worker that is done; anything else is an accident.
 DONE = 0
 
@@ -49,7 +51,7 @@ def clone() -> int:
 
 def keep() -> int:
     """Have a worker at all times until one says that it is done; returns the exit status."""
-    short_lives = 0
+    crashes = 0
     while True:
         started = time.monotonic()
         pid = clone()
@@ -66,10 +68,14 @@ def keep() -> int:
         if code == DONE:
             return DONE
         logger.error("the worker of the pager ended with %d; another one goes on", code)
-        short_lives = short_lives + 1 if time.monotonic() - started < _SHORT_S else 0
-        if short_lives >= _SHORT_LIVES_MAX:
-            logger.error("%d workers in a row got nowhere; the pager gives up", short_lives)
+        if code == -signal.SIGKILL or time.monotonic() - started > _SHORT_S:
+            crashes = 0
+            continue
+        crashes += 1
+        if crashes >= _CRASHES_MAX:
+            logger.error("%d workers in a row got nowhere; the pager gives up", crashes)
             return 1
+        time.sleep(_PAUSE_S * crashes)
 
 
 def main() -> None:

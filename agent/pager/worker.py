@@ -132,8 +132,11 @@ class Worker:
         self._file.renew(Kind.SNAPSHOT, self._state.snapshot())
         if self._state.settings:
             self._configure()
+        for name in self._images.keys() - self._state.images.keys():  # closed again further on in the journal
+            self._images.pop(name).close()
         for name in self._state.images:
-            self._image(name)
+            if self._image(name) is None:
+                logger.error("image %s cannot be opened again", name)
         for restore in self._state.restores.values():
             self._watch_restore(restore)
             if restore.record:
@@ -181,8 +184,8 @@ class Worker:
             directory, complete = self._state.images[name]
             try:
                 self._images[name] = Image(name, Path(directory), self._downloads, complete=complete)
-            except (AgentError, OSError) as error:
-                logger.error("image %s cannot be opened again: %s", name, error)
+            except (AgentError, OSError) as error:  # while the journal is read, one that was closed long ago
+                logger.info("image %s cannot be opened again: %s", name, error)
         return self._images.get(name)
 
     # Orders
