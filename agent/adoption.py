@@ -19,6 +19,7 @@ from agent.api.records import StartMode
 from agent.errors import AgentError, InstanceGone
 from agent.instance import Instance
 from agent.pager.client import PagerClient
+from agent.restore import served_callbacks
 from agent.sandbox.local import Sandbox, SandboxFactory
 from agent.store.cache import ImageCache
 
@@ -68,12 +69,13 @@ async def adopt(factory: SandboxFactory, cache: ImageCache, pager: PagerClient, 
     Returns:
         Instances that run or are on standby.
     """
-    served = await pager.restores()
+    known = await pager.restores()
+    sound = {item["restore"] for item in known if item["finished"] and not item["stalled"]}
 
     async def one(folder: Path) -> Instance | None:
         try:
             record = msgspec.msgpack.decode((folder / _RECORD).read_bytes(), type=InstanceRecord)
-            if record.lazy and record.id not in served:
+            if record.lazy and record.id not in sound:
                 raise InstanceGone("its pager is gone", instance=record.id)
             sandbox = await factory.adopt(folder)
         except FileNotFoundError:
@@ -91,7 +93,7 @@ async def adopt(factory: SandboxFactory, cache: ImageCache, pager: PagerClient, 
             return None
 
     found = [instance for instance in await asyncio.gather(*map(one, factory.left())) if instance is not None]
-    for name in served - {instance.id for instance in found}:
+    for name in {item["restore"] for item in known} - {instance.id for instance in found}:
         await pager.release(name)
     return found
 
@@ -121,7 +123,8 @@ def _instance(record: InstanceRecord, sandbox: Sandbox, cache: ImageCache, pager
         raise InstanceGone("it was being resumed", instance=record.id)
     if image is not None:
         image.users += 1
-        image.opened = image.opened or record.lazy
+    if record.lazy:
+        pager.adopt(record.id, served_callbacks(instance))
     return instance
 
 

@@ -1,8 +1,9 @@
 """The checkpoint sequence: from a function to a published, warmed-up image.
 
 In: a function and its layers. Out: an image in the node's cache, its objects in S3, and the pointer moved last. Steps: start a donor,
-warm it up, freeze and dump it, restore the dump once with an empty working set to see which pages the first requests touch, pack,
-upload. Each step is timed; a failure leaves nothing on the node, and in S3 at most chunks that no manifest names.
+warm it up, freeze and dump it, restore the dump a few times with an empty working set to see which pages the first requests touch and
+which the next ones, pack, upload. Each step is timed; a failure leaves nothing on the node, and in S3 at most chunks that no manifest
+names.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import os
 import platform
 import shutil
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -28,14 +29,15 @@ from agent.api.records import PhaseClock
 from agent.cold import start_cold
 from agent.criu import freezable, images, tool
 from agent.errors import ImageInvalid
-from agent.instance import Instance, Workshop
+from agent.instance import Workshop
 from agent.pager.client import PagerClient
 from agent.ready import warm_up
 from agent.restore import start_restored
 from agent.sandbox.rootfs import RootLayers
 from agent.store import archive, chunks, host, manifest, workingset
 from agent.store.cache import ARCHIVE, IMAGES, LAYER, MANIFEST, CachedImage, ImageCache
-from agent.store.manifest import Blob, Manifest, Pages
+from agent.store.manifest import Blob, Manifest, Pages, Span
+from agent.store.workingset import Recording
 from infra.errors import ObjectConflict, ObjectMissing
 from infra.s3 import ObjectStore
 from infra.tasks import TaskGroup
@@ -44,6 +46,8 @@ logger = logging.getLogger(__name__)
 WARM_UP_TIMEOUT_S = 30.0
 #: In a manifest that is not finished.
 _NOTHING = Blob(0, bytes(32), 0)
+#: Longest time for which the use after the first requests is recorded, s.
+_USE_S = 10.0
 
 
 class Checkpointer:
@@ -84,9 +88,9 @@ class Checkpointer:
         try:
             (building / IMAGES).mkdir()
             draft = await self._freeze(function, layers, f"{name}-donor", building, deadline_ns, clock)
-            touched = await self._record(function, layers, f"{name}-recording", building, draft, deadline_ns, clock)
+            recording = await self._record(function, layers, f"{name}-recording", building, draft, deadline_ns, clock)
             with clock.phase("pack"):
-                finished, working_set = await asyncio.to_thread(_pack, building, draft, touched)
+                finished, working_set = await asyncio.to_thread(_pack, building, draft, recording)
                 encoded = manifest.encode(finished)
             with clock.phase("upload"):
                 await asyncio.to_thread(self._upload, building, finished, encoded, working_set)
@@ -138,6 +142,7 @@ class Checkpointer:
             archive=_NOTHING,
             working_set=_NOTHING,
             extents=[],
+            fresh={},
             pages=pages,
             image_bytes=sum(item.size for item in pages.values()),
         )
@@ -151,27 +156,34 @@ class Checkpointer:
         draft: Manifest,
         deadline_ns: int,
         clock: PhaseClock,
-    ) -> list[tuple[int, int]]:
-        """Restore the dump once, send each warm-up request once, and return the (pid, address) of each page touched."""
+    ) -> Recording:
+        """Restore the dump as often as set, with the pager noting each page that is touched; the last one also sees the whole warm-up."""
         encoded = manifest.encode(draft)
         (building / MANIFEST).write_bytes(encoded)
         image = CachedImage(manifest.name(encoded), draft, building, complete=True)
         pager = self._pager()
+        trials, used = [], []
         with clock.phase("record"):
             await pager.open_image(image.checkpoint, building, complete=True)
-            instance: Instance | None = None
             try:
-                instance = await start_restored(
-                    self._workshop, pager, self._tasks, image, function, layers, instance_id, deadline_ns,
-                    PhaseClock(), record=True,
-                )  # fmt: skip
-                await warm_up(instance.sandbox.address, function, WARM_UP_TIMEOUT_S, repeat=False)
-                stats = await pager.stats(instance_id, touched=True)
+                for number in range(max(1, self._workshop.settings.recordings)):
+                    instance = await start_restored(
+                        self._workshop, pager, self._tasks, image, function, layers, f"{instance_id}-{number}", deadline_ns,
+                        PhaseClock(), record=True,
+                    )  # fmt: skip
+                    try:
+                        await warm_up(instance.sandbox.address, function, WARM_UP_TIMEOUT_S, repeat=False)
+                        trials.append(await pager.touched(instance.id))
+                        if number + 1 == self._workshop.settings.recordings:
+                            with contextlib.suppress(TimeoutError):
+                                async with asyncio.timeout(_USE_S):
+                                    await warm_up(instance.sandbox.address, function, WARM_UP_TIMEOUT_S)
+                            used = await pager.touched(instance.id)
+                    finally:
+                        await instance.stop(self._workshop)
             finally:
-                if instance is not None:
-                    await instance.stop(self._workshop)
                 await pager.close_image(image.checkpoint)
-        return [(pid, address) for pid, address in stats["touched"]]
+        return Recording(trials, used)
 
     def _upload(self, building: Path, finished: Manifest, encoded: bytes, working_set: bytes) -> None:
         with ThreadPoolExecutor(self._workshop.settings.store_parallel, thread_name_prefix="upload") as pool:
@@ -211,9 +223,9 @@ class Checkpointer:
             raise ImageInvalid("another node published a checkpoint of this function first", function=finished.function) from error
 
 
-def _pack(building: Path, draft: Manifest, touched: Sequence[tuple[int, int]]) -> tuple[Manifest, bytes]:
+def _pack(building: Path, draft: Manifest, recording: Recording) -> tuple[Manifest, bytes]:
     """Finish the manifest; returns it and the working-set object."""
-    known, working_set = workingset.pack(building / IMAGES, draft, touched)
+    known, working_set = workingset.pack(building / IMAGES, draft, recording)
     packed, plain_bytes = archive.pack(building / IMAGES, (building / LAYER).read_bytes())
     (building / ARCHIVE).write_bytes(packed)
     blob = Blob(len(packed), hashlib.sha256(packed).digest(), plain_bytes)
@@ -224,11 +236,15 @@ def _digest_pages(directory: Path) -> dict[str, Pages]:
     found = {}
     for pages_id in sorted({page_map.pages_id for page_map in images.read_page_maps(directory).values()}):
         path = directory / f"pages-{pages_id}.img"
-        digests = []
+        digests: list[bytes | None] = []
+        zeros: workingset.Spans = []
         with path.open("rb") as source:
             while piece := source.read(manifest.CHUNK_BYTES):
+                at = len(digests) * manifest.CHUNK_BYTES
+                zeros.extend((at + start, at + end) for start, end in workingset.zero_runs(piece))
                 digests.append(chunks.digest(piece))
-        found[str(pages_id)] = Pages(path.stat().st_size, digests)
+        spans = [Span(start, end - start) for start, end in workingset.merge(zeros)]
+        found[str(pages_id)] = Pages(path.stat().st_size, digests, spans)
     return found
 
 

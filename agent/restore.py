@@ -122,8 +122,7 @@ async def _fill(
     lazy, work = record or _lazy(function, image), work_directory(sandbox)
     serving: asyncio.Task[None] | None = None
     if lazy:  # the pager gets ready while files are bound and CRIU begins
-        served = _served(instance, tasks)
-        serve = pager.serve(instance.id, image.checkpoint, work, served, record=record, prefetch=not record)
+        serve = pager.serve(instance.id, image.checkpoint, work, served_callbacks(instance), record=record, prefetch=not record)
         serving = tasks.spawn(serve, f"pager of {instance.id}")
     else:
         instance.pager = None
@@ -221,7 +220,7 @@ async def evidence_of(instance: Instance) -> RestoreEvidence:
         evidence.criu = images.restore_stats(work_directory(instance.sandbox))
     stats: dict[str, Any] = await instance.pager.stats(instance.id) if instance.pager else {}
     ahead_bytes = image.manifest.working_set.unpacked if stats else image.manifest.image_bytes
-    evidence.pages_prefetched = ahead_bytes // images.PAGE
+    evidence.pages_prefetched = ahead_bytes // images.PAGE + stats.get("pages_prefetched", 0)
     evidence.pages_faulted = stats.get("pages_faulted", 0)
     if thawed:
         evidence.bytes_by_tier["memory"] = ahead_bytes
@@ -241,24 +240,8 @@ def _lazy(function: Function, image: CachedImage) -> bool:
     return function.spec.policy.memory == "lazy"
 
 
-def _served(instance: Instance, tasks: TaskGroup) -> Served:
-    sandbox = instance.sandbox
-
-    async def keep(key: int, fd: int) -> None:
-        try:
-            await sandbox.keep(key, fd)
-        except SandboxError as error:
-            if not sandbox.gone.done():
-                logger.warning("a userfaultfd of %s is not kept: %s", instance.id, error)
-        finally:
-            os.close(fd)
-
-    async def drop(key: int) -> None:
-        try:
-            await sandbox.drop(key)
-        except SandboxError as error:
-            if not sandbox.gone.done():
-                logger.warning("a userfaultfd of %s is kept too long: %s", instance.id, error)
+def served_callbacks(instance: Instance) -> Served:
+    """What happens to an instance when the pager says something of it."""
 
     def stalled(reason: str) -> None:
         logger.error("instance %s waits for a page that cannot be had, and is ended: %s", instance.id, reason)
@@ -267,12 +250,4 @@ def _served(instance: Instance, tasks: TaskGroup) -> Served:
         if not instance.ended.done():
             instance.ended.set_result(9)
 
-    return Served(
-        space=lambda key, fd: _void(tasks.spawn(keep(key, fd), f"keep userfaultfd {key} of {instance.id}")),
-        space_gone=lambda key: _void(tasks.spawn(drop(key), f"drop userfaultfd {key} of {instance.id}")),
-        stalled=stalled,
-    )
-
-
-def _void(_: object) -> None:
-    """Ignore a value in a lambda."""
+    return Served(stalled=stalled)

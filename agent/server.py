@@ -130,7 +130,7 @@ class Agent:
     async def _start_pager(self) -> PagerClient:
         log = self._settings.paths.state_dir / "logs" / "pager.log"
         log.parent.mkdir(parents=True, exist_ok=True)
-        return await PagerClient.start(self._settings.s3, self._settings.agent.store_parallel, log)
+        return await PagerClient.start(self._settings.s3, self._settings.agent, self._state / "pager.sock", log)
 
     async def _close_pager(self) -> None:
         await self._pager.close()

@@ -24,6 +24,9 @@ from infra.tasks import TaskGroup
 
 logger = logging.getLogger(__name__)
 
+#: Longest wait for fresh memory to be in place, s.
+_PREFETCH_TIMEOUT_S = 10.0
+
 
 class Standbys:
     """The standbys of one node."""
@@ -65,6 +68,9 @@ class Standbys:
                 background=True,
             )  # fmt: skip
             try:
+                if instance.pager is not None:
+                    with clock.phase("prefetch"):
+                        await instance.pager.prefetched(instance_id, _PREFETCH_TIMEOUT_S)
                 instance.command_id = command.id
                 instance.pss_bytes = await asyncio.to_thread(instance.measure)
                 instance.made_ns = time.time_ns()

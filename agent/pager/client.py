@@ -1,8 +1,8 @@
-"""The agent's side of the pager: starts the process, gives orders, passes userfaultfds on to the sandboxes that keep them.
+"""The agent's side of the pager: takes over a living one or starts one, gives orders, learns what cannot be served.
 
-In: calls of :mod:`agent.restore` and :mod:`agent.checkpoint`. Out: orders to :mod:`agent.pager.process`; its events as callbacks. A pager
-that ends takes no page along (PID 1 of each sandbox holds the descriptors), but nobody serves them any more: :attr:`PagerClient.lost`
-tells the node, which ends those instances and starts a new pager.
+In: calls of :mod:`agent.restore` and :mod:`agent.checkpoint`. Out: orders to :mod:`agent.pager.worker`; its events as callbacks. A worker
+that dies is replaced within milliseconds, and orders that it did not answer are repeated (each is idempotent). Only when its keeper ends
+nobody serves any more: :attr:`PagerClient.lost` tells the node, which ends those instances and starts a new pager.
 """
 
 from __future__ import annotations
@@ -12,93 +12,169 @@ import contextlib
 import dataclasses
 import logging
 import os
+import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Callable
+from array import array
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import msgpack
 
 from agent.errors import PagerError
-from agent.pager.process import MESSAGE_BYTES_MAX
-from infra.settings import S3Settings
+from agent.pager.worker import ORDER_BYTES_MAX, PROTOCOL
+from infra.settings import AgentSettings, S3Settings
 
 logger = logging.getLogger(__name__)
 ORDER_TIMEOUT_S = 10.0
 LISTENER_NAME = "lazy-pages.socket"
+_CLOSE_TIMEOUT_S = 5.0
 
 
 @dataclasses.dataclass
 class Served:
     """Callbacks of one restore."""
 
-    #: (key, descriptor): an address space came up; the callee owns the descriptor.
-    space: Callable[[int, int], None]
-    #: An address space ended.
-    space_gone: Callable[[int], None]
     #: A fault cannot be served; the reason.
     stalled: Callable[[str], None]
 
 
-class PagerClient:
-    """One pager process."""
+@dataclasses.dataclass
+class _Order:
+    payload: bytes
+    fd: int | None
+    answer: asyncio.Future[dict[str, Any]]
 
-    def __init__(self, process: subprocess.Popen[bytes], control: socket.socket) -> None:
-        self._process = process
+
+class PagerClient:
+    """One pager."""
+
+    def __init__(self, control: socket.socket) -> None:
+        control.setblocking(False)
         self._control = control
-        self._pidfd = os.pidfd_open(process.pid)
+        self._pidfd = -1
+        self._process: subprocess.Popen[bytes] | None = None
         self._serial = 0
-        self._answers: dict[int, asyncio.Future[dict[str, Any]]] = {}
+        self._orders: dict[int, _Order] = {}
         self._served: dict[str, Served] = {}
+        #: Pid of the keeper, as long as it lives the pager does.
+        self.pid = 0
+        #: Pid of the process that serves; another one after each accident.
+        self.worker_pid = 0
+        #: Whether it was there before: it may serve instances.
+        self.taken_over = False
         loop = asyncio.get_running_loop()
-        #: Completed when the process has ended.
+        #: Completed when the pager is gone, or has another agent.
         self.lost: asyncio.Future[None] = loop.create_future()
         loop.add_reader(control.fileno(), self._readable)
-        loop.add_reader(self._pidfd, self._ended)
-
-    @property
-    def pid(self) -> int:
-        """Of the pager process."""
-        return self._process.pid
 
     @classmethod
-    async def start(cls, s3: S3Settings, parallel: int, log: Path) -> PagerClient:
-        """Start a pager process.
+    async def start(cls, s3: S3Settings, settings: AgentSettings, path: Path, log: Path) -> PagerClient:
+        """Take over the pager that listens at ``path``, or start one.
+
+        Args:
+            s3: where chunks are.
+            settings: of the agent.
+            path: of the pager's socket.
+            log: what it has to say.
 
         Raises:
             PagerError: it does not come up.
         """
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        for sock in (ours, theirs):
-            for option in (socket.SO_SNDBUF, socket.SO_RCVBUF):
-                # SO_SNDBUFFORCE and SO_RCVBUFFORCE are 32 and 33: a recording of a large working set is one message.
-                forced = 32 if option == socket.SO_SNDBUF else 33
-                try:
-                    sock.setsockopt(socket.SOL_SOCKET, forced, MESSAGE_BYTES_MAX)
-                except PermissionError:
-                    sock.setsockopt(socket.SOL_SOCKET, option, MESSAGE_BYTES_MAX)
-        ours.setblocking(False)
-        arguments = [sys.executable, "-m", "agent.pager.process", str(theirs.fileno())]
-        with log.open("ab") as output:
-            process = await asyncio.to_thread(
-                subprocess.Popen,
-                arguments,
-                pass_fds=[theirs.fileno()],
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=output,
-                start_new_session=True,  # a Ctrl-C for the agent must not end the pager first
-            )
-        theirs.close()
-        client = cls(process, ours)
+        client = await cls._take_over(path)
+        if client is None:
+            client = await cls._launch(path, log)
         try:
-            await client._call("configure", s3=dataclasses.asdict(s3), parallel=parallel)
+            await client._call(
+                "configure",
+                settings={
+                    "s3": dataclasses.asdict(s3),
+                    "parallel": settings.store_parallel,
+                    "fill_after_s": settings.fill_after_s,
+                    "fill_mb_per_s": settings.fill_mb_per_s,
+                    "orphan_s": settings.orphan_s,
+                },
+            )
         except PagerError as error:
             await client.close()
             raise PagerError(f"the pager did not come up: {error}; see {log}") from error
         return client
+
+    @classmethod
+    async def _take_over(cls, path: Path) -> PagerClient | None:
+        """A living pager that speaks this protocol; one that does not is ended."""
+        control = _socket()
+        try:
+            with _short(path) as name:
+                control.connect(name)
+        except OSError:
+            control.close()
+            return None
+        client = cls(control)
+        try:
+            protocol = await client._greet()
+        except PagerError as error:
+            logger.warning("the pager at %s does not answer, and is replaced: %s", path, error)
+            client._end()
+            return None
+        if protocol != PROTOCOL:
+            logger.warning("the pager at %s is of another version, and is replaced", path)
+            await client.close()
+            return None
+        client.taken_over = True
+        return client
+
+    @classmethod
+    async def _launch(cls, path: Path, log: Path) -> PagerClient:
+        listener, control = _socket(), _socket()
+        try:
+            _listen(listener, path)
+            with _short(path) as name:
+                control.connect(name)
+            arguments = [sys.executable, "-m", "agent.pager.process", str(listener.fileno())]
+            with log.open("ab") as output:
+                process = await asyncio.to_thread(
+                    subprocess.Popen,
+                    arguments,
+                    pass_fds=[listener.fileno()],
+                    stdin=subprocess.DEVNULL,
+                    stdout=output,
+                    stderr=output,
+                    start_new_session=True,  # a Ctrl-C for the agent must not end the pager first
+                )
+        except OSError as error:
+            control.close()
+            raise PagerError(f"the pager cannot be started: {error}") from error
+        finally:
+            listener.close()
+        client = cls(control)
+        client._process = process
+        client._follow(process.pid)
+        try:
+            await client._greet()
+        except PagerError as error:
+            await client.close()
+            raise PagerError(f"the pager did not come up: {error}; see {log}") from error
+        return client
+
+    async def _greet(self) -> int:
+        answer = await self._call("hello")
+        self.worker_pid = answer["worker"]
+        if self._pidfd < 0:
+            self._follow(answer["keeper"])
+        return int(answer["protocol"])
+
+    def _follow(self, keeper_pid: int) -> None:
+        """Learn when the keeper ends."""
+        self.pid = keeper_pid
+        try:
+            self._pidfd = os.pidfd_open(keeper_pid)
+        except OSError as error:
+            raise PagerError(f"the pager is gone: {error}") from error
+        asyncio.get_running_loop().add_reader(self._pidfd, self._end)
 
     async def open_image(self, image: str, directory: Path, *, complete: bool) -> None:
         """Make an image of the node's cache known."""
@@ -120,11 +196,8 @@ class PagerClient:
         """Wait for CRIU on ``lazy-pages.socket`` in ``work_directory`` and serve the memory of what it restores."""
         listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
-            directory = os.open(work_directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-            try:
-                listener.bind(f"/proc/self/fd/{directory}/{LISTENER_NAME}")  # socket paths end at 107 bytes
-            finally:
-                os.close(directory)
+            with _short(work_directory / LISTENER_NAME) as name:
+                listener.bind(name)
             listener.listen(16)
             self._served[restore] = served
             await self._call("serve", listener.fileno(), restore=restore, image=image, record=record, prefetch=prefetch)
@@ -134,13 +207,39 @@ class PagerClient:
         finally:
             listener.close()
 
-    async def stats(self, restore: str, *, touched: bool = False) -> dict[str, Any]:
-        """Counters of one restore, and with ``touched`` the (pid, address) of pages in order of first touch."""
-        return await self._call("stats", restore=restore, touched=touched)
+    async def restores(self) -> list[dict[str, Any]]:
+        """What is served: ``restore``, ``image``, ``finished`` (CRIU is done with it), ``stalled`` (the reason, if so)."""
+        found: list[dict[str, Any]] = (await self._call("restores"))["restores"]
+        return found
 
-    async def restores(self) -> set[str]:
-        """Names of what it serves."""
-        return set()
+    def adopt(self, restore: str, served: Served) -> None:
+        """Take over the callbacks of a restore that an agent before began."""
+        self._served[restore] = served
+
+    async def prefetched(self, restore: str, timeout_s: float) -> None:
+        """Wait until the working set is in place in every process of a restore.
+
+        Raises:
+            PagerError: not within ``timeout_s``, or it was released.
+        """
+        await self._call("prefetched", timeout_s=timeout_s, restore=restore)
+
+    async def stats(self, restore: str) -> dict[str, Any]:
+        """Counters of one restore."""
+        return await self._call("stats", restore=restore)
+
+    async def touched(self, restore: str) -> list[tuple[int, int]]:
+        """Of a restore that is recorded, (pid, address) of every page that was touched.
+
+        Raises:
+            PagerError: a worker died in the meantime, and what it had seen is lost.
+        """
+        answer = await self._call("stats", restore=restore, touched=True)
+        numbers = array("Q")
+        with os.fdopen(answer["fd"], "rb") as file:
+            file.seek(0)
+            numbers.frombytes(file.read())
+        return list(zip(numbers[0::2], numbers[1::2], strict=True))
 
     async def release(self, restore: str) -> None:
         """Stop serving; the processes must be gone or about to go."""
@@ -149,83 +248,121 @@ class PagerClient:
             await self._call("release", restore=restore)
 
     async def close(self) -> None:
-        """End the process; every instance it serves must be gone."""
-        self._control.close() if self.lost.done() else self._shut()
-        with contextlib.suppress(asyncio.TimeoutError, TimeoutError):
-            async with asyncio.timeout(5):
+        """End the pager; every instance it serves must be gone."""
+        with contextlib.suppress(PagerError):
+            await self._call("quit", timeout_s=_CLOSE_TIMEOUT_S)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_CLOSE_TIMEOUT_S):
                 await asyncio.shield(self.lost)
-        if not self.lost.done():
-            self._process.kill()
+        if not self.lost.done() and self._pidfd >= 0:
+            for pid in (self.pid, self.worker_pid):
+                with contextlib.suppress(OSError):
+                    os.kill(pid, signal.SIGKILL)
             await asyncio.shield(self.lost)
+        self._end()
+        if self._process is not None:
+            await asyncio.to_thread(self._process.wait)
 
-    def _shut(self) -> None:
-        asyncio.get_running_loop().remove_reader(self._control.fileno())
-        self._control.close()
+    def abandon(self) -> None:
+        """Leave the pager to the next agent."""
+        self._end()
 
     async def _call(self, operation: str, fd: int | None = None, *, timeout_s: float = ORDER_TIMEOUT_S, **arguments: Any) -> dict[str, Any]:
         if self.lost.done():
             raise PagerError("the pager is gone")
         self._serial += 1
         number = self._serial
-        answer: asyncio.Future[dict[str, Any]] = asyncio.get_running_loop().create_future()
-        self._answers[number] = answer
+        payload = msgpack.packb({"op": operation, "n": number, **arguments})
+        order = _Order(payload, fd, asyncio.get_running_loop().create_future())
+        self._orders[number] = order
         try:
-            payload = msgpack.packb({"op": operation, "n": number, **arguments})
-            socket.send_fds(self._control, [payload], [] if fd is None else [fd])
+            self._send(order)
             async with asyncio.timeout(timeout_s):
-                result = await answer
+                result = await order.answer
         except TimeoutError as error:
             raise PagerError(f"the pager did not answer {operation} within {timeout_s:.0f} s") from error
         except OSError as error:
             raise PagerError(f"the pager takes no orders: {error}") from error
         finally:
-            self._answers.pop(number, None)
+            self._orders.pop(number, None)
         if "error" in result:
             raise PagerError(f"{operation}: {result['error']}")
         return result
 
+    def _send(self, order: _Order) -> None:
+        socket.send_fds(self._control, [order.payload], [] if order.fd is None else [order.fd])
+
     def _readable(self) -> None:
-        while True:
+        while self._control.fileno() >= 0:
             try:
-                payload, fds, _, _ = socket.recv_fds(self._control, MESSAGE_BYTES_MAX, 1)
+                payload, fds, _, _ = socket.recv_fds(self._control, ORDER_BYTES_MAX, 1)
             except BlockingIOError:
                 return
             except OSError:
                 payload, fds = b"", []
             if not payload:
-                self._shut()
+                self._end()
                 return
             message = msgpack.unpackb(payload)
             if "re" in message:
-                answer = self._answers.get(message["re"])
-                if answer is not None and not answer.done():
-                    answer.set_result(message)
-            else:
-                self._event(message, list(fds))
+                order = self._orders.get(message["re"])
+                if order is not None and not order.answer.done():
+                    order.answer.set_result(message | {"fd": fds.pop()} if fds else message)
+                for fd in fds:
+                    os.close(fd)
+            elif message["event"] == "worker":
+                self._replaced(message["pid"])
+            elif message["event"] == "stalled" and message["restore"] in self._served:
+                self._served[message["restore"]].stalled(message["reason"])
 
-    def _event(self, message: dict[str, Any], fds: list[int]) -> None:
-        served = self._served.get(message["restore"])
-        if served is None:
-            for fd in fds:
-                os.close(fd)
-        elif message["event"] == "space":
-            served.space(message["key"], fds[0])
-        elif message["event"] == "space_gone":
-            served.space_gone(message["key"])
-        elif message["event"] == "stalled":
-            served.stalled(message["reason"])
+    def _replaced(self, worker_pid: int) -> None:
+        """A new worker: what the old one did not answer it may never have seen."""
+        logger.warning("the pager's worker died; process %d goes on in its place", worker_pid)
+        self.worker_pid = worker_pid
+        for order in self._orders.values():
+            try:
+                self._send(order)
+            except OSError as error:
+                if not order.answer.done():
+                    order.answer.set_exception(PagerError(f"the pager takes no orders: {error}"))
 
-    def _ended(self) -> None:
+    def _end(self) -> None:
+        """The pager is gone, or somebody else's."""
         loop = asyncio.get_running_loop()
-        loop.remove_reader(self._pidfd)
-        os.close(self._pidfd)
-        self._process.wait()
+        if self._pidfd >= 0:
+            loop.remove_reader(self._pidfd)
+            os.close(self._pidfd)
+            self._pidfd = -1
+            if self._process is not None:
+                self._process.poll()
         if self._control.fileno() >= 0:
-            self._readable()
-        if self._control.fileno() >= 0:
-            self._shut()
-        for answer in self._answers.values():
-            if not answer.done():
-                answer.set_exception(PagerError("the pager is gone"))
+            loop.remove_reader(self._control.fileno())
+            self._control.close()
+        for order in self._orders.values():
+            if not order.answer.done():
+                order.answer.set_exception(PagerError("the pager is gone"))
         if not self.lost.done():
             self.lost.set_result(None)
+
+
+def _listen(listener: socket.socket, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.unlink(missing_ok=True)
+    with _short(path) as name:
+        listener.bind(name)
+    path.chmod(0o600)
+    listener.listen(4)
+
+
+def _socket() -> socket.socket:
+    return socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+
+
+@contextmanager
+def _short(path: Path) -> Iterator[str]:
+    """A name of at most 107 bytes, where socket paths end, for a path in a folder that exists."""
+    directory = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        yield f"/proc/self/fd/{directory}/{path.name}"
+    finally:
+        os.close(directory)

@@ -1,76 +1,65 @@
-"""Images as the pager sees them: layout, page contents, and chunks on their way.
+"""Images as the pager sees them: layouts, page contents, what to copy before resume, and chunks on their way.
 
-In: an image directory of :mod:`agent.store.cache`. Out: for :mod:`agent.pager.process`, pages that are here, and callbacks when a chunk
-that was not has arrived. Downloads run in threads; everything else on the pager's loop.
+In: an image directory of :mod:`agent.store.cache`. Out: for :mod:`agent.pager.serving`, pages that are here; for those that are not, a call
+when they have arrived. Everything that is the same for all restores of an image is made once, when it is first needed.
 """
 
 from __future__ import annotations
 
-import logging
-import os
-import queue
-import random
-import time
+from bisect import bisect_right
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
-from typing import Any
 
 from agent.criu.images import read_page_maps
-from agent.errors import AgentError, ImageInvalid, PagerError
+from agent.errors import ImageInvalid
+from agent.pager.downloads import Download, Downloads
 from agent.pager.pages import ImagePages, PagesFile
-from agent.store import chunks
+from agent.pager.regions import Region, Regions
+from agent.pager.userfault import Requests
 from agent.store.cache import IMAGES, MANIFEST
 from agent.store.manifest import decode
-from infra.errors import StoreError
-from infra.s3 import ObjectStore
 
-logger = logging.getLogger(__name__)
-#: A fault that the store could not serve for this long is reported; the agent ends the instance.
-STALL_S = 30.0
-_BACKOFF_S, _BACKOFF_MAX_S = 0.05, 2.0
-#: A chunk that does not verify is fetched so many times; then it is not the network that is at fault.
-_CORRUPT_ATTEMPTS = 3
+#: Largest single copy: a fault of another process waits no longer than it takes.
+COPY_BYTES_MAX = 256 << 10
 
 
-@dataclass(frozen=True)
-class Waiter:
-    """A fault that waits for a chunk."""
+@dataclass(eq=False)
+class _Chunk:
+    """One that was asked for."""
 
-    arrived: Callable[[Any, int], None]
-    space: Any
-    address: int
-    stalled: Callable[[Any, str], None]
+    download: Download
+    #: Called when it is here, or with the reason why it cannot be had.
+    waiters: list[Callable[[str], None]] = field(default_factory=list)
 
 
 class Image:
     """One image on this node."""
 
-    def __init__(self, name: str, directory: Path, store: ObjectStore, wake_fd: int, parallel: int, *, complete: bool) -> None:
+    def __init__(self, name: str, directory: Path, downloads: Downloads, *, complete: bool) -> None:
         manifest = decode((directory / MANIFEST).read_bytes(), name)
         self.page_maps = read_page_maps(directory / IMAGES)
         sizes = {int(key): pages.size for key, pages in manifest.pages.items()}
         for page_map in self.page_maps.values():
             if page_map.pages_bytes > sizes.get(page_map.pages_id, -1):
                 raise ImageInvalid(f"checkpoint {name}: the page map of process {page_map.pid} is larger than its pages")
-        self.prefetch: dict[int, list[tuple[int, int]]] = {}
+        self._prefetch = {int(pid): [(run.address, run.address + run.size) for run in runs] for pid, runs in manifest.fresh.items()}
+        self._zeros = {int(key): [(span.offset, span.offset + span.size) for span in item.zeros] for key, item in manifest.pages.items()}
+        self._ahead = {int(key): [(span.offset, span.offset + span.size) for span in item.ahead] for key, item in manifest.pages.items()}
         self.gets = 0
         self.bytes_fetched = 0
-        self._pages = ImagePages(
-            directory / IMAGES,
-            {int(key): pages.chunks for key, pages in manifest.pages.items()},
-            manifest.chunk_bytes,
-            [(extent.pages_id, extent.offset, extent.size) for extent in manifest.extents],
-            complete=complete,
-        )
-        self._store = store
-        self._wake_fd = wake_fd
-        self._threads = ThreadPoolExecutor(max_workers=parallel, thread_name_prefix="chunks")
-        self._results: queue.SimpleQueue[tuple[int, int, bytes | None, str]] = queue.SimpleQueue()
-        self._waiting: dict[tuple[int, int], list[Waiter]] = {}
+        here = [(extent.pages_id, extent.offset, extent.size) for extent in manifest.extents]
+        here += [(pages_id, start, end - start) for pages_id, spans in self._zeros.items() for start, end in spans]
+        chunks = {int(key): pages.chunks for key, pages in manifest.pages.items()}
+        self._pages = ImagePages(directory / IMAGES, chunks, manifest.chunk_bytes, here, complete=complete)
+        self._downloads = downloads
+        self._asked: dict[tuple[int, int], _Chunk] = {}
+        #: The chunk that a fault last asked for, by pages file: the next one is fetched ahead of a second fault in a row.
+        self._last_fault: dict[int, int] = {}
         self._on_complete: list[Callable[[str], None]] = []
-        self._closed = False
+        self.layout = cache(self._make_layout)
+        self.plan = cache(self._make_plan)
 
     @property
     def complete(self) -> bool:
@@ -81,9 +70,62 @@ class Image:
         """The pages file of a process."""
         return self._pages.files[self.page_maps[pid].pages_id]
 
-    def request(self, pid: int, offset: int, waiter: Waiter) -> None:
-        """Have the chunk with ``offset`` fetched, and call ``waiter`` when it is here."""
-        self._request(self.page_maps[pid].pages_id, offset // self._pages.chunk_bytes).append(waiter)
+    def ahead(self, pid: int, offset: int) -> tuple[int, int] | None:
+        """The recorded run of the pages file, ``[start, end)``, that holds ``offset``: pages that were used together."""
+        spans = self._ahead[self.page_maps[pid].pages_id]
+        index = bisect_right(spans, (offset, 1 << 64)) - 1
+        return spans[index] if index >= 0 and offset < spans[index][1] else None
+
+    def _make_layout(self, pid: int) -> Regions:
+        """Where which page belongs when a process has just been restored. What is not in it is zeros, also pages dumped as zeros."""
+        page_map = self.page_maps.get(pid)
+        regions = []
+        for run in page_map.runs if page_map else ():
+            if run.lazy:
+                at, end = run.offset, run.offset + run.end - run.start
+                spans = self._zeros[page_map.pages_id] if page_map else []
+                index = max(0, bisect_right(spans, (at, 1 << 64)) - 1)
+                for low, high in spans[index:]:
+                    if low >= end:
+                        break
+                    if low > at:
+                        regions.append(Region(run.start + at - run.offset, run.start + low - run.offset, at))
+                    at = max(at, high)
+                if at < end:
+                    regions.append(Region(run.start + at - run.offset, run.end, at))
+        return Regions(regions)
+
+    def _make_plan(self, pid: int) -> Requests:
+        """The working set of a process as copies that are ready to be done."""
+        layout, copies = self.layout(pid), []
+        file = self.file(pid) if pid in self.page_maps else None
+        for start, end in self._prefetch.get(pid, ()):
+            at = start
+            for region in layout.within(start, end):
+                if region.start > at:
+                    copies.append((at, 0, region.start - at))
+                at = region.end
+                size = region.end - region.start
+                if file is not None and file.available(region.offset, size) == size:
+                    for done in range(0, size, COPY_BYTES_MAX):
+                        source = file.address + region.offset + done
+                        copies.append((region.start + done, source, min(COPY_BYTES_MAX, size - done)))
+            if at < end:
+                copies.append((at, 0, end - at))
+        return Requests(copies)
+
+    # Chunks
+
+    def request(self, pid: int, offset: int, waiter: Callable[[str], None]) -> None:
+        """Have the chunk with ``offset`` fetched for a fault; ``waiter`` gets an empty text when it is here, or why it cannot be had."""
+        pages_id, index = self.page_maps[pid].pages_id, offset // self._pages.chunk_bytes
+        self._ask(pages_id, index, urgent=True).waiters.append(waiter)
+        following = index + 1
+        if self._last_fault.get(pages_id) == index - 1 and following < len(self._pages.chunks[pages_id]):
+            size = min(self._pages.chunk_bytes, self._pages.files[pages_id].size - following * self._pages.chunk_bytes)
+            if self._pages.files[pages_id].available(following * self._pages.chunk_bytes, size) < size:
+                self._ask(pages_id, following, urgent=True)
+        self._last_fault[pages_id] = index
 
     def fetch_all(self, done: Callable[[str], None]) -> None:
         """Fetch everything that is missing; ``done`` gets an empty text or the reason of the failure."""
@@ -93,72 +135,47 @@ class Image:
             return
         self._on_complete.append(done)
         for pages_id, index in missing:
-            self._request(pages_id, index)
-
-    def settle(self) -> None:
-        """Take in what the threads have fetched; runs on the pager's loop."""
-        while True:
-            try:
-                pages_id, index, data, error = self._results.get_nowait()
-            except queue.Empty:
-                break
-            waiters = self._waiting.pop((pages_id, index), [])
-            if data is None:
-                for waiter in waiters:
-                    waiter.stalled(waiter.space, error)
-                self._finish(error)
-                continue
-            self.gets += 1
-            self.bytes_fetched += len(data)
-            try:
-                self._pages.files[pages_id].fill(index * self._pages.chunk_bytes, data)
-            except OSError as failure:  # the disk is full: the instance cannot go on, the node can
-                for waiter in waiters:
-                    waiter.stalled(waiter.space, f"cannot keep a chunk on the node: {failure}")
-                self._finish(f"cannot keep a chunk on the node: {failure}")
-                continue
-            for waiter in waiters:
-                waiter.arrived(waiter.space, waiter.address)
-        if self.complete:
-            self._finish("")
+            self._ask(pages_id, index, urgent=False)
 
     def close(self) -> None:
         """Stop downloads and close the files."""
-        self._closed = True
-        self._threads.shutdown(wait=True, cancel_futures=True)
+        for chunk in self._asked.values():
+            chunk.download.cancelled = True
         self._finish("the image was closed")
         self._pages.close()
+
+    def _ask(self, pages_id: int, index: int, *, urgent: bool) -> _Chunk:
+        key = (pages_id, index)
+        chunk = self._asked.get(key)
+        if chunk is None:
+            at = index * self._pages.chunk_bytes
+            name = self._pages.chunks[pages_id][index]
+            assert name is not None, "a chunk of zeros is never fetched"
+            size = min(self._pages.chunk_bytes, self._pages.files[pages_id].size - at)
+            chunk = _Chunk(Download(name, size, lambda data, error: self._arrived(key, data, error)))
+            self._asked[key] = chunk
+            self._downloads.add(chunk.download, urgent=urgent)
+        elif urgent:
+            self._downloads.hurry(chunk.download)
+        return chunk
+
+    def _arrived(self, key: tuple[int, int], data: bytes | None, error: str) -> None:
+        chunk = self._asked.pop(key)
+        if data is not None:
+            self.gets += 1
+            self.bytes_fetched += len(data)
+            try:
+                self._pages.files[key[0]].fill(key[1] * self._pages.chunk_bytes, data)
+            except OSError as failure:  # the disk is full: the instance cannot go on, the node can
+                error = f"cannot keep a chunk on the node: {failure}"
+        for waiter in chunk.waiters:
+            waiter(error)
+        if error:
+            self._finish(error)
+        elif self.complete:
+            self._finish("")
 
     def _finish(self, error: str) -> None:
         callbacks, self._on_complete = self._on_complete, []
         for done in callbacks:
             done(error)
-
-    def _request(self, pages_id: int, index: int) -> list[Waiter]:
-        key = (pages_id, index)
-        if key not in self._waiting:
-            self._waiting[key] = []
-            self._threads.submit(self._fetch, pages_id, index)
-        return self._waiting[key]
-
-    def _fetch(self, pages_id: int, index: int) -> None:
-        """In a thread: download one chunk, however often it takes until :data:`STALL_S`."""
-        size = min(self._pages.chunk_bytes, self._pages.files[pages_id].size - index * self._pages.chunk_bytes)
-        name = self._pages.chunks[pages_id][index]
-        give_up, pause, error = time.monotonic() + STALL_S, _BACKOFF_S, ""
-        data, corrupt = None, 0
-        while not self._closed and data is None and corrupt < _CORRUPT_ATTEMPTS:
-            try:
-                if name is None:
-                    raise PagerError("a chunk of zeros is never fetched")
-                data = chunks.download(self._store, name, size)
-            except (StoreError, AgentError) as failure:
-                error = str(failure)
-                corrupt += isinstance(failure, ImageInvalid)
-                logger.warning("chunk %s of pages %s: %s", index, pages_id, error)
-                if time.monotonic() + pause > give_up:
-                    break
-                time.sleep(pause * random.uniform(0.5, 1.0))
-                pause = min(pause * 2, _BACKOFF_MAX_S)
-        self._results.put((pages_id, index, data, error))
-        os.eventfd_write(self._wake_fd, 1)

@@ -1,7 +1,8 @@
 """Page contents of one image on the node: a sparse copy of CRIU's pages file, and which pages of it are here.
 
-In: an image directory of :mod:`agent.store.cache` and chunks that arrive. Out: addresses to copy from, for
-:mod:`agent.pager.process`. Only verified bytes are ever marked as here.
+In: an image directory of :mod:`agent.store.cache` and chunks that arrive. Out: addresses to copy from, for :mod:`agent.pager.worker`.
+Only verified bytes are ever marked as here. The marks are in a file beside the pages, so that they outlive a pager that is killed; after
+the machine has gone down they count for nothing, since they may have reached the disk before the pages.
 """
 
 from __future__ import annotations
@@ -9,12 +10,13 @@ from __future__ import annotations
 import ctypes
 import mmap
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from agent.errors import PagerError
 
 PAGE = 4096
+_BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.mmap.restype = ctypes.c_void_p
 _libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long]
@@ -33,14 +35,22 @@ class PagesFile:
     def __init__(self, path: Path, *, complete: bool) -> None:
         self.fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
         self.size = os.fstat(self.fd).st_size
-        self._here = bytearray((b"\1" if complete else b"\0") * (self.size // PAGE))
-        self._missing = 0 if complete else len(self._here)
         # mmap.mmap hides its address; UFFDIO_COPY needs it.
         self.address = _libc.mmap(None, max(self.size, PAGE), mmap.PROT_READ, mmap.MAP_SHARED, self.fd, 0) or 0
         if self.address == _MAP_FAILED:
             error = ctypes.get_errno()
             os.close(self.fd)
             raise PagerError(f"cannot map {path}: {os.strerror(error)}")
+        #: One byte a page; None when every page is here.
+        self._here: mmap.mmap | None = None
+        self._missing = 0
+        if not complete and self.size:
+            try:
+                self._here = _open_marks(path.with_suffix(".here"), self.size // PAGE)
+            except OSError:
+                self.close()
+                raise
+            self._missing = self._here[PAGE:].count(0)
 
     @property
     def complete(self) -> bool:
@@ -49,19 +59,27 @@ class PagesFile:
 
     def available(self, offset: int, size: int) -> int:
         """How many of the ``size`` bytes at ``offset`` are here without a gap; both multiples of the page size."""
-        first, last = offset // PAGE, (offset + size) // PAGE
-        gap = self._here.find(0, first, last)
-        return size if gap < 0 else gap * PAGE - offset
+        if self._missing == 0 or self._here is None:
+            return size
+        first = PAGE + offset // PAGE
+        gap = self._here.find(b"\0", first, first + size // PAGE)
+        return size if gap < 0 else (gap - first) * PAGE
 
     def missing_chunks(self, chunk_bytes: int) -> list[int]:
         """Indexes of chunks with a page that is not here."""
-        step = chunk_bytes // PAGE
-        return [index for index, at in enumerate(range(0, len(self._here), step)) if self._here.find(0, at, at + step) >= 0]
+        return [
+            index
+            for index, offset in enumerate(range(0, self.size, chunk_bytes))
+            if self.available(offset, size := min(chunk_bytes, self.size - offset)) < size
+        ]
 
     def mark(self, offset: int, size: int) -> None:
         """Declare the pages of ``[offset, offset + size)`` here."""
-        first, last = offset // PAGE, (offset + size) // PAGE
-        self._missing -= self._here.count(0, first, last)
+        if self._missing == 0 or self._here is None:
+            return
+        first = PAGE + offset // PAGE
+        last = first + size // PAGE
+        self._missing -= self._here[first:last].count(0)
         self._here[first:last] = b"\1" * (last - first)
 
     def fill(self, offset: int, data: bytes) -> None:
@@ -76,6 +94,8 @@ class PagesFile:
         """Unmap and close."""
         _libc.munmap(self.address, max(self.size, PAGE))
         os.close(self.fd)
+        if self._here is not None:
+            self._here.close()
 
 
 class ImagePages:
@@ -84,9 +104,9 @@ class ImagePages:
     def __init__(
         self,
         directory: Path,
-        chunks: dict[int, Sequence[bytes | None]],
+        chunks: Mapping[int, Sequence[bytes | None]],
         chunk_bytes: int,
-        here: Sequence[tuple[int, int, int]],
+        here: Iterable[tuple[int, int, int]],
         *,
         complete: bool,
     ) -> None:
@@ -96,7 +116,7 @@ class ImagePages:
             directory: holds ``pages-<id>.img``.
             chunks: per pages id the digest of each chunk; None is a chunk of zeros.
             chunk_bytes: size of a chunk.
-            here: (pages id, offset, bytes) that are on the node already: the working set.
+            here: (pages id, offset, bytes) that are on the node already: the working set, and pages of zeros.
             complete: everything is on the node.
         """
         self.chunks = chunks
@@ -123,3 +143,17 @@ class ImagePages:
         """Close the files."""
         for file in self.files.values():
             file.close()
+
+
+def _open_marks(path: Path, pages: int) -> mmap.mmap:
+    """The marks: a page that names the boot they are of, then one byte a page."""
+    boot = _BOOT_ID.read_bytes().strip()
+    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        if os.fstat(fd).st_size != PAGE + pages or os.pread(fd, len(boot), 0) != boot:
+            os.ftruncate(fd, 0)
+            os.posix_fallocate(fd, 0, PAGE + pages)
+            os.pwrite(fd, boot, 0)
+        return mmap.mmap(fd, PAGE + pages)
+    finally:
+        os.close(fd)

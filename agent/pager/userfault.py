@@ -1,7 +1,7 @@
-"""The userfaultfd of one restored process: events in, pages out.
+"""The userfaultfd of one restored process: messages in, pages out.
 
-In: a descriptor that CRIU handed over. Out: :class:`Event` values and :class:`CopyResult`. Blocking ioctls, so it lives in the pager
-process. Source: Documentation/admin-guide/mm/userfaultfd.rst and include/uapi/linux/userfaultfd.h.
+In: a descriptor that CRIU handed over, and messages that were read from it. Out: :class:`Event` values and :class:`CopyResult`. Blocking
+ioctls, so it lives in the pager process. Source: Documentation/admin-guide/mm/userfaultfd.rst and include/uapi/linux/userfaultfd.h.
 """
 
 from __future__ import annotations
@@ -10,34 +10,38 @@ import ctypes
 import errno
 import os
 import struct
+from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import Enum
 
 PAGE = 4096
+#: Size of ``struct uffd_msg``.
+MESSAGE_BYTES = 32
 _COPY, _ZEROPAGE, _WAKE = 0xC028AA03, 0xC020AA04, 0x8010AA02
 _PAGEFAULT, _FORK, _REMAP, _REMOVE, _UNMAP = 0x12, 0x13, 0x14, 0x15, 0x16
-_MESSAGE_BYTES = 32
+#: Ends of the address range of a process, largest first: x86-64 with five and with four levels of page tables, 32 bits.
+_TASK_SIZES = ((1 << 56) - PAGE, (1 << 47) - PAGE, 0xFFFFE000)
 
-_libc = ctypes.CDLL(None, use_errno=True)
-_ioctl = _libc.ioctl
+# PyDLL: these calls are short, and giving up the interpreter's lock for each would mean waiting for a downloading thread to return it.
+_ioctl = ctypes.PyDLL(None, use_errno=True).ioctl
 _ioctl.argtypes = [ctypes.c_int, ctypes.c_ulong, ctypes.c_void_p]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Fault:
     """A thread waits for the page at ``address``."""
 
     address: int
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Fork:
     """The process forked; ``fd`` is the child's userfaultfd."""
 
     fd: int
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Remap:
     """``size`` bytes moved from ``source`` to ``target``."""
 
@@ -46,7 +50,7 @@ class Remap:
     size: int
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Remove:
     """``[start, end)`` was dropped or unmapped; it reads as zeros from now on."""
 
@@ -55,6 +59,27 @@ class Remove:
 
 
 Event = Fault | Fork | Remap | Remove
+
+
+def parse(messages: bytes | memoryview) -> Iterator[Event]:
+    """Messages as the kernel wrote them; zeros end them."""
+    for at in range(0, len(messages) - MESSAGE_BYTES + 1, MESSAGE_BYTES):
+        kind = messages[at]
+        if kind == _PAGEFAULT:
+            yield Fault(struct.unpack_from("<Q", messages, at + 16)[0] & -PAGE)
+        elif kind == _FORK:
+            yield Fork(struct.unpack_from("<I", messages, at + 8)[0])
+        elif kind == _REMAP:
+            yield Remap(*struct.unpack_from("<QQQ", messages, at + 8))
+        elif kind in (_REMOVE, _UNMAP):
+            yield Remove(*struct.unpack_from("<QQ", messages, at + 8))
+        elif kind == 0:
+            return
+
+
+def only_faults(messages: bytes | memoryview) -> bool:
+    """Whether there is nothing to remember in these messages."""
+    return bytes(messages[::MESSAGE_BYTES]).count(_PAGEFAULT) == len(messages) // MESSAGE_BYTES
 
 
 class Outcome(Enum):
@@ -67,9 +92,19 @@ class Outcome(Enum):
     EVENT_PENDING = "event pending"
     #: The process is gone.
     GONE = "gone"
+    #: The kernel has no memory for it, or cannot read the source, at the moment.
+    REFUSED = "refused"
 
 
-@dataclass(frozen=True)
+_OUTCOMES = {
+    errno.EAGAIN: Outcome.EVENT_PENDING,
+    errno.ENOENT: Outcome.NOT_REGISTERED,
+    errno.EINVAL: Outcome.NOT_REGISTERED,
+    errno.ESRCH: Outcome.GONE,
+}
+
+
+@dataclass(frozen=True, slots=True)
 class CopyResult:
     """What a copy did: bytes that it put in place, bytes that it got past (present ones included), and why it stopped."""
 
@@ -78,8 +113,33 @@ class CopyResult:
     outcome: Outcome
 
 
+class Requests:
+    """Copies prepared once per image and done for every restore of it: an array of ``struct uffdio_copy``."""
+
+    def __init__(self, copies: list[tuple[int, int, int]]) -> None:
+        """``copies``: (target, source, bytes); a source of 0 means zeros."""
+        self.copies = copies
+        self._memory = (ctypes.c_longlong * (5 * len(copies)))()
+        for index, (target, source, size) in enumerate(copies):
+            # struct uffdio_zeropage is the same without the source.
+            self._memory[5 * index : 5 * index + 5] = [target, source, size, 0, 0] if source else [target, size, 0, 0, 0]
+        base = ctypes.addressof(self._memory)
+        self._calls = [(_COPY if copies[index][1] else _ZEROPAGE, base + 40 * index) for index in range(len(copies))]
+
+    def __len__(self) -> int:
+        return len(self.copies)
+
+    def run(self, fd: int, start: int, stop: int) -> int:
+        """Do copies ``[start, stop)`` in order; returns the index of the first that the kernel did not do wholly."""
+        for index in range(start, min(stop, len(self._calls))):
+            request, address = self._calls[index]
+            if _ioctl(fd, request, address):
+                return index
+        return min(stop, len(self._calls))
+
+
 class Userfault:
-    """One userfaultfd. Closing it without a duplicate elsewhere turns missing pages into zeros: see ``init.c``, order K."""
+    """Operations on one userfaultfd."""
 
     def __init__(self, fd: int) -> None:
         self.fd = fd
@@ -87,83 +147,45 @@ class Userfault:
         self._arguments = (ctypes.c_longlong * 5)()
         self._pointer = ctypes.addressof(self._arguments)
 
-    def events(self) -> list[Event] | None:
-        """Everything unread; None when the process is gone."""
-        try:
-            data = os.read(self.fd, _MESSAGE_BYTES * 64)
-        except BlockingIOError:
-            return []
-        except OSError:
-            return None
-        if not data:
-            return None
-        found: list[Event] = []
-        for at in range(0, len(data), _MESSAGE_BYTES):
-            kind = data[at]
-            if kind == _PAGEFAULT:
-                found.append(Fault(struct.unpack_from("<Q", data, at + 16)[0] & -PAGE))
-            elif kind == _FORK:
-                found.append(Fork(struct.unpack_from("<I", data, at + 8)[0]))
-            elif kind == _REMAP:
-                found.append(Remap(*struct.unpack_from("<QQQ", data, at + 8)))
-            elif kind in (_REMOVE, _UNMAP):
-                found.append(Remove(*struct.unpack_from("<QQ", data, at + 8)))
-        return found
-
     def copy(self, target: int, source: int, size: int) -> CopyResult:
         """Copy ``size`` bytes from address ``source`` of this process to ``target``; pages that are there stay and their waiters wake."""
+        return self._put(_COPY, target, source, size)
+
+    def zero(self, target: int, size: int = PAGE) -> CopyResult:
+        """Put zeros at ``target``; they share one page of the kernel until they are written to."""
+        return self._put(_ZEROPAGE, target, 0, size)
+
+    def probe(self, address: int) -> Outcome:
+        """Put zeros at an address where nothing else can belong: tells a process that is gone, and an event that is unread."""
+        return self._put(_ZEROPAGE, address, 0, PAGE).outcome
+
+    def wake(self, target: int, size: int) -> bool:
+        """Wake whoever waits for a page in the range."""
+        arguments = (ctypes.c_longlong * 2)(target, size)
+        return bool(_ioctl(self.fd, _WAKE, ctypes.addressof(arguments)) == 0)
+
+    def wake_all(self, lowest: int) -> None:
+        """Wake every waiter, from address ``lowest`` (the kernel's ``vm.mmap_min_addr``): who finds no page faults, and is heard, again."""
+        any(self.wake(lowest, end - lowest) for end in _TASK_SIZES)
+
+    def _put(self, request: int, target: int, source: int, size: int) -> CopyResult:
         copied = passed = 0
         arguments = self._arguments
+        result_at = 4 if request == _COPY else 3
         while passed < size:
-            arguments[0], arguments[1], arguments[2], arguments[3], arguments[4] = (
-                target + passed,
-                source + passed,
-                size - passed,
-                0,
-                0,
-            )
-            if _ioctl(self.fd, _COPY, self._pointer) == 0:
+            if request == _COPY:
+                arguments[0], arguments[1], arguments[2], arguments[3], arguments[4] = target + passed, source + passed, size - passed, 0, 0
+            else:
+                arguments[0], arguments[1], arguments[2], arguments[3] = target + passed, size - passed, 0, 0
+            if _ioctl(self.fd, request, self._pointer) == 0:
                 return CopyResult(copied + size - passed, size, Outcome.DONE)
-            error, done = ctypes.get_errno(), arguments[4]
+            error, done = ctypes.get_errno(), arguments[result_at]
             if done > 0:
                 copied += done
                 passed += done
-                continue
-            if error == errno.EEXIST or done == -errno.EEXIST:
+            elif error == errno.EEXIST or done == -errno.EEXIST:
                 self.wake(target + passed, PAGE)
                 passed += PAGE
-            elif error == errno.EAGAIN:
-                return CopyResult(copied, passed, Outcome.EVENT_PENDING)
-            elif error == errno.ENOENT:
-                return CopyResult(copied, passed, Outcome.NOT_REGISTERED)
-            elif error == errno.ESRCH:
-                return CopyResult(copied, passed, Outcome.GONE)
             else:
-                raise OSError(error, f"UFFDIO_COPY of {size} bytes to {target:#x}: {os.strerror(error)}")
+                return CopyResult(copied, passed, _OUTCOMES.get(error, Outcome.REFUSED))
         return CopyResult(copied, passed, Outcome.DONE)
-
-    def zero(self, target: int) -> Outcome:
-        """Put one page of zeros at ``target``."""
-        arguments = (ctypes.c_longlong * 4)(target, PAGE, 0, 0)
-        if _ioctl(self.fd, _ZEROPAGE, ctypes.addressof(arguments)) == 0:
-            return Outcome.DONE
-        error = ctypes.get_errno()
-        if error == errno.EEXIST:
-            self.wake(target, PAGE)
-            return Outcome.DONE
-        if error == errno.EAGAIN:
-            return Outcome.EVENT_PENDING
-        if error == errno.ENOENT:
-            return Outcome.NOT_REGISTERED
-        if error == errno.ESRCH:
-            return Outcome.GONE
-        raise OSError(error, f"UFFDIO_ZEROPAGE at {target:#x}: {os.strerror(error)}")
-
-    def wake(self, target: int, size: int) -> None:
-        """Wake whoever waits for a page that is there."""
-        arguments = (ctypes.c_longlong * 2)(target, size)
-        _ioctl(self.fd, _WAKE, ctypes.addressof(arguments))
-
-    def close(self) -> None:
-        """Close this descriptor."""
-        os.close(self.fd)

@@ -14,8 +14,6 @@
 //   A uid gid nofile dir nenv env... argv...  [stdout+stderr]   start the application                -> P pid
 //   X argv...  [exe, fds -> 100, 101, ...]    start a tool by descriptor (CRIU)                      -> P pid
 //   W argv...  [exe, fds -> 100, 101, ...]    the same, its end of a new socket pair on fd 3         -> S pid + fd
-//   K key      [fd]              keep a descriptor open as long as the sandbox lives (a userfaultfd) -> k
-//   D key                        close the descriptor kept under key                                 -> k
 //   S signal                     send a signal to every process but PID 1                           (no answer)
 //   H pid signal                 send a signal to one process if it has a handler for it            (no answer)
 // Unasked: R + descriptor of the writable layer to each new agent, then the latest E; E pid status for each process reaped.
@@ -47,15 +45,13 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
-enum { MESSAGE_MAX = 128 * 1024, FDS_MAX = 32, ARGS_MAX = 1024, KEPT_MAX = 4096, TOOL_FD = 100, FIRST_PID = 1000, ENDED_MAX = 64 };
+enum { MESSAGE_MAX = 128 * 1024, FDS_MAX = 32, ARGS_MAX = 1024, TOOL_FD = 100, FIRST_PID = 1000, ENDED_MAX = 64 };
 
 extern char **environ;
 static int control = -1;  // the agent; -1 while there is none
 static struct { pid_t pid; int status; } ended[ENDED_MAX];  // the latest ends, for an agent that was not there
 static unsigned ended_count;
 static char mount_point[4096];
-static struct { long key; int fd; } kept[KEPT_MAX];
-static int kept_count;
 
 static void send_message(int fd, const char *format, ...) {
     char text[512], space[CMSG_SPACE(sizeof(int))];
@@ -316,23 +312,6 @@ static int has_handler(const char *pid, int number) {
     return number > 0 && number < 65 && caught >> (number - 1) & 1;
 }
 
-static const char *keep(const char *key, const int *fds, int *fd_count) {
-    if (*fd_count != 1) return "bad order";
-    if (kept_count == KEPT_MAX) return "too many descriptors are kept";
-    kept[kept_count].key = atol(key);
-    kept[kept_count++].fd = fds[0];
-    *fd_count = 0;
-    return NULL;
-}
-
-static void drop(const char *key) {
-    for (int i = 0; i < kept_count; i++)
-        if (kept[i].key == atol(key)) {
-            close(kept[i].fd);
-            kept[i--] = kept[--kept_count];
-        }
-}
-
 static void handle(char *buffer, int length, int *fds, int fd_count, const sigset_t *blocked) {
     char *arguments[ARGS_MAX + 1];
     int count = 0;
@@ -345,13 +324,11 @@ static void handle(char *buffer, int length, int *fds, int fd_count, const sigse
     case 'S': if (count == 1) kill(-1, atoi(arguments[0])); break;
     case 'H': if (count == 2 && has_handler(arguments[0], atoi(arguments[1]))) kill(atoi(arguments[0]), atoi(arguments[1])); break;
     case 'N': failed = count == 2 ? configure_network(arguments[0], arguments[1]) : "bad order"; break;
-    case 'K': failed = keep(count == 1 ? arguments[0] : "", fds, &fd_count); break;
-    case 'D': drop(count == 1 ? arguments[0] : ""); break;
     case 'A': case 'X': case 'W': start(buffer[0], arguments, count, fds, fd_count, blocked); break;
     default: failed = "unknown order";
     }
     for (int i = 0; i < fd_count; i++) close(fds[i]);
-    if (strchr("MBNKD", buffer[0]) || failed) failed ? send_message(-1, "e %s", failed) : send_message(-1, "k");
+    if (strchr("MBN", buffer[0]) || failed) failed ? send_message(-1, "e %s", failed) : send_message(-1, "k");
 }
 
 static void reap(void) {

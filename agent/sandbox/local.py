@@ -165,14 +165,6 @@ class Sandbox:
         """A descriptor of the mounted root, for changes from outside; the caller closes it."""
         return os.open(f"/proc/{self.init_pid}/root", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
 
-    async def keep(self, key: int, fd: int) -> None:
-        """Hand a descriptor to PID 1, which holds it under ``key`` as long as the sandbox lives."""
-        await self._order(b"K", [str(key)], [fd])
-
-    async def drop(self, key: int) -> None:
-        """Let PID 1 close the descriptor that it holds under ``key``."""
-        await self._order(b"D", [str(key)])
-
     async def wait(self, pid: int, timeout_s: float) -> int:
         """Wait for a process inside; returns its wait status.
 

@@ -47,11 +47,27 @@ class MappedFile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     digest: Digest
 
 
+class Span(msgspec.Struct, frozen=True, array_like=True):
+    """Pages of a pages file."""
+
+    offset: Size
+    size: Size
+
+
 class Pages(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """One pages file: its size and the digest of each chunk, None for a chunk of zeros."""
+    """One pages file.
+
+    Attributes:
+        size: its bytes.
+        chunks: the digest of each chunk, None for a chunk of zeros.
+        zeros: pages of zeros, which are neither in the working set nor ever copied. In order and apart, as all spans.
+        ahead: runs of pages that were used during the warm-up: a fault in one brings what is around it.
+    """
 
     size: Size
     chunks: list[Digest | None]
+    zeros: list[Span] = []
+    ahead: list[Span] = []
 
 
 class Extent(msgspec.Struct, frozen=True, array_like=True):
@@ -59,6 +75,13 @@ class Extent(msgspec.Struct, frozen=True, array_like=True):
 
     pages_id: int
     offset: Size
+    size: Size
+
+
+class Fresh(msgspec.Struct, frozen=True, array_like=True):
+    """Memory that is touched early and has no content in the image: where in the process, how much."""
+
+    address: Annotated[int, msgspec.Meta(ge=0, le=(1 << 62))]
     size: Size
 
 
@@ -73,6 +96,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         mapped_files: files that must be the same on the restoring node.
         archive: metadata images and file changes, in the head object.
         working_set, extents: the working-set object and which bytes of which pages file it holds.
+        fresh: by pid (as text), what the pager puts in place before resume.
         pages, chunk_bytes: all pages, by pages id (as text).
         image_bytes: size of all pages and metadata.
     """
@@ -92,6 +116,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     archive: Blob
     working_set: Blob
     extents: list[Extent]
+    fresh: dict[str, list[Fresh]]
     pages: dict[str, Pages]
     chunk_bytes: Annotated[int, msgspec.Meta(ge=PAGE, le=64 << 20)] = CHUNK_BYTES
     image_bytes: Size
@@ -140,6 +165,8 @@ def _check(manifest: Manifest) -> None:
     for key, pages in manifest.pages.items():
         if not key.isdigit() or pages.size % PAGE or len(pages.chunks) != -(-pages.size // manifest.chunk_bytes):
             raise ImageInvalid(f"pages file {key!r}: size and number of chunks do not fit")
+        if not (_in_order(pages.zeros, pages.size) and _in_order(pages.ahead, pages.size)):
+            raise ImageInvalid(f"pages file {key!r}: spans are not whole pages in order")
         sizes[int(key)] = pages.size
     total = 0
     for extent in manifest.extents:
@@ -148,6 +175,18 @@ def _check(manifest: Manifest) -> None:
         total += extent.size
     if total != manifest.working_set.unpacked:
         raise ImageInvalid("the working set and its extents differ in size")
+    for pid, runs in manifest.fresh.items():
+        if not pid.isdigit() or any(run.address % PAGE or run.size % PAGE for run in runs):
+            raise ImageInvalid("a recorded run is not made of whole pages")
+
+
+def _in_order(spans: list[Span], size: int) -> bool:
+    at = 0
+    for span in spans:
+        if span.offset < at or span.offset % PAGE or span.size % PAGE or span.size == 0:
+            return False
+        at = span.offset + span.size
+    return at <= size
 
 
 def pack_head(encoded_manifest: bytes, archive: bytes) -> bytes:

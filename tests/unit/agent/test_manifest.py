@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from agent.errors import ImageInvalid
 from agent.store import chunks, manifest
-from agent.store.manifest import Blob, Extent, Manifest, Pages
+from agent.store.manifest import Blob, Extent, Fresh, Manifest, Pages
 
 ARCHIVE = chunks.compress(b"metadata")
 
@@ -30,6 +30,7 @@ def a_manifest(**changes: object) -> Manifest:
         archive=Blob(len(ARCHIVE), hashlib.sha256(ARCHIVE).digest(), 8),
         working_set=Blob(10, b"\0" * 32, 4096),
         extents=[Extent(1, 8192, 4096)],
+        fresh={"1000": [Fresh(0x10000, 4096)]},
         pages={"1": Pages(3 << 20, [b"\1" * 32, None, b"\2" * 32])},
         image_bytes=3 << 20,
     )
@@ -68,6 +69,8 @@ def test_a_cut_head_is_noticed(size: int) -> None:
         ({"extents": [Extent(1, 0, 8192)]}, "differ in size"),
         ({"pages": {"1": Pages(3 << 20, [None])}}, "do not fit"),
         ({"pages": {"../x": Pages(0, [])}}, "do not fit"),
+        ({"fresh": {"1000": [Fresh(5, 4096)]}}, "whole pages"),
+        ({"fresh": {"-1": [Fresh(0, 4096)]}}, "whole pages"),
         ({"archive": Blob(1, b"\0" * 32, 1 << 40)}, "larger"),
     ],
 )

@@ -31,6 +31,22 @@ def test_a_chunk_of_zeros_is_here_and_the_working_set_is_here(folder: Path) -> N
     pages.close()
 
 
+def test_what_has_arrived_is_known_to_the_next_pager_of_the_same_boot(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def open_again() -> PagesFile:
+        return PagesFile(folder / "pages-1.img", complete=False)
+
+    file = open_again()
+    file.fill(4 * PAGE, b"x" * CHUNK)  # and is killed: nothing is closed in good order
+    again = open_again()
+    assert [again.available(at * PAGE, PAGE) for at in range(10)] == [0] * 4 + [PAGE] * 4 + [0] * 2
+    (folder / "boot_id").write_text("another boot")
+    monkeypatch.setattr("agent.pager.pages._BOOT_ID", folder / "boot_id")
+    later = open_again()
+    assert later.available(4 * PAGE, PAGE) == 0 and later.missing_chunks(CHUNK) == [0, 1, 2]
+    for item in (file, again, later):
+        item.close()
+
+
 @settings(max_examples=50)
 @given(st.lists(st.tuples(st.integers(0, 9), st.integers(1, 10)), max_size=8), st.integers(0, 9), st.integers(1, 10))
 def test_available_counts_pages_up_to_the_first_gap(marks: list[tuple[int, int]], at: int, size: int) -> None:

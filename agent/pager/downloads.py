@@ -1,0 +1,133 @@
+"""Chunks on their way from the store: a few threads, faults first.
+
+In: chunks that :mod:`agent.pager.images` lacks. Out: verified contents, through a queue and an eventfd on the pager's loop. A chunk that
+a thread of an instance waits for overtakes everything that is only fetched to have it; what is fetched to have it never takes all threads.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import queue
+import random
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from agent.errors import AgentError, ImageInvalid
+from agent.store import chunks
+from infra.errors import StoreError
+from infra.s3 import ObjectStore
+
+logger = logging.getLogger(__name__)
+#: A chunk that the store could not serve for this long is reported; the agent ends instances that wait for it.
+STALL_S = 30.0
+_BACKOFF_S, _BACKOFF_MAX_S = 0.05, 2.0
+#: A chunk that does not verify is fetched so many times; then it is not the network that is at fault.
+_CORRUPT_ATTEMPTS = 3
+
+
+@dataclass(eq=False)
+class Download:
+    """One chunk. ``done`` is called on the pager's loop with its contents, or with None and the reason."""
+
+    name: bytes
+    size: int
+    done: Callable[[bytes | None, str], None]
+    cancelled: bool = False
+
+
+class Downloads:
+    """The threads. Everything but what runs in them belongs to the pager's loop."""
+
+    def __init__(self, parallel: int, wake_fd: int) -> None:
+        self._parallel = parallel
+        self._wake_fd = wake_fd
+        self._make_store: Callable[[], ObjectStore] | None = None
+        self._store: ObjectStore | None = None
+        self._condition = threading.Condition()
+        self._urgent: deque[Download] = deque()
+        self._later: deque[Download] = deque()
+        self._later_running = 0
+        self._threads = 0
+        self._idle = 0
+        self._results: queue.SimpleQueue[tuple[Download, bytes | None, str]] = queue.SimpleQueue()
+
+    def configure(self, make_store: Callable[[], ObjectStore], parallel: int) -> None:
+        """From now on use a store of these settings; it is made when the first chunk is fetched, in a thread."""
+        with self._condition:
+            self._make_store, self._store, self._parallel = make_store, None, parallel
+
+    def add(self, download: Download, *, urgent: bool) -> None:
+        """Fetch a chunk."""
+        with self._condition:
+            (self._urgent if urgent else self._later).append(download)
+            if len(self._urgent) + len(self._later) > self._idle and self._threads < self._parallel:
+                self._threads += 1
+                threading.Thread(target=self._run, name="chunks", daemon=True).start()
+            self._condition.notify()
+
+    def hurry(self, download: Download) -> None:
+        """Someone waits for it now."""
+        with self._condition:
+            if download in self._later:
+                self._later.remove(download)
+                self._urgent.append(download)
+                self._condition.notify()
+
+    def settle(self) -> None:
+        """Hand out what has arrived."""
+        while True:
+            try:
+                download, data, error = self._results.get_nowait()
+            except queue.Empty:
+                return
+            if not download.cancelled:
+                download.done(data, error)
+
+    def _run(self) -> None:
+        while True:
+            with self._condition:
+                self._idle += 1
+                while (chosen := self._next()) is None:
+                    self._condition.wait()
+                self._idle -= 1
+            download, later = chosen
+            data, error = self._fetch(download)
+            with self._condition:
+                self._later_running -= later
+            self._results.put((download, data, error))
+            os.eventfd_write(self._wake_fd, 1)
+
+    def _next(self) -> tuple[Download, bool] | None:
+        if self._urgent:
+            return self._urgent.popleft(), False
+        if self._later and self._later_running < max(1, self._parallel // 2):
+            self._later_running += 1
+            return self._later.popleft(), True
+        return None
+
+    def _fetch(self, download: Download) -> tuple[bytes | None, str]:
+        """However often it takes until :data:`STALL_S`."""
+        give_up, pause, error, corrupt = time.monotonic() + STALL_S, _BACKOFF_S, "", 0
+        while not download.cancelled and corrupt < _CORRUPT_ATTEMPTS:
+            try:
+                return chunks.download(self._open_store(), download.name, download.size), ""
+            except (StoreError, AgentError) as failure:
+                error = str(failure)
+                corrupt += isinstance(failure, ImageInvalid)
+                logger.warning("a chunk cannot be fetched: %s", error)
+            if time.monotonic() + pause > give_up:
+                break
+            time.sleep(pause * random.uniform(0.5, 1.0))
+            pause = min(pause * 2, _BACKOFF_MAX_S)
+        return None, error
+
+    def _open_store(self) -> ObjectStore:
+        with self._condition:
+            if self._store is None:
+                assert self._make_store is not None
+                self._store = self._make_store()
+            return self._store

@@ -1,0 +1,607 @@
+"""The pager's loop: serves the memory of every lazily restored instance of the node.
+
+In: orders of :mod:`agent.pager.client`, userfaultfds from CRIU, page faults. Out: pages, and word of a page that cannot be had. It works on
+descriptors that :mod:`agent.pager.process` holds too, and writes down in :mod:`agent.pager.journal` all that matters before it acts on it:
+when it is killed, the next worker reads the journal and goes on. Threads that wait for a page just wait a little longer.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import os
+import select
+import socket
+import struct
+import sys
+import time
+from array import array
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import msgpack
+
+from agent.errors import AgentError, PagerError
+from agent.pager.downloads import Downloads
+from agent.pager.images import Image
+from agent.pager.journal import JournalFile, JournalFull
+from agent.pager.regions import Regions
+from agent.pager.serving import LOWEST_ADDRESS, Progress, Serving
+from agent.pager.state import MESSAGE_CONTROL_BYTES, MESSAGE_DATA_BYTES, Kind, Restore, Space, State
+from agent.pager.userfault import MESSAGE_BYTES, Outcome, only_faults
+from infra.s3 import ObjectStore
+from infra.settings import S3Settings
+
+logger = logging.getLogger(__name__)
+PROTOCOL = 1
+ORDER_BYTES_MAX = 1 << 20
+#: Numbers, in the shared table, of the journal and of the socket on which agents connect.
+JOURNAL_FD, LISTENER_FD = 3, 4
+JOURNAL_BYTES = 4 << 20
+#: Longest piece of work between two looks for faults, s.
+SLICE_S = 0.0005
+#: Pause before what the kernel could not do yet is tried again, s.
+RETRY_S = 0.001
+#: How often ended processes are looked for and background fill is decided, s.
+TICK_S = 1.0
+_MESSAGES_A_READ = 64
+
+
+class Worker:
+    """State and loop."""
+
+    def __init__(self, journal_fd: int = JOURNAL_FD, listener_fd: int = LISTENER_FD) -> None:
+        self._keeper = os.getppid()
+        self._epoll = select.epoll()
+        self._handlers: dict[int, Callable[[], None]] = {}
+        self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._downloads = Downloads(1, self._wake)
+        self._images: dict[str, Image] = {}
+        self._servings: dict[int, Serving] = {}
+        #: By key: with a slice to do, in turn; not possible just now.
+        self._busy: dict[int, Serving] = {}
+        self._again: dict[int, Serving] = {}
+        #: Orders that wait for the working set of a restore.
+        self._awaited: dict[str, list[int]] = {}
+        #: Restores being filled, in turn, and what each had faulted at the last look.
+        self._filling: list[Restore] = []
+        self._faulted: dict[str, int] = {}
+        self._fill_at = 0.0
+        self._interrupted: set[str] = set()
+        self._running = True
+        self._ticked = time.monotonic()
+        self._alone_since = time.monotonic()
+        self._file = JournalFile(journal_fd, JOURNAL_BYTES)
+        self._listener: socket.socket | None = socket.socket(fileno=listener_fd)
+        self._listener.setblocking(False)
+        self._watch(listener_fd, self._agent_connects)
+        self._watch(self._wake, self._chunks_arrived)
+        self._state = State(self._layout)
+        self._take_over({0, 1, 2, journal_fd, listener_fd, self._epoll.fileno(), self._wake})
+
+    def run(self) -> None:
+        """Serve until there is no more reason to."""
+        while self._running:
+            for fd, _ in self._epoll.poll(self._timeout()):
+                handler = self._handlers.get(fd)
+                if handler is not None:
+                    handler()
+            again, self._again = self._again, {}
+            for serving in again.values():
+                self._serve(serving)
+            if self._busy:
+                key = next(iter(self._busy))
+                self._slice(self._busy.pop(key))
+            elif self._filling and time.monotonic() >= self._fill_at:
+                self._fill()
+            if time.monotonic() - self._ticked > TICK_S:
+                self._ticked = time.monotonic()
+                self._tick()
+
+    def _timeout(self) -> float:
+        if self._busy:
+            return 0
+        if self._again:
+            return RETRY_S
+        if self._filling:
+            return max(0.0, min(TICK_S, self._fill_at - time.monotonic()))
+        return TICK_S
+
+    def _watch(self, fd: int, handler: Callable[[], None]) -> None:
+        self._handlers[fd] = handler
+        self._epoll.register(fd, select.EPOLLIN)
+
+    def _unwatch(self, fd: int) -> None:
+        if self._handlers.pop(fd, None) is not None:
+            self._epoll.unregister(fd)
+
+    # The journal
+
+    def _take_over(self, own: set[int]) -> None:
+        """Go on where the worker before stopped; the first one finds an empty state."""
+        before = {int(path.name) for path in Path("/proc/self/fd").iterdir()}
+        self._file.load()
+        for kind, payload in self._file.journal.records():
+            self._state.apply(kind, payload)
+        for fd in before - own - self._state.descriptors():
+            try:
+                os.close(fd)
+            except OSError:  # the one that listed the folder
+                continue
+        self._file.renew(Kind.SNAPSHOT, self._state.snapshot())
+        if self._state.settings:
+            self._configure()
+        for name in self._images.keys() - self._state.images.keys():  # closed again further on in the journal
+            self._images.pop(name).close()
+        for name in self._state.images:
+            if self._image(name) is None:
+                logger.error("image %s cannot be opened again", name)
+        for restore in self._state.restores.values():
+            self._watch_restore(restore)
+            if restore.record:
+                self._interrupted.add(restore.name)
+            image = self._image(restore.image)
+            if image is None:  # its threads wait, and the agent ends it
+                restore.stalled = f"image {restore.image} cannot be opened again"
+                continue
+            for space in restore.spaces:
+                space.faults.clear()  # they come again
+                self._track(space, image, prefetch=restore.prefetch and not restore.finished)
+        if self._state.agent >= 0:
+            self._watch(self._state.agent, self._order)
+            self._send({"event": "worker", "pid": os.getpid()})
+            for restore in self._state.restores.values():
+                if restore.stalled:
+                    self._send({"event": "stalled", "restore": restore.name, "reason": restore.stalled})
+        for serving in list(self._servings.values()):
+            serving.userfault.wake_all(LOWEST_ADDRESS)
+
+    def _note(self, kind: Kind, value: Any) -> None:
+        """Write a record and take it in."""
+        payload = msgpack.packb(value)
+        try:
+            self._file.journal.append(kind, payload)
+        except JournalFull:
+            self._file.renew(Kind.SNAPSHOT, self._state.snapshot())
+            self._file.journal.append(kind, payload)
+        self._state.apply(kind, payload)
+
+    def _reserve(self, kind: Kind, key: int, size: int) -> memoryview:
+        try:
+            return self._file.journal.reserve(kind, key, size)
+        except JournalFull:
+            self._file.renew(Kind.SNAPSHOT, self._state.snapshot())
+            return self._file.journal.reserve(kind, key, size)
+
+    def _layout(self, image: str, pid: int) -> Regions:
+        found = self._image(image)
+        return found.layout(pid) if found else Regions()
+
+    def _image(self, name: str) -> Image | None:
+        """An open image. One that a worker before had open and that cannot be opened again stalls its restores."""
+        if name not in self._images and name in self._state.images:
+            directory, complete = self._state.images[name]
+            try:
+                self._images[name] = Image(name, Path(directory), self._downloads, complete=complete)
+            except (AgentError, OSError) as error:  # while the journal is read, one that was closed long ago
+                logger.info("image %s cannot be opened again: %s", name, error)
+        return self._images.get(name)
+
+    # Orders
+
+    def _agent_connects(self) -> None:
+        assert self._listener is not None
+        try:
+            connection, _ = self._listener.accept()
+        except OSError:
+            return
+        connection.setblocking(False)
+        old, fd = self._state.agent, connection.detach()
+        self._note(Kind.AGENT, fd)
+        self._watch(fd, self._order)
+        if old >= 0:  # the newest agent is the one that counts
+            self._unwatch(old)
+            os.close(old)
+
+    def _agent_gone(self) -> None:
+        fd = self._state.agent
+        if fd >= 0:
+            self._alone_since = time.monotonic()
+            self._unwatch(fd)
+            self._note(Kind.AGENT, -1)
+            os.close(fd)
+
+    def _order(self) -> None:
+        agent = socket.socket(fileno=os.dup(self._state.agent))
+        with agent:
+            try:
+                payload, fds, _, _ = socket.recv_fds(agent, ORDER_BYTES_MAX, 4)
+            except BlockingIOError:
+                return
+            except OSError:
+                payload, fds = b"", []
+        if not payload:
+            self._agent_gone()
+            return
+        order = msgpack.unpackb(payload)
+        try:
+            answer = getattr(self, f"_order_{order['op']}")(order, list(fds))
+        except (AgentError, OSError, KeyError, ValueError, AttributeError) as error:
+            for fd in fds:
+                os.close(fd)
+            answer = {"error": f"{type(error).__name__}: {error}"}
+        if answer is not None:
+            self._answer(order["n"], answer)
+
+    def _answer(self, number: int, answer: dict[str, Any], fd: int | None = None) -> None:
+        self._send({"re": number, **answer}, fd)
+
+    def _send(self, message: dict[str, Any], fd: int | None = None) -> None:
+        if self._state.agent < 0:
+            return
+        agent = socket.socket(fileno=os.dup(self._state.agent))
+        with agent:
+            try:
+                socket.send_fds(agent, [msgpack.packb(message)], [] if fd is None else [fd])
+            except OSError as error:
+                logger.error("the agent does not take %s: %s", message.get("event", "an answer"), error)
+                self._agent_gone()
+
+    def _order_hello(self, _: dict[str, Any], __: list[int]) -> dict[str, Any]:
+        return {"protocol": PROTOCOL, "keeper": self._keeper, "worker": os.getpid()}
+
+    def _order_configure(self, order: dict[str, Any], _: list[int]) -> dict[str, Any]:
+        self._note(Kind.SETTINGS, order["settings"])
+        self._configure()
+        return {}
+
+    def _configure(self) -> None:
+        settings = self._state.settings
+        s3, parallel = S3Settings(**settings["s3"]), int(settings["parallel"])
+        self._downloads.configure(lambda: ObjectStore(s3, parallel=parallel), parallel)
+
+    def _order_open(self, order: dict[str, Any], _: list[int]) -> dict[str, Any]:
+        name, directory, complete = order["image"], order["directory"], order["complete"]
+        if name not in self._images:
+            self._images[name] = Image(name, Path(directory), self._downloads, complete=complete)
+            self._note(Kind.IMAGE, [name, directory, complete])
+        return {}
+
+    def _order_close(self, order: dict[str, Any], _: list[int]) -> dict[str, Any]:
+        name = order["image"]
+        if any(restore.image == name for restore in self._state.restores.values()):
+            raise PagerError("instances are served from it")
+        self._note(Kind.IMAGE_CLOSED, name)
+        image = self._images.pop(name, None)
+        if image is not None:
+            image.close()
+        return {}
+
+    def _order_complete(self, order: dict[str, Any], _: list[int]) -> dict[str, Any] | None:
+        number = order["n"]
+        self._images[order["image"]].fetch_all(lambda error: self._answer(number, {"error": error} if error else {}))
+        return None
+
+    def _order_serve(self, order: dict[str, Any], fds: list[int]) -> dict[str, Any]:
+        name, image = order["restore"], self._images[order["image"]]
+        if name in self._state.restores:  # said twice, because a worker was killed in between
+            os.close(fds[0])
+            return {}
+        os.set_blocking(fds[0], False)
+        values = {"name": name, "image": order["image"], "listener": fds[0], "record": order["record"], "prefetch": order["prefetch"]}
+        counters = {"begun_ns": time.time_ns(), "gets_before": image.gets, "bytes_before": image.bytes_fetched}
+        self._note(Kind.RESTORE, values | counters)
+        self._watch_restore(self._state.restores[name])
+        return {}
+
+    def _order_prefetched(self, order: dict[str, Any], _: list[int]) -> dict[str, Any] | None:
+        restore = self._state.restores[order["restore"]]
+        self._awaited.setdefault(restore.name, []).append(order["n"])
+        self._check_prefetched(restore)
+        return None
+
+    def _order_stats(self, order: dict[str, Any], _: list[int]) -> dict[str, Any] | None:
+        restore = self._state.restores[order["restore"]]
+        image = self._images[restore.image]
+        answer = {
+            "pages_prefetched": restore.pages_prefetched,
+            "pages_faulted": restore.pages_faulted,
+            "pages_filled": restore.pages_filled,
+            "prefetch_start_ns": restore.prefetch_start_ns,
+            "prefetch_end_ns": restore.prefetch_end_ns,
+            "spaces": len(restore.spaces),
+            "image_complete": image.complete,
+            "s3_gets": max(0, image.gets - restore.gets_before),
+            "s3_bytes": max(0, image.bytes_fetched - restore.bytes_before),
+        }
+        if not order.get("touched"):
+            return answer
+        if restore.name in self._interrupted:
+            raise PagerError("the recording was interrupted")
+        # A large recording does not fit into a message: it goes into memory whose descriptor is passed.
+        pairs = array(
+            "Q", [number for serving in self._of(restore) for address in serving.touched for number in (serving.space.pid, address)]
+        )
+        fd = os.memfd_create("thaw-touched", os.MFD_CLOEXEC)
+        try:
+            with os.fdopen(os.dup(fd), "wb") as file:
+                file.write(pairs.tobytes())
+            self._answer(order["n"], answer, fd)
+        finally:
+            os.close(fd)
+        return None
+
+    def _order_restores(self, _: dict[str, Any], __: list[int]) -> dict[str, Any]:
+        return {
+            "restores": [
+                {"restore": item.name, "image": item.image, "finished": item.finished, "stalled": item.stalled}
+                for item in self._state.restores.values()
+            ]
+        }
+
+    def _order_release(self, order: dict[str, Any], _: list[int]) -> dict[str, Any]:
+        self._release(order["restore"])
+        return {}
+
+    def _order_quit(self, _: dict[str, Any], __: list[int]) -> dict[str, Any]:
+        for name in list(self._state.restores):
+            self._release(name)
+        self._running = False
+        return {}
+
+    def _release(self, name: str) -> None:
+        restore = self._state.restores.get(name)
+        if restore is None:
+            return
+        spaces, sockets = list(restore.spaces), [restore.listener, *restore.connections]
+        self._note(Kind.RELEASED, name)
+        for space in spaces:
+            self._untrack(space)
+        for fd in sockets:
+            self._unwatch(fd)
+            os.close(fd)
+        if restore in self._filling:
+            self._filling.remove(restore)
+        self._faulted.pop(name, None)
+        self._interrupted.discard(name)
+        for number in self._awaited.pop(name, []):
+            self._answer(number, {"error": "the restore was released"})
+
+    # CRIU's side
+
+    def _watch_restore(self, restore: Restore) -> None:
+        self._watch(restore.listener, lambda: self._criu_connects(restore))
+        for fd in restore.connections:
+            self._watch_connection(restore, fd)
+
+    def _criu_connects(self, restore: Restore) -> None:
+        listener = socket.socket(fileno=os.dup(restore.listener))
+        with listener:
+            try:
+                connection, _ = listener.accept()
+            except OSError:
+                return
+        connection.setblocking(False)
+        fd = connection.detach()
+        self._note(Kind.CONNECTED, [restore.name, fd])
+        self._watch_connection(restore, fd)
+
+    def _watch_connection(self, restore: Restore, fd: int) -> None:
+        self._watch(fd, lambda: self._criu_says(restore, fd))
+
+    def _criu_says(self, restore: Restore, fd: int) -> None:
+        size = MESSAGE_DATA_BYTES + MESSAGE_CONTROL_BYTES
+        view = self._reserve(Kind.MESSAGE, fd, size)
+        received = _receive(fd, view)
+        if received is None:
+            self._file.journal.drop(size)
+        elif received == 0:
+            self._file.journal.drop(size)
+            self._note(Kind.DISCONNECTED, [restore.name, fd])
+            self._unwatch(fd)
+            os.close(fd)
+        else:
+            payload = struct.pack("<Q", fd) + bytes(view)
+            self._file.journal.keep(size)
+            was_finished = restore.finished
+            for space in self._state.apply(Kind.MESSAGE, payload):
+                self._serve(self._track(space, self._images[restore.image], prefetch=restore.prefetch))
+            if restore.finished and not was_finished:
+                for serving in self._of(restore):
+                    self._serve(serving)
+                self._check_prefetched(restore)
+        view.release()
+
+    def _check_prefetched(self, restore: Restore) -> None:
+        if restore.name in self._awaited and restore.finished:
+            if any(serving.prefetching for serving in self._of(restore)):
+                return
+            for number in self._awaited.pop(restore.name):
+                self._answer(number, {})
+
+    # Address spaces
+
+    def _track(self, space: Space, image: Image, *, prefetch: bool = False) -> Serving:
+        serving = Serving(space, image, self._stalled, self._serve)
+        self._servings[space.key] = serving
+        self._watch(space.fd, lambda: self._readable(serving))
+        if prefetch:
+            serving.prefetch()
+            self._busy[space.key] = serving
+        return serving
+
+    def _of(self, restore: Restore) -> list[Serving]:
+        return [self._servings[space.key] for space in restore.spaces if space.key in self._servings]
+
+    def _untrack(self, space: Space) -> None:
+        """The space is no more in the state: let go of the rest. Its memory must be gone, or all there."""
+        for table in (self._servings, self._busy, self._again):
+            table.pop(space.key, None)
+        self._unwatch(space.fd)
+        os.close(space.fd)
+
+    def _forget(self, space: Space) -> None:
+        if not space.gone:
+            restore = space.restore
+            self._note(Kind.SPACE_GONE, space.key)
+            self._untrack(space)
+            self._check_prefetched(restore)
+
+    def _readable(self, serving: Serving) -> None:
+        if self._drain(serving.space):
+            self._serve(serving)
+
+    def _drain(self, space: Space) -> bool:
+        """Take in what the kernel has to say; False when the process is gone."""
+        view = self._reserve(Kind.EVENTS, space.key, MESSAGE_BYTES * _MESSAGES_A_READ)
+        try:
+            size = os.readv(space.fd, [view])
+        except BlockingIOError:
+            self._file.journal.drop(0)
+            return True
+        except OSError:
+            size = 0
+        messages = bytes(view[:size])
+        view.release()
+        if size == 0:
+            self._file.journal.drop(0)
+            self._forget(space)
+            return False
+        if only_faults(messages):
+            self._file.journal.drop(size)
+        else:
+            self._file.journal.keep(size)
+        for child in self._state.apply(Kind.EVENTS, struct.pack("<Q", space.key) + messages):
+            self._track(child, self._images[child.restore.image])
+        return True
+
+    def _serve(self, serving: Serving) -> None:
+        """Faults first; what comes after them is done in slices."""
+        if serving.space.gone:
+            return
+        progress = serving.serve_faults()
+        if progress is Progress.EVENT:
+            if not self._drain(serving.space):
+                return
+            progress = serving.serve_faults()
+        self._dispatch(serving, progress)
+
+    def _slice(self, serving: Serving) -> None:
+        progress = serving.advance(time.monotonic() + SLICE_S)
+        if progress is Progress.EVENT and self._drain(serving.space):
+            self._serve(serving)
+            return
+        self._dispatch(serving, progress)
+        if progress is Progress.IDLE:
+            self._check_prefetched(serving.space.restore)
+
+    def _dispatch(self, serving: Serving, progress: Progress) -> None:
+        key = serving.space.key
+        if serving.space.gone:
+            return
+        if progress is Progress.GONE:
+            self._forget(serving.space)
+        elif progress in (Progress.EVENT, Progress.WAIT):
+            self._again[key] = serving
+        elif serving.busy and key not in self._again:
+            self._busy[key] = serving
+
+    def _stalled(self, serving: Serving, reason: str) -> None:
+        restore = serving.space.restore
+        restore.stalled = reason
+        self._send({"event": "stalled", "restore": restore.name, "reason": reason})
+
+    def _chunks_arrived(self) -> None:
+        try:
+            os.eventfd_read(self._wake)
+        except BlockingIOError:
+            return
+        self._downloads.settle()
+
+    # Now and then
+
+    def _tick(self) -> None:
+        for serving in list(self._servings.values()):
+            # The kernel does not report the end of a process; any copy does.
+            if serving.space.restore.finished and serving.probe() is Outcome.GONE:
+                self._forget(serving.space)
+        self._choose_filling()
+        keeper_gone = os.getppid() != self._keeper
+        if keeper_gone and self._listener is not None:
+            # No worker would come after this one. It serves what is there to its end, so that nothing reads a wrong page, and no more.
+            logger.error("the keeper of the pager is gone")
+            self._unwatch(self._listener.fileno())
+            self._listener.close()
+            self._listener = None
+            self._agent_gone()
+        alone_s = time.monotonic() - self._alone_since
+        if self._state.agent < 0 and (keeper_gone or alone_s > self._state.settings.get("orphan_s", 0.0)) and not self._servings:
+            self._running = False
+
+    def _choose_filling(self) -> None:
+        """Instances that are old enough, and have missed pages since the last look."""
+        settings = self._state.settings
+        rate = float(settings.get("fill_mb_per_s", 0))
+        self._filling = []
+        for restore in self._state.restores.values():
+            faulted = restore.pages_faulted
+            if faulted != self._faulted.get(restore.name, 0):
+                self._faulted[restore.name] = faulted
+                old = time.time_ns() - restore.begun_ns > float(settings.get("fill_after_s", 0)) * 1e9
+                here = restore.image in self._images and self._images[restore.image].complete
+                if rate > 0 and old and here and restore.finished and restore.spaces and not restore.record:
+                    self._filling.append(restore)
+
+    def _fill(self) -> None:
+        """One piece for the instance whose turn it is."""
+        restore = self._filling.pop(0)
+        serving = next(iter(self._of(restore)), None)
+        if serving is None:
+            return
+        size, progress = serving.fill()
+        if progress in (Progress.IDLE, Progress.GONE):
+            # All is in, and no fork is on its way that happened before it was: this memory needs nobody any more.
+            self._forget(serving.space)
+        else:
+            self._dispatch(serving, progress)
+        self._filling.append(restore)
+        self._fill_at = max(self._fill_at, time.monotonic() - TICK_S) + size / (float(self._state.settings["fill_mb_per_s"]) * 1e6)
+
+
+class _Vector(ctypes.Structure):
+    _fields_ = (("base", ctypes.c_void_p), ("size", ctypes.c_size_t))
+
+
+class _Message(ctypes.Structure):
+    _fields_ = (
+        ("name", ctypes.c_void_p),
+        ("name_bytes", ctypes.c_uint32),
+        ("vectors", ctypes.POINTER(_Vector)),
+        ("vector_count", ctypes.c_size_t),
+        ("control", ctypes.c_void_p),
+        ("control_bytes", ctypes.c_size_t),
+        ("flags", ctypes.c_int),
+    )
+
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.recvmsg.argtypes = [ctypes.c_int, ctypes.c_void_p, ctypes.c_int]
+_libc.recvmsg.restype = ctypes.c_ssize_t
+
+
+def _receive(fd: int, view: memoryview) -> int | None:
+    """Receive 4 bytes and at most one descriptor straight into ``view``; None when there is nothing, 0 at the end."""
+    address = ctypes.addressof(ctypes.c_char.from_buffer(view))
+    vector = _Vector(address, 4)
+    message = _Message(None, 0, ctypes.pointer(vector), 1, address + MESSAGE_DATA_BYTES, MESSAGE_CONTROL_BYTES, 0)
+    received = int(_libc.recvmsg(fd, ctypes.byref(message), socket.MSG_DONTWAIT | socket.MSG_CMSG_CLOEXEC))
+    if received < 0:
+        return None if ctypes.get_errno() in (11, 4) else 0
+    return received
+
+
+def run() -> None:
+    """Body of the worker process."""
+    sys.setswitchinterval(0.0005)  # a fault must not wait for a downloading thread
+    Worker().run()

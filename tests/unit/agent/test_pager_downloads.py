@@ -1,0 +1,83 @@
+"""Who is fetched first, and what happens when the store fails."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from agent.pager import downloads
+from agent.pager.downloads import Download, Downloads
+from infra.errors import StoreUnavailable
+
+
+class Gate:
+    """A store whose answers wait until they are let through."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.open = threading.Event()
+        self.order: list[bytes] = []
+        self.failures = 0
+        monkeypatch.setattr(downloads.chunks, "download", self._download)
+
+    def _download(self, _: Any, name: bytes, size: int) -> bytes:
+        self.order.append(name)
+        self.open.wait(10)
+        if self.failures:
+            self.failures -= 1
+            raise StoreUnavailable("it is slow", bucket="b", key="k")
+        return name * size
+
+
+@pytest.fixture
+def wake() -> Iterator[int]:
+    fd = os.eventfd(0, os.EFD_NONBLOCK)
+    yield fd
+    os.close(fd)
+
+
+def settle(subject: Downloads, arrived: list[Any], count: int) -> None:
+    deadline = time.monotonic() + 10
+    while len(arrived) < count and time.monotonic() < deadline:
+        subject.settle()
+        time.sleep(0.001)
+    assert len(arrived) == count
+
+
+def test_a_chunk_that_a_thread_waits_for_overtakes(monkeypatch: pytest.MonkeyPatch, wake: int) -> None:
+    gate, arrived = Gate(monkeypatch), []
+    subject = Downloads(2, wake)
+    subject.configure(lambda: None, 2)  # type: ignore[arg-type, return-value]
+    wanted = [Download(bytes([number]), 3, lambda data, error: arrived.append((data, error))) for number in range(8)]
+    for download in wanted[:6]:
+        subject.add(download, urgent=False)
+    time.sleep(0.05)
+    assert gate.order == [b"\0"], "what is fetched to have it leaves a thread free"
+    subject.hurry(wanted[5])
+    subject.add(wanted[7], urgent=True)
+    wanted[3].cancelled = True
+    gate.open.set()
+    settle(subject, arrived, 6)
+    assert gate.order.index(b"\5") < gate.order.index(b"\1") and gate.order.index(b"\7") < gate.order.index(b"\2")
+    assert all(error == "" and data is not None for data, error in arrived)
+    assert b"\3" not in gate.order
+
+
+def test_a_slow_store_is_waited_for_and_one_that_stays_away_is_told(monkeypatch: pytest.MonkeyPatch, wake: int) -> None:
+    gate, arrived = Gate(monkeypatch), []
+    gate.open.set()
+    gate.failures = 2
+    subject = Downloads(1, wake)
+    subject.configure(lambda: None, 1)  # type: ignore[arg-type, return-value]
+    subject.add(Download(b"a", 2, lambda data, error: arrived.append((data, error))), urgent=True)
+    settle(subject, arrived, 1)
+    assert arrived == [(b"aa", "")] and len(gate.order) == 3
+    monkeypatch.setattr(downloads, "STALL_S", 0.0)
+    gate.failures = 1
+    subject.add(Download(b"b", 2, lambda data, error: arrived.append((data, error))), urgent=True)
+    settle(subject, arrived, 2)
+    assert arrived[1][0] is None and "it is slow" in arrived[1][1]
