@@ -19,7 +19,7 @@ from agent.criu import protobuf
 from agent.errors import PagerError
 from agent.pager.client import PagerClient, Served
 from agent.store import chunks, manifest, workingset
-from agent.store.manifest import Blob, Manifest, Pages, Prefetch, Span
+from agent.store.manifest import Blob, Fresh, Manifest, Pages, Span
 from infra.settings import AgentSettings, S3Settings
 from tests.integration.agent import lazy_process
 from tests.integration.agent.lazy_process import BASE, PAGE, PID, content
@@ -45,7 +45,7 @@ def an_image(directory: Path, *, prefetch: list[tuple[int, int]], ahead: list[tu
         Manifest(
             function="f", function_digest="", files_digest="", created_ns=0, criu="", kernel="", machine="", cpu_flags=[], root_pid=1,
             outputs=[], mapped_files=[], archive=Blob(0, b"\0" * 32, 0), working_set=Blob(0, b"\0" * 32, 0), extents=[],
-            prefetch={str(PID): [Prefetch(BASE + first * PAGE, count * PAGE) for first, count in prefetch]},
+            fresh={str(PID): [Fresh(BASE + first * PAGE, count * PAGE) for first, count in prefetch]},
             pages={"1": Pages(len(data), [chunks.digest(piece) for piece in pieces], zeros, [Span(a * PAGE, n * PAGE) for a, n in ahead])},
             image_bytes=len(data),
         )
