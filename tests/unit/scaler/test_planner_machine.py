@@ -157,7 +157,20 @@ class PlannerMachine(RuleBasedStateMachine):
     @precondition(lambda self: self._any(Start))
     @rule(data=st.data(), mode=st.sampled_from(["cold", "restore", "thaw", "thaw"]))
     def start_done(self, data, mode) -> None:
-        command = self._take(data, Start)
+        self._started(data, self._take(data, Start), mode)
+
+    @precondition(lambda self: self.owned and any(self.standbys[name] for name in self.up))
+    @rule(data=st.data(), in_flight=st.integers(0, MAXIMUM), mode=st.sampled_from(["restore", "thaw", "thaw", "thaw"]))
+    def demand_where_standbys_wait(self, data, in_flight, mode) -> None:
+        """Some of what is started is answered at once."""
+        name = data.draw(st.sampled_from(sorted({info.function for node in self.up for info in self.standbys[node].values()})))
+        self.said[name, "c"] = (1, len(self.harness.log), in_flight, self.harness.now + 3600 * NS)
+        commands = self.harness.demand(in_flight, name=name, source="c", epoch=1, seq=len(self.harness.log), ttl=3600.0)
+        for command in starts(commands)[: data.draw(st.integers(0, MAXIMUM))]:
+            del self.open[command.message.id]
+            self._started(data, command, mode)
+
+    def _started(self, data, command, mode) -> None:
         name = f"i{len(self.ids)}-{self.harness.made}"
         document = command.message.function
         usable = self._usable(command.node, document)
