@@ -70,15 +70,25 @@ def producer(settings: KafkaSettings, client_id: str) -> AIOKafkaProducer:
     )
 
 
-def consumer(settings: KafkaSettings, client_id: str, *, group: str | None = None) -> AIOKafkaConsumer:
-    """A consumer without subscription. It never commits by itself: only its user knows what has been absorbed."""
+def consumer(
+    settings: KafkaSettings, client_id: str, *, group: str | None = None, fetch_max_wait_ms: int | None = None
+) -> AIOKafkaConsumer:
+    """A consumer without subscription. It never commits by itself: only its user knows what has been absorbed.
+
+    Args:
+        settings: the broker.
+        client_id: its name for the broker's logs and limits.
+        group: shares the partitions of its subscription; None: reads what it is assigned.
+        fetch_max_wait_ms: other than the settings' one, which is for those who wait for every record: short fetches keep the
+            broker and this process busy all the time.
+    """
     return AIOKafkaConsumer(
         bootstrap_servers=_address(settings),
         client_id=client_id,
         group_id=group,
         enable_auto_commit=False,
         auto_offset_reset="earliest",
-        fetch_max_wait_ms=settings.fetch_max_wait_ms,
+        fetch_max_wait_ms=fetch_max_wait_ms or settings.fetch_max_wait_ms,
         request_timeout_ms=settings.request_timeout_ms,
         session_timeout_ms=settings.session_timeout_ms,
         # Also how soon a member notices that another has left and its shards are free.

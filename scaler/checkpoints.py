@@ -11,6 +11,7 @@ the other nodes fetch it.
 from __future__ import annotations
 
 from agent.api.messages import CheckpointPublished, CommandFailed, Evict, Fetch, FetchDone, MakeCheckpoint
+from agent.api.records import StartRecord
 from scaler import placement
 from scaler.levels import NS
 from scaler.state import FunctionState
@@ -39,7 +40,9 @@ def settle(world: World, state: FunctionState, now_ns: int) -> None:
         return
     where = world.nodes.get(checkpoint.cold_on)
     if where is None or not where.up:
-        where = placement.choose(world.nodes.values(), memory_mb=function.spec.limits.memory_mb, cached={}, avoid={}, now_ns=now_ns)
+        where = placement.choose(
+            world.nodes.values(), memory_mb=function.spec.limits.memory_mb, standby={}, cached={}, avoid={}, now_ns=now_ns
+        )
     if where is None:
         return  # the next inventory comes back here
     readiness_ns = int(function.spec.readiness.timeout_seconds * NS) + world.config.readiness_margin_ns
@@ -57,8 +60,14 @@ def fetched(world: World, state: FunctionState, node: str, report: FetchDone, no
     checkpoint.checked = True
     checkpoint.fetch_failures = checkpoint.fetch_retry_ns = 0
     if report.checkpoint is not None:
-        checkpoint.id = report.checkpoint.checkpoint
-        checkpoint.cached[node] = None
+        found = report.checkpoint.checkpoint
+        if checkpoint.id and checkpoint.id != found:
+            # It was replaced meanwhile. The others look again after a pause: nodes that disagree must not keep each
+            # other busy.
+            checkpoint.asked = {node: None}
+            checkpoint.fetch_retry_ns = now_ns + world.config.fetch_retry_ns
+            world.timers.arm(TimerKey("checkpoint", state.name, "fetch"), checkpoint.fetch_retry_ns)
+        held_by(state, found, node)
     elif not checkpoint.fetching:
         # The last word of the nodes that were asked: there is none (any more).
         checkpoint.cached.pop(node, None)
@@ -76,13 +85,36 @@ def published(world: World, state: FunctionState, node: str, report: CheckpointP
         evict(world, state, node, now_ns)
         return
     if report.function_digest == state.digest:
-        checkpoint.id = report.checkpoint.checkpoint
+        held_by(state, report.checkpoint.checkpoint, node)
         checkpoint.checked = True
-        # What other nodes hold is older.
-        checkpoint.cached = {node: None}
         checkpoint.asked = {node: None}
         checkpoint.failures = checkpoint.retry_ns = 0
     settle(world, state, now_ns)
+
+
+def held_by(state: FunctionState, checkpoint_id: str, node: str) -> None:
+    """A node holds the function's current checkpoint, which is the one that was known or replaces it."""
+    checkpoint = state.checkpoint
+    if checkpoint.id != checkpoint_id:
+        checkpoint.id = checkpoint_id
+        checkpoint.cached = {}  # what other nodes hold is older
+        state.retire_standbys()
+    checkpoint.cached[node] = None
+
+
+def started(world: World, state: FunctionState, node: str, record: StartRecord, now_ns: int) -> None:
+    """An instance of the current digest was started on ``node``: that tells of its checkpoint."""
+    checkpoint = state.checkpoint
+    if record.start_mode == "cold":
+        started_cold(world, state, node, now_ns)
+    elif record.checkpoint and checkpoint.id in ("", record.checkpoint):
+        checkpoint.checked = True
+        held_by(state, record.checkpoint, node)
+    elif record.checkpoint and record.start_mode != "thaw":
+        # The node takes another one for current: have it look.
+        checkpoint.cached.pop(node, None)
+        checkpoint.asked.pop(node, None)
+        settle(world, state, now_ns)
 
 
 def started_cold(world: World, state: FunctionState, node: str, now_ns: int) -> None:

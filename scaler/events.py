@@ -19,6 +19,7 @@ from agent.api.messages import (
     FetchDone,
     InstanceExited,
     Inventory,
+    PrepareDone,
     StartDone,
     StartFailed,
 )
@@ -81,7 +82,9 @@ class Tick(msgspec.Struct, frozen=True, kw_only=True):
 
 
 #: Reports that mean something to the planner; endpoints are for watchers.
-PlannerReport = Inventory | StartDone | StartFailed | InstanceExited | FetchDone | CheckpointPublished | Evicted | CommandFailed
+PlannerReport = (
+    Inventory | StartDone | StartFailed | PrepareDone | InstanceExited | FetchDone | CheckpointPublished | Evicted | CommandFailed
+)
 
 
 class NodeReport(msgspec.Struct, frozen=True, kw_only=True):

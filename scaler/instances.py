@@ -11,6 +11,8 @@ The policy at this stage:
   oldest has most of its pages.
 - Instances of an older digest serve until as many new ones do, then go at once; when nothing is wanted they go at once.
   While they are replaced they come on top of ``max``: the alternative is a gap in service.
+- A start goes to a node with a standby that no other start counts on, before any other. Which standby is used is the
+  agent's choice, and whether one was is told by its report.
 - A failed start is owed: repeated after a pause that doubles with each failed round, for as long as the level asks for
   it. The pause holds back only what failed; more demand starts more at once.
 """
@@ -50,10 +52,12 @@ def place(world: World, state: FunctionState, needs: list[Need], now_ns: int) ->
         return
     for name in [name for name, until_ns in state.avoid.items() if until_ns <= now_ns]:
         del state.avoid[name]
+    standby = state.free_standbys()
     for index, need in enumerate(needs):
         node = placement.choose(
             world.nodes.values(),
             memory_mb=function.spec.limits.memory_mb,
+            standby=standby,
             cached=state.checkpoint.cached,
             avoid=state.avoid,
             now_ns=now_ns,
@@ -64,7 +68,12 @@ def place(world: World, state: FunctionState, needs: list[Need], now_ns: int) ->
             if state.avoid:
                 world.timers.arm(TimerKey("retry", state.name, "refused"), min(state.avoid.values()))
             return
-        _start(world, state, node, need, now_ns)
+        thaws = node.name in standby
+        if thaws:
+            standby[node.name] -= 1
+            if not standby[node.name]:
+                del standby[node.name]
+        _start(world, state, node, need, thaws, now_ns)
 
 
 def failed(world: World, state: FunctionState, attempt: int, need: Need, now_ns: int) -> None:
@@ -83,7 +92,7 @@ def forget_start(world: World, state: FunctionState, command_id: str) -> Startin
     if start.digest == state.digest:
         state.starting -= 1
     if (node := world.nodes.get(start.node)) is not None:
-        node.starts.pop(command_id, None)
+        node.end(command_id)
     return start
 
 
@@ -114,15 +123,15 @@ def _start_missing(world: World, state: FunctionState, now_ns: int, need: Need |
     place(world, state, needs, now_ns)
 
 
-def _start(world: World, state: FunctionState, node: Node, need: Need, now_ns: int) -> None:
+def _start(world: World, state: FunctionState, node: Node, need: Need, thaws: bool, now_ns: int) -> None:
     function = state.function
     assert function is not None
     readiness_ns = int(function.spec.readiness.timeout_seconds * NS) + world.config.readiness_margin_ns
     header = world.header(state, now_ns, max(world.config.start_deadline_ns, readiness_ns))
     command_id = header["id"]
-    state.starts[command_id] = Starting(command_id, node.name, state.digest, need, state.failures)
+    state.starts[command_id] = Starting(command_id, node.name, state.digest, need, state.failures, thaws)
     state.starting += 1
-    node.starts[command_id] = None
+    node.begin(command_id, placement.THAW_MS if thaws else placement.RESTORE_MS)
     node.memory_free_mb -= function.spec.limits.memory_mb
     world.send(Pending("start", state.name, node.name), Start(**header, function=function), need)
 

@@ -4,9 +4,9 @@ In: events (:mod:`scaler.events`) with the time as an argument. Out: commands (:
 give the same commands in every process, so the live service (:mod:`scaler.service`), tests and simulations share this
 code, and a list of ``(event, now_ns)`` replays any decision. No I/O, no clock, no spans; import-linter holds that.
 
-Where things are decided: how many instances in :mod:`scaler.instances`, checkpoints in :mod:`scaler.checkpoints`, which
-node in :mod:`scaler.placement`; what reports change is in :mod:`scaler.reports`. All memory is one
-:class:`scaler.world.World`.
+Where things are decided: how many instances in :mod:`scaler.instances`, how many standbys in :mod:`scaler.standbys`,
+checkpoints in :mod:`scaler.checkpoints`, which node in :mod:`scaler.placement`; what reports change is in
+:mod:`scaler.reports`. All memory is one :class:`scaler.world.World`.
 
 The cost of an event does not grow with the number of functions, except for those that concern all of them: a node that
 connects or is lost, a shard that is gained or lost.
@@ -17,7 +17,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from scaler import checkpoints, instances, reports
+from scaler import checkpoints, instances, reports, standbys
 from scaler.commands import Need, NodeCommand
 from scaler.events import (
     DemandSeen,
@@ -91,7 +91,7 @@ class Planner:
     def explain(self, name: str) -> FunctionSnapshot | None:
         """What the planner knows of a function; None when nothing."""
         state = self._world.functions.get(name)
-        return snapshot(state) if state is not None else None
+        return snapshot(state, standbys.wanted(state)) if state is not None else None
 
     def drain_touched(self) -> list[str]:
         """Functions that this scaler decides for and whose snapshot may have changed since the last call."""
@@ -150,6 +150,7 @@ class Planner:
         world.touched[state.name] = None
         checkpoints.settle(world, state, now_ns)
         instances.settle(world, state, now_ns, _waiting_demand(state, now_ns))
+        standbys.settle(world, state, now_ns)
 
     def _function_deleted(self, event: FunctionDeleted, now_ns: int) -> None:
         world = self._world
@@ -160,6 +161,7 @@ class Planner:
         holders = {**state.checkpoint.cached, **state.checkpoint.asked}
         state.withdraw()
         instances.settle(world, state, now_ns)
+        standbys.settle(world, state, now_ns)
         for node in holders:
             if node in world.nodes:
                 checkpoints.evict(world, state, node, now_ns)
@@ -183,6 +185,8 @@ class Planner:
                     continue
             if key.kind == "checkpoint":
                 checkpoints.settle(world, state, now_ns)
+            elif key.kind == "standby":
+                standbys.settle(world, state, now_ns)
             else:
                 instances.settle(world, state, now_ns)
             world.forget_if_empty(state)
@@ -214,6 +218,7 @@ class Planner:
             state = world.functions[name]
             checkpoints.settle(world, state, now_ns)
             instances.settle(world, state, now_ns, _waiting_demand(state, now_ns))
+            standbys.settle(world, state, now_ns)
 
     def _shard_lost(self, event: ShardLost, now_ns: int) -> None:
         world = self._world
@@ -226,6 +231,7 @@ class Planner:
             state.disown()
             world.unknown.pop(name, None)
             world.waiting.pop(name, None)
+            world.short.pop(name, None)
             world.forget_if_empty(state)
         for command_id, pending in list(world.pending.items()):
             if world.shard_of(pending.function) == event.shard:

@@ -1,7 +1,7 @@
 """What an agent's report changes.
 
 In: :class:`scaler.events.NodeReport` and the two ways of losing a node, from :mod:`scaler.planner`. Out: changed
-functions, which :mod:`scaler.instances` and :mod:`scaler.checkpoints` then settle.
+functions, which :mod:`scaler.instances`, :mod:`scaler.standbys` and :mod:`scaler.checkpoints` then settle.
 
 The agent is the authority on its node: its inventory adds what the planner did not know and removes what is not there.
 Answers to commands that the planner has given up (their deadline passed, their node was lost) still count as news of
@@ -9,6 +9,8 @@ what exists.
 """
 
 from __future__ import annotations
+
+import itertools
 
 from agent.api.messages import (
     CheckpointPublished,
@@ -18,10 +20,11 @@ from agent.api.messages import (
     InstanceExited,
     InstanceInfo,
     Inventory,
+    PrepareDone,
     StartDone,
     StartFailed,
 )
-from scaler import checkpoints, instances
+from scaler import checkpoints, instances, standbys
 from scaler.commands import Need
 from scaler.events import PlannerReport
 from scaler.placement import Node
@@ -42,6 +45,8 @@ def handle(world: World, node: str, report: PlannerReport, now_ns: int, connecte
         start_done(world, node, report, now_ns)
     elif isinstance(report, StartFailed):
         start_failed(world, node, report, now_ns)
+    elif isinstance(report, PrepareDone):
+        _prepare_done(world, node, report, now_ns)
     elif isinstance(report, InstanceExited):
         instance_exited(world, node, report, now_ns)
     else:
@@ -56,13 +61,11 @@ def start_done(world: World, node: str, report: StartDone, now_ns: int) -> None:
     _adopt(world, state, node, report.instance)
     state.last_start_mode = record.start_mode
     state.last_start_ms = (record.ended_ns - (start.need.since_ns if start else record.started_ns)) / 1e6
+    if start is not None and start.thaws and record.start_mode != "thaw":
+        standbys.not_used(state, node)
     if report.instance.function_digest == state.digest:
-        if record.start_mode == "cold":
-            checkpoints.started_cold(world, state, node, now_ns)
-        elif record.checkpoint:
-            state.checkpoint.id, state.checkpoint.checked = record.checkpoint, True
-            state.checkpoint.cached[node] = None
-    instances.settle(world, state, now_ns)
+        checkpoints.started(world, state, node, record, now_ns)
+    _settle(world, state, now_ns)
 
 
 def start_failed(world: World, node: str, report: StartFailed, now_ns: int) -> None:
@@ -87,26 +90,30 @@ def start_failed(world: World, node: str, report: StartFailed, now_ns: int) -> N
             if where is not None:
                 where.failed_until_ns = now_ns + world.config.failed_lately_ns
             instances.failed(world, state, start.attempt, start.need, now_ns)
-    instances.settle(world, state, now_ns)
+    _settle(world, state, now_ns)
     world.forget_if_empty(state)
 
 
 def instance_exited(world: World, node: str, report: InstanceExited, now_ns: int) -> None:
-    """An instance is gone: released, or by itself."""
+    """An instance or a standby is gone: released, or by itself."""
     pending = world.answered(report.command_id) if report.command_id else None
     # An agent that no longer knows the instance does not know its function either.
     state = world.functions.get(pending.function if pending is not None else report.function)
     if state is None:
         return
-    asked_for = report.instance in state.releasing or pending is not None
+    asked_for = report.instance in state.releasing or report.instance in state.standbys.leaving or pending is not None
     instance = instances.forget_instance(world, state, report.instance)
+    standby = standbys.forget(world, state, report.instance, node)
+    if standby is not None and not asked_for:
+        state.last_error = f"standby {standby.id} on {node}: {report.reason}, exit code {report.exit_code}"
+        standbys.exited(world, state, standby, now_ns)
     if instance is not None and not asked_for:
         state.last_error = f"instance {report.instance} on {node}: {report.reason}, exit code {report.exit_code}"
         if instance.digest == state.digest and now_ns - instance.started_ns < world.config.early_exit_ns:
             if (where := world.nodes.get(node)) is not None:
                 where.failed_until_ns = now_ns + world.config.failed_lately_ns
             instances.failed(world, state, instance.attempt, Need(state.newest, now_ns), now_ns)
-    instances.settle(world, state, now_ns)
+    _settle(world, state, now_ns)
     world.touched[state.name] = None
     world.forget_if_empty(state)
     _wake(world, WOKEN_PER_EXIT, now_ns)
@@ -132,10 +139,11 @@ def inventory(world: World, name: str, report: Inventory, now_ns: int, connected
     for function, item in held.items():
         known = world.functions.get(function)
         if known is not None and item.function_digest == known.digest:
-            known.checkpoint.id = known.checkpoint.id or item.checkpoint
-            if item.checkpoint == known.checkpoint.id:
-                known.checkpoint.cached[name] = None
+            if known.checkpoint.id in ("", item.checkpoint):
+                checkpoints.held_by(known, item.checkpoint, name)
+                changed[function] = None
             known.checkpoint.checked = True
+    changed.update(_standbys_of(world, name, report))
     for state in list(world.functions.values()):
         if name in state.checkpoint.cached and state.name not in held:
             del state.checkpoint.cached[name]
@@ -144,10 +152,28 @@ def inventory(world: World, name: str, report: Inventory, now_ns: int, connected
             checkpoints.settle(world, state, now_ns)
     for function in changed:
         if (found := world.functions.get(function)) is not None:
-            instances.settle(world, found, now_ns)
+            _settle(world, found, now_ns)
             world.touched[function] = None
             world.forget_if_empty(found)
-    _wake(world, len(world.waiting), now_ns)
+    _wake(world, len(world.waiting) + len(world.short), now_ns)
+
+
+def _standbys_of(world: World, name: str, report: Inventory) -> dict[str, None]:
+    """Take over the standbys of a node; returns the functions that are concerned."""
+    node, changed = world.nodes[name], dict[str, None]()
+    present = {info.standby for info in report.standbys}
+    free_mb = node.memory_free_mb
+    for standby, function in [item for item in node.standbys.items() if item[0] not in present]:
+        standbys.forget(world, world.functions[function], standby, name)
+        changed[function] = None
+    node.memory_free_mb = free_mb  # as the node measured it
+    for info in sorted(report.standbys, key=lambda item: (item.made_ns, item.standby)):
+        world.answered(info.command_id)
+        state = world.function(info.function)
+        making = state.standbys.making.pop(info.command_id, None)
+        if standbys.adopt(world, state, name, info) or making is not None:
+            changed[info.function] = None
+    return changed
 
 
 def node_lost(world: World, name: str, now_ns: int) -> None:
@@ -159,6 +185,9 @@ def node_lost(world: World, name: str, now_ns: int) -> None:
     for instance_id, function in list(node.instances.items()):
         instances.forget_instance(world, world.functions[function], instance_id)
         again.setdefault(function, [])
+    for standby, function in list(node.standbys.items()):
+        standbys.forget(world, world.functions[function], standby, name)
+        again.setdefault(function, [])
     for command_id, pending in [item for item in world.pending.items() if item[1].node == name]:
         world.answered(command_id)
         state = world.functions.get(pending.function)
@@ -167,6 +196,8 @@ def node_lost(world: World, name: str, now_ns: int) -> None:
         start = instances.forget_start(world, state, command_id)
         if start is not None and start.digest == state.digest:
             again.setdefault(state.name, []).append(start.need)
+        if state.standbys.making.pop(command_id, None) is not None:
+            again.setdefault(state.name, [])
         if pending.kind in ("fetch", "checkpoint"):
             lost = CommandFailed(
                 command_id=command_id,
@@ -180,12 +211,13 @@ def node_lost(world: World, name: str, now_ns: int) -> None:
         state.checkpoint.cached.pop(name, None)
         state.checkpoint.asked.pop(name, None)
         state.avoid.pop(name, None)
+        state.standbys.avoid.pop(name, None)
     for function, needs in again.items():
         state = world.functions[function]
         missing = state.wanted - state.have - len(state.owed)
         if world.acting(state) and missing > 0:
             instances.place(world, state, needs[:missing], now_ns)
-        instances.settle(world, state, now_ns)
+        _settle(world, state, now_ns)
         world.touched[function] = None
         world.forget_if_empty(state)
 
@@ -214,6 +246,13 @@ def overdue(world: World, command_id: str, now_ns: int) -> None:
         )
 
 
+def _prepare_done(world: World, node: str, report: PrepareDone, now_ns: int) -> None:
+    world.answered(report.command_id)
+    state = world.function(report.standby.function)
+    standbys.prepared(world, state, node, report, now_ns)
+    world.forget_if_empty(state)
+
+
 def _command_answered(world: World, node: str, report: FetchDone | CheckpointPublished | Evicted | CommandFailed, now_ns: int) -> None:
     pending = world.answered(report.command_id)
     state = world.functions.get(pending.function if pending is not None else report.function)
@@ -222,21 +261,28 @@ def _command_answered(world: World, node: str, report: FetchDone | CheckpointPub
     world.touched[state.name] = None
     if isinstance(report, FetchDone):
         checkpoints.fetched(world, state, node, report, now_ns)
+        standbys.settle(world, state, now_ns)
     elif isinstance(report, CheckpointPublished):
         checkpoints.published(world, state, node, report, now_ns)
+        standbys.settle(world, state, now_ns)
     elif isinstance(report, Evicted):
         state.checkpoint.cached.pop(node, None)
         state.checkpoint.asked.pop(node, None)
     elif pending is not None and pending.kind == "release":
         _release_failed(world, state, node, pending, report, now_ns)
+    elif pending is not None and pending.kind == "prepare":
+        standbys.failed(world, state, node, report, now_ns)
+        world.forget_if_empty(state)
     else:
         checkpoints.failed(world, state, node, report, now_ns)
 
 
 def _release_failed(world: World, state: FunctionState, node: str, pending: Pending, report: CommandFailed, now_ns: int) -> None:
     state.last_error = f"release of {pending.instance} on {node}: {report.reason}: {report.message}"
+    standbys.release_failed(world, state, pending.instance, report.command_id, report.reason == GONE, node, now_ns)
     released = state.releasing.get(pending.instance)
     if released is None or released[1] != report.command_id:
+        world.forget_if_empty(state)
         return
     if report.reason == GONE:
         instances.forget_instance(world, state, pending.instance)
@@ -256,6 +302,7 @@ def _adopt(world: World, state: FunctionState, node: str, info: InstanceInfo) ->
         state.failures = 0
     if state.find(info.instance) is not None:
         return
+    standbys.forget(world, state, info.instance, node)  # it was one until now
     where = world.nodes.setdefault(node, Node(node))
     where.instances[info.instance] = state.name
     state.add(
@@ -272,10 +319,23 @@ def _adopt(world: World, state: FunctionState, node: str, info: InstanceInfo) ->
     world.touched[state.name] = None
 
 
+def _settle(world: World, state: FunctionState, now_ns: int) -> None:
+    """Instances first: a standby must not delay a start."""
+    instances.settle(world, state, now_ns)
+    standbys.settle(world, state, now_ns)
+
+
 def _wake(world: World, count: int, now_ns: int) -> None:
-    """Let up to ``count`` functions that found no node try again: there may be room now."""
-    for name in list(world.waiting)[:count]:
+    """Let up to ``count`` functions that found no node try again: there may be room now. Instances before standbys."""
+    waiting = list(itertools.islice(world.waiting, count))
+    short = list(itertools.islice(world.short, count - len(waiting)))
+    for name in waiting:
         del world.waiting[name]
         if (state := world.functions.get(name)) is not None:
             state.avoid.clear()
             instances.settle(world, state, now_ns)
+    for name in short:
+        del world.short[name]
+        if (state := world.functions.get(name)) is not None:
+            state.standbys.avoid.clear()
+            standbys.settle(world, state, now_ns)

@@ -225,7 +225,8 @@ class Service:
             due_ns = self._planner.next_due_ns
             if due_ns is not None and due_ns <= now_ns:
                 self._handle(Tick(), now_ns)
-            self._state.publish(now_ns)
+            for _ in self._state.publish(now_ns):
+                await asyncio.sleep(0)  # demand that arrives meanwhile goes first
             if time.monotonic() >= housekeeping:
                 housekeeping = time.monotonic() + _HOUSEKEEPING_S
                 self._agents.forget_expired(now_ns)

@@ -1,6 +1,7 @@
 """What the planner remembers of one function, and the plain snapshot of it that others may see.
 
-In: changed only by :mod:`scaler.planner`, :mod:`scaler.reports`, :mod:`scaler.instances` and :mod:`scaler.checkpoints`.
+In: changed only by :mod:`scaler.planner`, :mod:`scaler.reports`, :mod:`scaler.instances`, :mod:`scaler.standbys` and
+:mod:`scaler.checkpoints`.
 Out: :class:`FunctionSnapshot`, published to ``thaw.state`` and printed by ``thaw get functions``.
 """
 
@@ -42,6 +43,86 @@ class Starting:
     digest: str
     need: Need
     attempt: int
+    #: It was sent to a node for the sake of a standby there, which no other start may count on.
+    thaws: bool = False
+
+
+@dataclass(slots=True)
+class Standby:
+    """An instance that is restored and stopped."""
+
+    id: str
+    node: str
+    digest: str
+    checkpoint: str
+    pss_mb: float
+    made_ns: int
+    #: Rounds of failures that preceded it; an early exit counts as one more.
+    attempt: int = 0
+
+
+@dataclass(slots=True)
+class Leaving:
+    """A standby that is to go."""
+
+    standby: Standby
+    #: Its release; empty: not sent yet, because a start in progress on that node may be using it.
+    command_id: str = ""
+    #: A failed release is not repeated before this.
+    release_after_ns: int = 0
+
+
+@dataclass(slots=True)
+class Preparing:
+    """A prepare that was sent and not answered."""
+
+    node: str
+    attempt: int
+
+
+@dataclass(slots=True)
+class StandbyState:
+    """The standbys of one function. Each is either held or leaving, never both and never back."""
+
+    #: Those that may be used, by node and name. Of the current digest and checkpoint, as far as these are known.
+    held: dict[str, dict[str, Standby]] = field(default_factory=dict)
+    leaving: dict[str, Leaving] = field(default_factory=dict)
+    #: Unanswered prepares by command id, of whatever digest.
+    making: dict[str, Preparing] = field(default_factory=dict)
+    #: Rounds of failed prepares in a row, and when the next may be sent.
+    failures: int = 0
+    retry_ns: int = 0
+    #: Nodes that refused: node → until when they are not asked again.
+    avoid: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def count(self) -> int:
+        """Standbys that may be used."""
+        return sum(map(len, self.held.values()))
+
+    def find(self, name: str, node: str) -> Standby | None:
+        """The standby of that name, which is on ``node`` if it exists."""
+        if name in self.leaving:
+            return self.leaving[name].standby
+        return self.held.get(node, {}).get(name)
+
+    def add(self, standby: Standby) -> None:
+        """Take in one that may be used."""
+        self.held.setdefault(standby.node, {})[standby.id] = standby
+
+    def remove(self, name: str, node: str) -> Standby | None:
+        """Drop one, wherever it is."""
+        if name in self.leaving:
+            return self.leaving.pop(name).standby
+        standby = self.held.get(node, {}).pop(name, None)
+        if standby is not None and not self.held[node]:
+            del self.held[node]
+        return standby
+
+    def retire(self, standby: Standby) -> None:
+        """Let a held one go."""
+        self.remove(standby.id, standby.node)
+        self.leaving[standby.id] = Leaving(standby)
 
 
 @dataclass(slots=True)
@@ -106,6 +187,7 @@ class FunctionState:
     #: For each instance (or start) more than wanted: since when. Oldest first.
     surplus: list[int] = field(default_factory=list)
     checkpoint: CheckpointState = field(default_factory=CheckpointState)
+    standbys: StandbyState = field(default_factory=StandbyState)
     last_start_ms: float = 0.0
     last_start_mode: str = ""
     last_error: str = ""
@@ -136,6 +218,27 @@ class FunctionState:
             return self.releasing[instance_id][0]
         return self.ready.get(instance_id) or self.stale.get(instance_id)
 
+    def free_standbys(self) -> dict[str, int]:
+        """Standbys by node that no start in progress counts on; nodes without are left out."""
+        if not self.standbys.held:
+            return {}
+        free = {node: len(held) for node, held in self.standbys.held.items()}
+        for start in self.starts.values():
+            if start.thaws and start.node in free:
+                free[start.node] -= 1
+        return {node: count for node, count in free.items() if count > 0}
+
+    def fits(self, standby: Standby) -> bool:
+        """The standby is what a start of the function wants, as far as is known."""
+        if self.function is None:
+            return not self.deleted
+        return standby.digest == self.digest and self.checkpoint.id in ("", standby.checkpoint)
+
+    def retire_standbys(self) -> None:
+        """Let those go that do not fit any more: the document or the checkpoint has changed."""
+        for standby in [item for held in self.standbys.held.values() for item in held.values() if not self.fits(item)]:
+            self.standbys.retire(standby)
+
     def add(self, instance: Instance) -> None:
         """Take in a serving instance."""
         (self.ready if instance.digest == self.digest else self.stale)[instance.id] = instance
@@ -164,6 +267,7 @@ class FunctionState:
             self.avoid.clear()
             # One at a time per function: a checkpoint of the old digest that is being made is waited for.
             self.checkpoint = CheckpointState(making=self.checkpoint.making)
+            self._renew_standbys()
         return changed
 
     def withdraw(self) -> None:
@@ -175,6 +279,15 @@ class FunctionState:
         self.surplus.clear()
         self.owed.clear()
         self.checkpoint = CheckpointState(making=self.checkpoint.making)
+        self._renew_standbys()
+
+    def _renew_standbys(self) -> None:
+        """Another process is wanted, or none: failures of the old one say nothing of it."""
+        for start in self.starts.values():
+            start.thaws = False
+        self.standbys.failures = self.standbys.retry_ns = 0
+        self.standbys.avoid.clear()
+        self.retire_standbys()
 
     def disown(self) -> None:
         """Another scaler decides from now on: keep only what this one may need to take over again."""
@@ -189,11 +302,27 @@ class FunctionState:
         self.releasing.clear()
         checkpoint = self.checkpoint
         self.checkpoint = CheckpointState(id=checkpoint.id, checked=checkpoint.checked, cached=checkpoint.cached)
+        before, self.standbys = self.standbys, StandbyState()
+        for standby in [item for held in before.held.values() for item in held.values()]:
+            self.standbys.add(standby)
+        for item in before.leaving.values():
+            self.standbys.add(item.standby)
+        self.retire_standbys()
 
     @property
     def empty(self) -> bool:
         """Nothing is left that is worth remembering."""
-        return self.function is None and not (self.levels.sources or self.ready or self.stale or self.releasing or self.starts)
+        standbys = self.standbys
+        return self.function is None and not (
+            self.levels.sources
+            or self.ready
+            or self.stale
+            or self.releasing
+            or self.starts
+            or standbys.held
+            or standbys.leaving
+            or standbys.making
+        )
 
 
 class InstanceSnapshot(msgspec.Struct, frozen=True, kw_only=True):
@@ -214,6 +343,10 @@ class FunctionSnapshot(msgspec.Struct, frozen=True, kw_only=True):
         rung: highest rung at which any node holds it.
         last_start_ms: need (demand event) to first response of the newest start.
         owed: instances wanted whose start waits for a retry or for a node.
+        standbys: those that may be used.
+        standbys_wanted: how many there shall be.
+        standbys_making: those on their way.
+        standbys_mb: memory of all that exist (proportional set size, when they were made).
     """
 
     function: str
@@ -226,6 +359,10 @@ class FunctionSnapshot(msgspec.Struct, frozen=True, kw_only=True):
     starting: int
     owed: int
     instances: list[InstanceSnapshot]
+    standbys: int
+    standbys_wanted: int
+    standbys_making: int
+    standbys_mb: float
     checkpoint: str
     cached_on: list[str]
     making_checkpoint: bool
@@ -234,12 +371,13 @@ class FunctionSnapshot(msgspec.Struct, frozen=True, kw_only=True):
     last_error: str
 
 
-def snapshot(state: FunctionState) -> FunctionSnapshot:
+def snapshot(state: FunctionState, standbys_wanted: int) -> FunctionSnapshot:
     """The plain form of ``state``."""
     shown = [(instance, word) for group, word in ((state.ready, "ready"), (state.stale, "stale")) for instance in group.values()]
     shown += [(instance, "releasing") for instance, _ in state.releasing.values()]
-    checkpoint = state.checkpoint
-    rung = "running" if state.ready or state.stale else "cached" if checkpoint.cached else "stored"
+    checkpoint, standbys = state.checkpoint, state.standbys
+    held = [standby for group in standbys.held.values() for standby in group.values()]
+    rung = "running" if state.ready or state.stale else "standby" if held else "cached" if checkpoint.cached else "stored"
     return FunctionSnapshot(
         function=state.name,
         shard=state.shard,
@@ -261,6 +399,10 @@ def snapshot(state: FunctionState) -> FunctionSnapshot:
             )
             for instance, word in shown
         ],
+        standbys=len(held),
+        standbys_wanted=standbys_wanted,
+        standbys_making=len(standbys.making),
+        standbys_mb=round(sum(standby.pss_mb for standby in [*held, *(item.standby for item in standbys.leaving.values())]), 1),
         checkpoint=checkpoint.id,
         cached_on=list(checkpoint.cached),
         making_checkpoint=bool(checkpoint.making),

@@ -11,15 +11,15 @@ from __future__ import annotations
 import heapq
 from typing import Literal, NamedTuple
 
-TimerKind = Literal["source", "idle", "retry", "checkpoint", "answer"]
+TimerKind = Literal["source", "idle", "retry", "checkpoint", "standby", "answer"]
 
 
 class TimerKey(NamedTuple):
     """What a timer is for.
 
     Attributes:
-        kind: ``source`` expiry, ``idle`` release, start ``retry``, ``checkpoint`` or fetch retry, command ``answer``
-            overdue.
+        kind: ``source`` expiry, ``idle`` release, start ``retry``, ``checkpoint`` or fetch retry, ``standby`` retry,
+            command ``answer`` overdue.
         subject: function name, or command id for ``answer``.
         detail: source name for ``source``; which of several reasons for the others.
     """

@@ -1,6 +1,6 @@
 """Everything the planner knows, and the one way in which it sends a command.
 
-In: used by :mod:`scaler.planner` (events), :mod:`scaler.reports`, :mod:`scaler.instances` and
+In: used by :mod:`scaler.planner` (events), :mod:`scaler.reports`, :mod:`scaler.instances`, :mod:`scaler.standbys` and
 :mod:`scaler.checkpoints`. Out: :attr:`World.out`, the commands of the event being handled.
 
 All collections are dicts, also where a set would do: their order is that of insertion, so that the same events give the
@@ -30,7 +30,7 @@ class PlannerConfig:
     source_ttl_ns: int = 10 * NS
     start_deadline_ns: int = 60 * NS
     checkpoint_deadline_ns: int = 300 * NS
-    #: Deadline of fetch, release and evict.
+    #: Deadline of fetch, prepare, release and evict.
     command_deadline_ns: int = 60 * NS
     #: An answer later than deadline + this does not count.
     answer_grace_ns: int = 2 * NS
@@ -42,9 +42,14 @@ class PlannerConfig:
     fetch_retry_ns: int = NS
     #: The same after a failed checkpoint.
     checkpoint_retry_ns: int = 10 * NS
+    #: The same after a failed or refused prepare.
+    prepare_retry_ns: int = NS
+    #: Unanswered prepares of one function on one node: enough that the node never waits for the next, few enough that
+    #: another decision does not come too late for them.
+    prepares_ahead: int = 4
     #: A node that failed a start is avoided this long.
     failed_lately_ns: int = 10 * NS
-    #: An instance that ends by itself within this time after its start counts as a failed start.
+    #: An instance or standby that ends by itself within this time after its start counts as a failed one.
     early_exit_ns: int = 10 * NS
     #: Pause before a failed release is tried again.
     release_retry_ns: int = NS
@@ -69,10 +74,10 @@ class Shard:
 class Pending:
     """A command that was not answered."""
 
-    kind: Literal["start", "release", "fetch", "checkpoint", "evict"]
+    kind: Literal["start", "prepare", "release", "fetch", "checkpoint", "evict"]
     function: str
     node: str
-    #: The instance, for a release.
+    #: The instance or standby, for a release.
     instance: str = ""
 
 
@@ -101,6 +106,8 @@ class World:
     timers: Timers = field(default_factory=Timers)
     #: Functions with owed starts that found no node: tried again when a node reports room.
     waiting: dict[str, None] = field(default_factory=dict)
+    #: Functions with standbys wanted that found no node: the same.
+    short: dict[str, None] = field(default_factory=dict)
     #: Functions with demand and no document, least recently asked for first.
     unknown: dict[str, None] = field(default_factory=dict)
     #: Functions whose snapshot may have changed.
@@ -124,6 +131,7 @@ class World:
             self.by_shard[state.shard].pop(state.name, None)
             self.unknown.pop(state.name, None)
             self.waiting.pop(state.name, None)
+            self.short.pop(state.name, None)
             self.touched[state.name] = None
 
     def acting(self, state: FunctionState) -> bool:

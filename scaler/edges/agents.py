@@ -22,6 +22,7 @@ from agent.api.messages import (
     FetchDone,
     InstanceExited,
     Inventory,
+    PrepareDone,
     StartDone,
     StartFailed,
 )
@@ -188,7 +189,16 @@ class _Link:
     async def _listen(self, connection: Connection) -> None:
         while (message := await connection.receive()) is not None:
             match message:
-                case StartDone() | StartFailed() | InstanceExited() | FetchDone() | CheckpointPublished() | Evicted() | CommandFailed():
+                case (
+                    StartDone()
+                    | StartFailed()
+                    | PrepareDone()
+                    | InstanceExited()
+                    | FetchDone()
+                    | CheckpointPublished()
+                    | Evicted()
+                    | CommandFailed()
+                ):
                     self.unanswered.pop(message.command_id, None)
                     self._agents._reported(self, message)
                 case Inventory():

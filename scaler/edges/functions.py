@@ -22,8 +22,10 @@ from scaler.demand import FUNCTIONS_TOPIC
 from scaler.events import FunctionApplied, FunctionDeleted
 
 logger = logging.getLogger(__name__)
-#: Longest wait of one fetch, ms: how late a document may be seen, and nothing else depends on it.
+#: Longest wait for a change, ms; also how late the death of the client is noticed.
 _POLL_MS = 200
+#: Longest wait of one fetch at the broker, ms. A change ends it at once; other requests of this client wait for its end.
+_FETCH_MAX_WAIT_MS = 100
 _PAUSE_S = 0.5
 
 
@@ -75,7 +77,8 @@ class FunctionsFeed:
         Raises:
             KafkaUnavailable: the broker cannot be reached at the start; later outages are waited out.
         """
-        async with kafka.started(kafka.consumer(self._settings, "thaw-scaler-functions"), self._settings) as reader:
+        client = kafka.consumer(self._settings, "thaw-scaler-functions", fetch_max_wait_ms=_FETCH_MAX_WAIT_MS)
+        async with kafka.started(client, self._settings) as reader:
             newest: dict[str, FunctionApplied | FunctionDeleted] = {}
             try:
                 partitions = await kafka.partitions_of(reader, [FUNCTIONS_TOPIC])

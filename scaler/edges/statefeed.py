@@ -1,11 +1,13 @@
 """Publishes what the planner knows of each function to the compacted topic ``thaw.state``.
 
 In: snapshots of :class:`scaler.planner.Planner`. Out: records, name to snapshot, when something changed; a function of which nothing is
-left is deleted from the table. Read by ``thaw get functions``. At most :data:`PER_FUNCTION_HZ` records per second and function, and at
-most :data:`PER_ROUND` per call, so that a thousand changing functions do not delay a decision.
+left is deleted from the table. Read by ``thaw get functions``. At most :data:`PER_FUNCTION_HZ` records per second and function, and one
+record per step, so that a thousand changing functions do not delay a decision.
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterator
 
 import msgpack
 import msgspec
@@ -17,7 +19,6 @@ from scaler.planner import Planner
 from scaler.state import FunctionSnapshot
 
 PER_FUNCTION_HZ = 5
-PER_ROUND = 50
 
 
 def decode(value: bytes) -> FunctionSnapshot:
@@ -42,11 +43,10 @@ class StateFeed:
         #: function → (when, what)
         self._last: dict[str, tuple[int, bytes]] = {}
 
-    def publish(self, now_ns: int) -> None:
-        """Publish what has changed and may be published again."""
+    def publish(self, now_ns: int) -> Iterator[None]:
+        """Publish what has changed and may be published again, one function at a time."""
         for name in self._planner.drain_touched():
             self._waiting[name] = None
-        sent = 0
         for name in list(self._waiting):
             at_ns, last = self._last.get(name, (0, b""))
             if now_ns - at_ns < NS // PER_FUNCTION_HZ:
@@ -62,6 +62,4 @@ class StateFeed:
                     continue
                 self._last[name] = (now_ns, value)
                 self._publisher.publish(Outgoing(topic=STATE_TOPIC, key=name.encode(), value=value))
-            sent += 1
-            if sent == PER_ROUND:
-                return
+            yield

@@ -126,7 +126,7 @@ class World:
         await self.agent.close()
 
 
-def document_of(name: str, *, command="serve", maximum=10, minimum=0, idle_s=30.0, concurrency=1) -> Function:
+def document_of(name: str, *, command="serve", maximum=10, minimum=0, idle_s=30.0, concurrency=1, standby=0) -> Function:
     return Function(
         metadata=Metadata(name=name),
         spec=FunctionSpec(
@@ -134,7 +134,7 @@ def document_of(name: str, *, command="serve", maximum=10, minimum=0, idle_s=30.
             port=8080,
             limits=Limits(memory_mb=64, concurrency=concurrency),
             instances=Instances(min=minimum, max=maximum),
-            policy=Policy(idle_seconds=idle_s),
+            policy=Policy(idle_seconds=idle_s, standby=standby),
         ),
     )
 

@@ -11,6 +11,7 @@ from agent.api.messages import (
     AgentCommand,
     CheckpointInfo,
     CheckpointPublished,
+    CommandFailed,
     Evict,
     Evicted,
     Fetch,
@@ -21,7 +22,10 @@ from agent.api.messages import (
     Inventory,
     MakeCheckpoint,
     Message,
+    Prepare,
+    PrepareDone,
     Release,
+    StandbyInfo,
     Start,
     StartDone,
     StartFailed,
@@ -37,6 +41,7 @@ class ScriptedAgent:
         self.starts = starts or (lambda command, number: 0.0)
         self.commands: list[tuple[int, AgentCommand]] = []
         self.instances: dict[str, InstanceInfo] = {}
+        self.standbys: dict[str, StandbyInfo] = {}
         self.checkpoints: dict[str, CheckpointInfo] = {}
         self.port = 0
         self._answers: dict[str, Message | None] = {}
@@ -69,6 +74,10 @@ class ScriptedAgent:
     def running(self, function: str) -> int:
         return sum(info.function == function for info in self.instances.values())
 
+    def waiting(self, function: str) -> int:
+        """Its standbys."""
+        return sum(info.function == function for info in self.standbys.values())
+
     async def until(self, condition: Callable[[], bool], timeout_s: float = 30.0) -> None:
         """Wait until something that happens here makes ``condition`` true."""
         async with asyncio.timeout(timeout_s):
@@ -87,6 +96,7 @@ class ScriptedAgent:
                     memory_mb=16000,
                     memory_free_mb=12000,
                     instances=list(self.instances.values()),
+                    standbys=list(self.standbys.values()),
                     checkpoints=list(self.checkpoints.values()),
                 )
             )
@@ -119,9 +129,11 @@ class ScriptedAgent:
             case Start():
                 return await self._start(command, received_ns)
             case Release():
-                info = self.instances.pop(command.instance, None)
+                info = self.instances.pop(command.instance, None) or self.standbys.pop(command.instance, None)
                 function = info.function if info else ""
                 return InstanceExited(instance=command.instance, function=function, reason="released", command_id=command.id)
+            case Prepare():
+                return self._prepare(command)
             case Fetch():
                 known = self.checkpoints.get(command.function.name)
                 return FetchDone(
@@ -141,6 +153,25 @@ class ScriptedAgent:
                 return Evicted(command_id=command.id, function=command.function_name)
         raise AssertionError(command)
 
+    def _prepare(self, command: Prepare) -> Message:
+        name, digest = command.function.name, command.function.digest
+        known = self.checkpoints.get(name)
+        if known is None or known.function_digest != digest:
+            return CommandFailed(
+                command_id=command.id, function=name, command="prepare", reason="checkpoint_missing", message="there is no checkpoint"
+            )
+        info = StandbyInfo(
+            standby=f"{name}-{command.id}",
+            function=name,
+            function_digest=digest,
+            checkpoint=known.checkpoint,
+            pss_bytes=4_100_000,
+            made_ns=time.time_ns(),
+            command_id=command.id,
+        )
+        self.standbys[info.standby] = info
+        return PrepareDone(command_id=command.id, standby=info, seconds={"restore": 0.001})
+
     async def _start(self, command: Start, received_ns: int) -> Message:
         outcome = self.starts(command, len(self.of(Start)))
         if isinstance(outcome, str):
@@ -154,9 +185,12 @@ class ScriptedAgent:
         if outcome:
             await asyncio.sleep(outcome)
         known = self.checkpoints.get(command.function.name)
-        mode = "restore" if known is not None else "cold"
+        standby = next((item for item in self.standbys.values() if item.function_digest == command.function.digest), None)
+        if standby is not None:
+            del self.standbys[standby.standby]
+        mode = "thaw" if standby is not None else "restore" if known is not None else "cold"
         info = InstanceInfo(
-            instance=f"{command.function.name}-{command.id}",
+            instance=standby.standby if standby is not None else f"{command.function.name}-{command.id}",
             function=command.function.name,
             function_digest=command.function.digest,
             address="127.0.0.1:1",

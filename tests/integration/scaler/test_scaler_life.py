@@ -11,7 +11,7 @@ import time
 import pytest
 from scripted_agent import ScriptedAgent
 
-from agent.api.messages import Evict, Fetch, MakeCheckpoint, Release, Start
+from agent.api.messages import Evict, Fetch, MakeCheckpoint, Prepare, Release, Start
 from infra.telemetry import trace_id
 from thaw.functions import write_functions
 
@@ -69,6 +69,36 @@ async def test_the_first_cold_start_makes_a_checkpoint_that_the_next_start_uses(
     assert state.last_start_mode == "restore"
     assert state.last_start_ms > 0
     assert len(world.agent.of(MakeCheckpoint)) == 1
+
+
+async def test_standbys_are_made_used_replaced_and_released(world, producer):
+    name = await world.apply(standby=2, idle_s=0.0)
+    await world.scaler()
+    await world.send(producer, name, 1)
+    await world.agent.until(lambda: world.agent.waiting(name) == 2)
+    await world.send(producer, name, 2)
+    await world.agent.until(lambda: world.agent.running(name) == 2 and len(world.agent.of(Prepare)) == 3)
+    records = await world.start_records(name, 2)
+    assert [record["start_mode"] for record in records] == ["cold", "thaw"]
+    await world.send(producer, name, 0)
+    state = await world.state(name, lambda state: not state.instances and state.standbys == 2)
+    assert (state.rung, state.standbys_wanted, state.standbys_mb, state.last_start_mode) == ("standby", 2, 8.2, "thaw")
+    await write_functions(world.settings.kafka, {name: None})
+    await world.agent.until(lambda: world.agent.waiting(name) == 0 and bool(world.agent.of(Evict)))
+    assert isinstance(world.agent.commands[-1][1], Evict), "the image goes last"
+
+
+async def test_a_scaler_that_was_killed_counts_the_standbys_that_are_there(world, producer):
+    name = await world.apply(standby=3)
+    first = await world.scaler()
+    await world.send(producer, name, 1)
+    await world.agent.until(lambda: world.agent.waiting(name) == 3)
+    first.send_signal(signal.SIGKILL)
+    await first.wait()
+    await world.scaler()
+    await world.send(producer, name, 2)
+    await world.agent.until(lambda: world.agent.running(name) == 2 and world.agent.waiting(name) == 3)
+    assert len(world.agent.of(Prepare)) == 4
 
 
 async def test_a_deleted_function_is_released_and_evicted(world, producer):

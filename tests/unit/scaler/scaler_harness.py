@@ -15,7 +15,10 @@ from agent.api.messages import (
     InstanceInfo,
     Inventory,
     MakeCheckpoint,
+    Prepare,
+    PrepareDone,
     Release,
+    StandbyInfo,
     Start,
     StartDone,
     StartFailed,
@@ -52,6 +55,7 @@ def function(
     idle_s: float = 30.0,
     checkpoint: str = "auto",
     memory_mb: int = 512,
+    standby: int = 0,
 ) -> Function:
     return Function(
         metadata=Metadata(name=name),
@@ -60,7 +64,7 @@ def function(
             port=8080,
             limits=Limits(memory_mb=memory_mb, concurrency=concurrency),
             instances=Instances(min=minimum, max=maximum),
-            policy=Policy(idle_seconds=idle_s, checkpoint=checkpoint),
+            policy=Policy(idle_seconds=idle_s, checkpoint=checkpoint, standby=standby),
         ),
     )
 
@@ -95,7 +99,7 @@ class Harness:
             commands += self.do(Tick())
         return commands
 
-    def node(self, name: str = "n1", *, memory_free_mb: int = 8000, instances=(), checkpoints=(), connected=True):
+    def node(self, name: str = "n1", *, memory_free_mb: int = 8000, instances=(), standbys=(), checkpoints=(), connected=True):
         return self.do(
             NodeReport(
                 node=name,
@@ -105,6 +109,7 @@ class Harness:
                     memory_mb=16000,
                     memory_free_mb=memory_free_mb,
                     instances=list(instances),
+                    standbys=list(standbys),
                     checkpoints=list(checkpoints),
                 ),
             )
@@ -219,8 +224,25 @@ class Harness:
         report = Evicted(command_id=command.message.id, function=command.message.function_name)
         return self.do(NodeReport(node=command.node, report=report))
 
-    def command_failed(self, command: NodeCommand, *, reason: str = "store", name: str = "f") -> list[NodeCommand]:
-        report = CommandFailed(command_id=command.message.id, function=name, command="c", reason=reason, message="m", refused=False)
+    def prepared(self, command: NodeCommand, *, checkpoint: str = "cp", standby: str = "") -> list[NodeCommand]:
+        assert isinstance(command.message, Prepare)
+        self.made += 1
+        info = self.standby(standby or f"s{self.made}", command.message.function, checkpoint=checkpoint, command_id=command.message.id)
+        return self.do(NodeReport(node=command.node, report=PrepareDone(command_id=command.message.id, standby=info)))
+
+    def standby(self, name: str, document: Function, *, checkpoint: str = "cp", command_id: str = "") -> StandbyInfo:
+        return StandbyInfo(
+            standby=name,
+            function=document.name,
+            function_digest=document.digest,
+            checkpoint=checkpoint,
+            pss_bytes=4_000_000,
+            made_ns=self.now,
+            command_id=command_id,
+        )
+
+    def command_failed(self, command: NodeCommand, *, reason: str = "store", name: str = "f", refused: bool = False) -> list[NodeCommand]:
+        report = CommandFailed(command_id=command.message.id, function=name, command="c", reason=reason, message="m", refused=refused)
         return self.do(NodeReport(node=command.node, report=report))
 
     def lost(self, name: str = "n1") -> list[NodeCommand]:
@@ -239,5 +261,19 @@ def starts(commands: list[NodeCommand]) -> list[NodeCommand]:
     return only(Start, commands)
 
 
+def prepares(commands: list[NodeCommand]) -> list[NodeCommand]:
+    return only(Prepare, commands)
+
+
 def releases(commands: list[NodeCommand]) -> list[NodeCommand]:
     return only(Release, commands)
+
+
+def running(harness: Harness, count: int, **options) -> list[str]:
+    """Apply f and bring it to ``count`` instances; its checkpoint exists."""
+    commands = harness.apply(function(**options))
+    for fetch in only(Fetch, commands):
+        harness.fetched(fetch, checkpoint="cp")
+    for command in starts(commands) + starts(harness.demand(count)):
+        harness.done(command)
+    return [item.instance for item in harness.planner.explain("f").instances]
