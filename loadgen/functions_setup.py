@@ -188,10 +188,8 @@ def _prepare_router(cache_dir: Path, report: Report) -> Path:
         for name in sources:
             shutil.copy(FUNCTIONS_DIR / "router" / name, folder)
         go = objectstore.go_toolchain(caches, log, report)
-        environment = {
-            **{"CGO_ENABLED": "0", "GOTOOLCHAIN": "local", "GOFLAGS": "", "GOWORK": "off", "GOPROXY": "off"},
-            **{"GOMODCACHE": str(caches / "modules"), "GOCACHE": str(caches / "objects")},
-        }
+        environment = {"CGO_ENABLED": "0", "GOTOOLCHAIN": "local", "GOFLAGS": "", "GOWORK": "off", "GOPROXY": "off"}
+        environment |= {"GOMODCACHE": str(caches / "modules"), "GOCACHE": str(caches / "objects")}
         command: list[str | Path] = [go, "build", "-trimpath", "-ldflags=-s -w", "-o", "router", "."]
         run(command, what="compiling the router function", log=log, cwd=folder, environment=environment)
         discard(caches)

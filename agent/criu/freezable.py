@@ -1,8 +1,8 @@
 """Names what a process holds that cannot be frozen, before CRIU tries.
 
 In: pids of a donor. Out: :class:`~agent.errors.NotFreezable` with pid, descriptor, the peer or the file, and the cure. CRIU's own messages
-for these are about its internals, and for an outgoing connection it has none: it would be dead after each restore. Source: FACTS measured on
-CRIU 4.2 and criu.org/What_cannot_be_checkpointed.
+for these are about its internals, and for an outgoing connection it has none: the connection would be dead after each restore. Source:
+FACTS measured on CRIU 4.2 and criu.org/What_cannot_be_checkpointed.
 """
 
 from __future__ import annotations

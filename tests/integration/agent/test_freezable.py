@@ -140,7 +140,10 @@ say(fd=client.fileno())"""
     ("program", "words"),
     [
         ("held = socket.socket(type=socket.SOCK_DGRAM); held.connect(('198.19.0.1', 99))", "a UDP socket connected to 198.19.0.1:99;"),
-        ("held = socket.socket(type=socket.SOCK_DGRAM); held.bind((own_address(), 9898))", "a UDP socket bound to OWN:9898, which no restored"),
+        (
+            "held = socket.socket(type=socket.SOCK_DGRAM); held.bind((own_address(), 9898))",
+            "a UDP socket bound to OWN:9898, which no restored",
+        ),
         ("held = socket.create_server((own_address(), 7071))", "a TCP socket bound to OWN:7071, which no restored instance has"),
         ("held = socket.socket(proto=262)", "a multipath TCP socket; turn that off (Go: GODEBUG=multipathtcp=0)"),
     ],
@@ -209,7 +212,8 @@ deleted = open("/tmp/deleted", "w"); os.unlink("/tmp/deleted"); shared = open("/
 bound = os.open("/srv/outside", os.O_DIRECTORY)
 name = socket.socket(type=socket.SOCK_DGRAM); name.connect(("127.0.0.1", 53))
 anywhere = socket.socket(type=socket.SOCK_DGRAM); anywhere.bind(("0.0.0.0", 5353))
-server = socket.create_server(("", 8080), family=socket.AF_INET6, dualstack_ipv6=True); routes = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW)
+server = socket.create_server(("", 8080), family=socket.AF_INET6, dualstack_ipv6=True)
+routes = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW)
 random = open("/dev/urandom", "rb"); null = open("/dev/null", "w")
 if os.fork() == 0: time.sleep(60)
 say(ready=1)"""

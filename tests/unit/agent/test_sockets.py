@@ -11,16 +11,22 @@ TCP = (
     "   2: 020013C6:1F90 010013C6:C351 01 00000000:00000000 00:00000000 00000000 65534        0 102 1 0000 20 4 30 10 -1\n"
     "   3: 020013C6:C352 010013C6:1538 06 00000000:00000000 03:00000000 00000000     0        0 0 3 0000\n"
 )
+REST = "00000000:00000000 00:00000000 00000000 0 0"
 TCP6 = (
-    HEAD + "   0: 0000000000000000FFFF0000020013C6:C350 0000000000000000FFFF0000010013C6:1538 01 00000000:00000000 00:00000000 00000000 0 0 103 1\n"
-    "   1: 00000000000000000000000001000000:C350 00000000000000000000000001000000:1538 02 00000000:00000000 00:00000000 00000000 0 0 104 1\n"
+    HEAD + f"   0: 0000000000000000FFFF0000020013C6:C350 0000000000000000FFFF0000010013C6:1538 01 {REST} 103 1\n"
+    f"   1: 00000000000000000000000001000000:C350 00000000000000000000000001000000:1538 02 {REST} 104 1\n"
 )
 
 
 def test_addresses_ports_states_and_inodes_are_read():
     listener, outgoing, accepted, gone = parse("tcp", TCP)
     assert (str(listener.local), listener.listens, listener.inode) == ("0.0.0.0:8080", True, 100)
-    assert (str(outgoing.local), str(outgoing.peer), outgoing.listens, outgoing.inode) == ("198.19.0.2:50000", "198.19.0.1:5432", False, 101)
+    assert (str(outgoing.local), str(outgoing.peer), outgoing.listens, outgoing.inode) == (
+        "198.19.0.2:50000",
+        "198.19.0.1:5432",
+        False,
+        101,
+    )
     assert (str(accepted.local), accepted.inode, gone.inode) == ("198.19.0.2:8080", 102, 0)
     mapped, own = parse("tcp", TCP6)
     assert (str(mapped.peer), str(own.peer)) == ("198.19.0.1:5432", "[::1]:5432")
