@@ -2,7 +2,7 @@
 
 In: arrivals (:mod:`loadgen.arrivals`, :mod:`loadgen.traces`) and what to ask (:mod:`loadgen.checks`). For each one the
 demand event goes to Kafka (:mod:`loadgen.levels`), the request waits for a slot on an instance
-(:mod:`loadgen.endpoints`), is sent there (:mod:`loadgen.http`), and its answer is checked. An attempt that fails is
+(:mod:`loadgen.endpoints`), is sent there (:attr:`loadgen.checks.Target.ask`), and its answer is checked. An attempt that fails is
 made again on another instance until the request's deadline. Out: :class:`loadgen.result.LoadResult` and
 ``requests.jsonl``.
 """
@@ -22,7 +22,6 @@ import msgspec
 from infra.settings import Settings
 from infra.tasks import TaskGroup
 from infra.telemetry import Tracer, trace_id
-from loadgen import http
 from loadgen.arrivals import Arrival
 from loadgen.checks import Target
 from loadgen.endpoints import EndpointPool, Instance
@@ -230,7 +229,7 @@ class _Load:
             try:
                 dispatched_ns = self._clock.now_ns()
                 async with self._attempt(instance):
-                    status, body = await http.get(instance.endpoint.address, target.path(arrival.row), traceparent)
+                    status, body = await target.ask(instance.endpoint.address, target.path(arrival.row), traceparent)
                 if status >= 500:
                     raise AttemptFailed(f"{instance.endpoint.instance} answered {status}: {body[:120]!r}")
                 answered = True

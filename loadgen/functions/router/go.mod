@@ -1,0 +1,3 @@
+module thaw.dev/sample/router
+
+go 1.22
