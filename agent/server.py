@@ -38,7 +38,7 @@ from agent.sandbox.pool import SandboxPool
 from agent.standbys import Standbys
 from agent.starts import Starter
 from agent.store.cache import ImageCache
-from infra.s3 import ObjectStore
+from infra.s3 import WARM_CONNECTIONS, ObjectStore
 from infra.settings import Settings
 from infra.tasks import TaskGroup
 
@@ -109,7 +109,7 @@ class Agent:
         furnisher = Furnisher(criu_fd, kdat, state / "images", logs, settings.run_as)
         pool = SandboxPool(factory, settings.pool_size, self._tasks, furnisher.prepare)
         stack.push_async_callback(pool.close)
-        store = ObjectStore(self._settings.s3, settings.store_parallel)
+        store = ObjectStore(self._settings.s3, settings.store_parallel, warm=WARM_CONNECTIONS)
         stack.callback(store.close)
         self._pager = await self._start_pager()
         stack.push_async_callback(self._close_pager)
