@@ -117,7 +117,7 @@ class Agent:
         cache = ImageCache(state / "images", settings.cache_mb << 20)
         adopted = await asyncio.to_thread(cache.adopt)
         logger.info("node %s: CRIU %s, %d checkpoints in the cache", settings.node_name, version, len(adopted))
-        catalog = Catalog(settings, cache, store, lambda: self._pager, state / "layers", version)
+        catalog = Catalog(settings, cache, store, lambda: self._pager, self._tasks, state / "layers", version)
         quiet = asyncio.Event()
         standbys = Standbys(workshop, catalog, lambda: self._pager, self._tasks, quiet)
         starter = Starter(settings.node_name, workshop, catalog, standbys, lambda: self._pager, self._tasks, quiet)

@@ -121,37 +121,61 @@ class ImageCache:
         self._images[name] = image
         return image
 
-    def fetch(self, head: bytes, working_set: bytes, checkpoint: str) -> CachedImage:
-        """Build the image of a checkpoint from its two objects; every byte is verified first.
+    def begin(self, head: bytes, checkpoint: str) -> CachedImage:
+        """Build the image of a checkpoint from its head; the pages of its working set are still missing.
+
+        Returns:
+            An image that is not yet in the cache: :meth:`finish` and :meth:`add`, or :meth:`abandon` it. The pager may open it already.
 
         Raises:
-            ImageInvalid: an object is not what the checkpoint's name says. OSError: no room on the disk.
+            ImageInvalid: the head is not what the checkpoint's name says. OSError: no room on the disk.
         """
         found, encoded, packed = manifest.unpack_head(head, checkpoint)
-        manifest.verify(working_set, found.working_set, f"the working set of checkpoint {checkpoint}")
         building = self.new_directory()
         try:
-            (building / IMAGES).mkdir()
+            (building / MANIFEST).write_bytes(encoded)
             (building / ARCHIVE).write_bytes(packed)
-            archive.unpack(packed, found.archive.unpacked, building / IMAGES, building / LAYER)
-            plain = chunks.decompress(working_set, found.working_set.unpacked, "the working set")
-            files = {}
-            try:
-                for key, pages in found.pages.items():
-                    fd = os.open(building / IMAGES / f"pages-{key}.img", os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-                    os.ftruncate(fd, pages.size)
-                    files[int(key)] = fd
-                at = 0
-                for extent in found.extents:
-                    os.pwrite(files[extent.pages_id], plain[at : at + extent.size], extent.offset)
-                    at += extent.size
-            finally:
-                for fd in files.values():
-                    os.close(fd)
-            return self.insert(building, encoded, complete=False)
+            images = building / IMAGES
+            images.mkdir()
+            archive.unpack(packed, found.archive.unpacked, images, building / LAYER)
+            for key, pages in found.pages.items():
+                with (images / f"pages-{key}.img").open("xb") as file:
+                    file.truncate(pages.size)
         except BaseException:
             shutil.rmtree(building, ignore_errors=True)
             raise
+        return CachedImage(checkpoint, found, building, complete=False)
+
+    def finish(self, image: CachedImage, working_set: bytes) -> None:
+        """Put the working set in place; :meth:`add` is next.
+
+        Raises:
+            ImageInvalid: the working set is not what the manifest says. OSError: no room on the disk.
+        """
+        found = image.manifest
+        what = f"the working set of checkpoint {image.checkpoint}"
+        manifest.verify(working_set, found.working_set, what)
+        plain = memoryview(chunks.unpack_pages(working_set, found.working_set.unpacked, what))
+        files = {int(key): os.open(image.images / f"pages-{key}.img", os.O_WRONLY | os.O_CLOEXEC) for key in found.pages}
+        try:
+            at = 0
+            for extent in found.extents:
+                _write(files[extent.pages_id], plain[at : at + extent.size], extent.offset)
+                at += extent.size
+        finally:
+            for fd in files.values():
+                os.close(fd)
+
+    def add(self, image: CachedImage) -> None:
+        """Take a finished image into the cache under its name; does not block, and nothing may be opening its files by their old path."""
+        final = self._root / image.checkpoint
+        image.directory.rename(final)
+        image.directory = final
+        self._images[image.checkpoint] = image
+
+    def abandon(self, image: CachedImage) -> None:
+        """Remove an image that was begun and not finished."""
+        shutil.rmtree(image.directory, ignore_errors=True)
 
     def evict(self, checkpoint: str) -> bool:
         """Drop a checkpoint that nothing uses; False when something does."""
@@ -161,7 +185,10 @@ class ImageCache:
         if image.users:
             return False
         del self._images[checkpoint]
-        shutil.rmtree(image.directory, ignore_errors=True)
+        # The name is free at once: the checkpoint may be fetched again while its many pages are still being deleted.
+        dropped = self.new_directory()
+        image.directory.rename(dropped)
+        shutil.rmtree(dropped, ignore_errors=True)
         return True
 
     def over_budget(self) -> list[CachedImage]:
@@ -175,6 +202,12 @@ class ImageCache:
                 victims.append(image)
                 total -= image.manifest.image_bytes
         return victims
+
+
+def _write(fd: int, data: memoryview, offset: int) -> None:
+    while data:
+        written = os.pwrite(fd, data, offset)
+        data, offset = data[written:], offset + written
 
 
 def _verify_pages(images: Path, found: Manifest) -> None:

@@ -70,7 +70,7 @@ def pack(images: Path, draft: Manifest, touched: Sequence[tuple[int, int]]) -> t
             source.seek(extent.offset)
             parts.append(source.read(extent.size))
     plain = b"".join(parts)
-    packed = chunks.compress(plain)
+    packed = chunks.pack_pages(plain)
     blob = Blob(len(packed), hashlib.sha256(packed).digest(), len(plain))
     finished = msgspec.structs.replace(draft, extents=extents, prefetch=prefetch, working_set=blob)
     return finished, manifest.encode(finished), packed
