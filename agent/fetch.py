@@ -98,36 +98,36 @@ class Fetcher:
         )
         head = await asyncio.wrap_future(self._get("fetch.head", manifest.head_key(function.name, checkpoint), _HEAD_BYTES_MAX, clock))
         _count(fetched, head)
-        image = await self._blocking("unpack.head", clock, self._cache.begin, head, checkpoint)
+        image, archive = await self._blocking("unpack.head", clock, self._cache.begin, head, checkpoint)
         pager = self._pager()
         # The thread waits for the working set, not the loop: that is one change of threads less.
-        placed, checked, _ = await asyncio.gather(
-            asyncio.wrap_future(self._threads.submit(self._place, image, working_set, clock)),
-            self._check(image, layers, clock),
-            self._open_ahead(pager, image, clock),
-            return_exceptions=True,
+        filled = asyncio.wrap_future(self._threads.submit(self._fill, image, working_set, clock))
+        *done, checked = await asyncio.gather(
+            filled, self._open_ahead(pager, image, archive, clock), self._check(image, layers, clock), return_exceptions=True
         )
-        if isinstance(placed, BaseException):
-            if image.opened and pager is self._pager():
-                await pager.close_image(checkpoint)
-            await self._blocking("abandon", clock, self._cache.abandon, image)
-            raise placed
+        for failure in done:
+            if failure is not None:
+                if image.opened and pager is self._pager():
+                    await pager.close_image(checkpoint)
+                await asyncio.wrap_future(self._threads.submit(self._cache.abandon, image))
+                raise failure
         self._cache.add(image)
         image.opened = image.opened and pager is self._pager()  # a new pager knows nothing of it
         _count(fetched, working_set.result())
         return image, checked
 
-    def _place(self, image: CachedImage, working_set: Future[bytes], clock: PhaseClock) -> None:
+    def _fill(self, image: CachedImage, working_set: Future[bytes], clock: PhaseClock) -> None:
         packed = working_set.result()
         with clock.phase("unpack"):
-            self._cache.finish(image, packed)
+            self._cache.fill(image, packed)
 
     async def _check(self, image: CachedImage, layers: asyncio.Future[RootLayers], clock: PhaseClock) -> None:
         search = (await layers).search
         await self._blocking("check_host", clock, host.check, image.manifest, search, self._criu_version)
 
-    async def _open_ahead(self, pager: PagerClient, image: CachedImage, clock: PhaseClock) -> None:
+    async def _open_ahead(self, pager: PagerClient, image: CachedImage, archive: bytes, clock: PhaseClock) -> None:
         """Let the pager read the page maps meanwhile; it serves nothing from the image before the fetch is over."""
+        await self._blocking("unpack.metadata", clock, self._cache.unpack, image, archive)
         with clock.phase("pager.open"):
             try:
                 await pager.open_image(image.checkpoint, image.directory, complete=False)

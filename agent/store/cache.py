@@ -121,33 +121,40 @@ class ImageCache:
         self._images[name] = image
         return image
 
-    def begin(self, head: bytes, checkpoint: str) -> CachedImage:
-        """Build the image of a checkpoint from its head; the pages of its working set are still missing.
+    def begin(self, head: bytes, checkpoint: str) -> tuple[CachedImage, bytes]:
+        """Begin the image of a checkpoint from its head: manifest and pages files, still empty.
 
         Returns:
-            An image that is not yet in the cache: :meth:`finish` and :meth:`add`, or :meth:`abandon` it. The pager may open it already.
+            An image that is not yet in the cache, and its verified archive. :meth:`unpack`, :meth:`fill` (in any order) and :meth:`add` it,
+            or :meth:`abandon` it.
 
         Raises:
             ImageInvalid: the head is not what the checkpoint's name says. OSError: no room on the disk.
         """
         found, encoded, packed = manifest.unpack_head(head, checkpoint)
-        building = self.new_directory()
+        image = CachedImage(checkpoint, found, self.new_directory(), complete=False)
         try:
-            (building / MANIFEST).write_bytes(encoded)
-            (building / ARCHIVE).write_bytes(packed)
-            images = building / IMAGES
-            images.mkdir()
-            archive.unpack(packed, found.archive.unpacked, images, building / LAYER)
+            (image.directory / MANIFEST).write_bytes(encoded)
+            image.images.mkdir()
             for key, pages in found.pages.items():
-                with (images / f"pages-{key}.img").open("xb") as file:
+                with (image.images / f"pages-{key}.img").open("xb") as file:
                     file.truncate(pages.size)
         except BaseException:
-            shutil.rmtree(building, ignore_errors=True)
+            self.abandon(image)
             raise
-        return CachedImage(checkpoint, found, building, complete=False)
+        return image, packed
 
-    def finish(self, image: CachedImage, working_set: bytes) -> None:
-        """Put the working set in place; :meth:`add` is next.
+    def unpack(self, image: CachedImage, packed: bytes) -> None:
+        """Put metadata and file changes in place; then the pager can open the image.
+
+        Raises:
+            ImageInvalid: not an archive. OSError: no room on the disk.
+        """
+        archive.unpack(packed, image.manifest.archive.unpacked, image.images, image.layer)
+        (image.directory / ARCHIVE).write_bytes(packed)
+
+    def fill(self, image: CachedImage, working_set: bytes) -> None:
+        """Put the working set in place.
 
         Raises:
             ImageInvalid: the working set is not what the manifest says. OSError: no room on the disk.
@@ -167,14 +174,14 @@ class ImageCache:
                 os.close(fd)
 
     def add(self, image: CachedImage) -> None:
-        """Take a finished image into the cache under its name; does not block, and nothing may be opening its files by their old path."""
+        """Take a whole image into the cache under its name; does not block, and nothing may be opening its files by their old path."""
         final = self._root / image.checkpoint
         image.directory.rename(final)
         image.directory = final
         self._images[image.checkpoint] = image
 
     def abandon(self, image: CachedImage) -> None:
-        """Remove an image that was begun and not finished."""
+        """Remove an image that was begun and not added."""
         shutil.rmtree(image.directory, ignore_errors=True)
 
     def evict(self, checkpoint: str) -> bool:
