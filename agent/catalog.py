@@ -1,7 +1,7 @@
 """What this node knows of each function: its root layers and its checkpoint.
 
 In: Function documents, the pointer and objects in S3, images made here. Out: :class:`Resolution`, on which :mod:`agent.node` decides how a
-start is done. Looking in S3 happens once per function (and again on each ``fetch`` command), never twice at a time.
+start is done. Looking in S3 (:mod:`agent.fetch`) happens once per function (and again on each ``fetch`` command), never twice at a time.
 """
 
 from __future__ import annotations
@@ -16,31 +16,21 @@ from pathlib import Path
 
 from agent.api.function import Function
 from agent.api.records import PhaseClock
-from agent.errors import AgentError, ImageInvalid
+from agent.errors import AgentError, FunctionInvalid, ImageInvalid
+from agent.fetch import Fetched, Fetcher
 from agent.pager.client import PagerClient
 from agent.sandbox import rootfs
 from agent.sandbox.rootfs import RootLayers
-from agent.store import host, manifest
 from agent.store.cache import CachedImage, ImageCache
-from infra.errors import ObjectMissing, StoreError, StoreUnavailable
+from infra.errors import StoreError
 from infra.s3 import ObjectStore
 from infra.settings import AgentSettings
+from infra.tasks import TaskGroup
 
 logger = logging.getLogger(__name__)
-#: Longest wait for the pointer, s: a start goes on without the checkpoint when the store is that slow.
-_POINTER_TIMEOUT_S = 2.0
 #: After S3 could not be asked, a start does not ask again for this long, s: it must not wait for a dead store each time.
 _ASK_AGAIN_S = 5.0
-_POINTER_BYTES_MAX = 4096
 _COMPLETE_TIMEOUT_S = 600.0
-
-
-@dataclass
-class Fetched:
-    """What a resolution read from S3."""
-
-    gets: int = 0
-    bytes: int = 0
 
 
 @dataclass
@@ -65,59 +55,91 @@ class Catalog:
         cache: ImageCache,
         store: ObjectStore,
         pager: Callable[[], PagerClient],
+        tasks: TaskGroup,
         layers: Path,
         criu_version: str,
     ) -> None:
         self._settings = settings
         self._cache = cache
-        self._store = store
         self._pager = pager
+        self._tasks = tasks
         self._layers = layers
-        self._criu_version = criu_version
+        self._fetcher = Fetcher(cache, store, pager, criu_version, settings.store_parallel)
         self._known: dict[str, Resolution] = {}
-        self._locks: dict[str, asyncio.Lock] = {}
+        self._resolving: dict[tuple[str, str], asyncio.Task[Resolution | FunctionInvalid]] = {}
 
     async def resolve(
         self, function: Function, *, refresh: bool = False, clock: PhaseClock | None = None, fetched: Fetched | None = None
     ) -> Resolution:
         """Root layers and the current checkpoint of ``function``, fetched to the node if need be.
 
+        However many starts ask at once, files and checkpoint are read once; a start that gives up does not stop that for the others.
+
         Args:
             function: the document.
             refresh: read files and pointer again even if they are known.
-            clock: gets the phases ``resolve.wait``, ``files``, ``fetch.pointer``, ``fetch.head``, ``fetch.working_set`` when they happen.
+            clock: gets the phases ``resolve.wait``, ``files``, ``fetch.pointer``, ``fetch.head``, ``unpack.head``,
+                ``unpack.metadata``, ``pager.open``, ``fetch.working_set``, ``unpack`` and ``check_host`` when they happen.
             fetched: counts what is read from S3.
 
         Raises:
             FunctionInvalid: its files are not on this node. An unusable or unreachable checkpoint raises nothing: see ``reason``.
         """
         clock, fetched = clock or PhaseClock(), fetched or Fetched()
-        lock = self._locks.setdefault(function.name, asyncio.Lock())
-        waiting, since_ns = lock.locked(), time.time_ns()
-        async with lock:
-            if waiting:  # for a fetch of the same function that is under way
-                clock.add("resolve.wait", since_ns, time.time_ns())
-            known = self._known.get(function.name)
-            if known and known.digest == function.digest and not refresh and time.monotonic() < known.ask_again_at:
-                return known
-            if known and known.digest == function.digest and not refresh:
-                layers = known.layers
+        key = (function.name, function.digest)
+        if key in self._resolving:
+            with clock.phase("resolve.wait"):
+                await asyncio.wait([self._resolving[key]])
+        known = self._known.get(function.name)
+        if known and known.digest == function.digest and not refresh and time.monotonic() < known.ask_again_at:
+            return known
+        if key not in self._resolving:
+            work = self._resolve(function, None if refresh else known, clock, fetched)
+            self._resolving[key] = self._tasks.spawn(work, f"resolution of {function.name}")
+            self._resolving[key].add_done_callback(lambda _: self._resolving.pop(key, None))
+        found = await asyncio.shield(self._resolving[key])
+        if isinstance(found, FunctionInvalid):
+            raise found
+        return found
+
+    async def _resolve(
+        self, function: Function, known: Resolution | None, clock: PhaseClock, fetched: Fetched
+    ) -> Resolution | FunctionInvalid:
+        before = self._known.get(function.name)
+        layers = self._root_layers(function, known, clock)
+        image, reason, ask_again_at = None, "", float("inf")
+        try:
+            if function.spec.policy.checkpoint == "off":
+                ask_again_at = 0.0  # nothing was asked
             else:
-                with clock.phase("files"):
-                    layers = await asyncio.to_thread(rootfs.prepare, function, self._layers)
-            resolution = Resolution(function.digest, layers, None)
-            if function.spec.policy.checkpoint != "off":
-                try:
-                    resolution.image = await self._image(function, layers, clock, fetched)
-                except (StoreError, OSError) as error:
-                    resolution.reason = f"the checkpoint cannot be fetched: {error}"
-                    resolution.ask_again_at = time.monotonic() + _ASK_AGAIN_S
-                except AgentError as error:
-                    resolution.reason = str(error)
-                if resolution.reason:
-                    logger.warning("function %s is started cold on this node: %s", function.name, resolution.reason)
+                image = await self._fetcher.current(function, layers, clock, fetched)
+        except (StoreError, OSError) as error:
+            reason = f"the checkpoint cannot be fetched: {error}"
+            ask_again_at = time.monotonic() + _ASK_AGAIN_S
+        except AgentError as error:
+            reason = str(error)
+        try:
+            resolution = Resolution(function.digest, await layers, image, reason, ask_again_at)
+        except FunctionInvalid as error:
+            return error
+        if reason:
+            logger.warning("function %s is started cold on this node: %s", function.name, reason)
+        if self._known.get(function.name) is before:  # else a checkpoint was made here meanwhile
             self._known[function.name] = resolution
-            return resolution
+        return resolution
+
+    def _root_layers(self, function: Function, known: Resolution | None, clock: PhaseClock) -> asyncio.Future[RootLayers]:
+        loop = asyncio.get_running_loop()
+        if known and known.digest == function.digest:
+            layers: asyncio.Future[RootLayers] = loop.create_future()
+            layers.set_result(known.layers)
+            return layers
+
+        def prepare() -> RootLayers:
+            with clock.phase("files"):
+                return rootfs.prepare(function, self._layers)
+
+        return loop.run_in_executor(None, prepare)
 
     def images(self) -> list[CachedImage]:
         """Checkpoints in the node's cache."""
@@ -169,16 +191,12 @@ class Catalog:
         resolution = self._known.get(function_name)
         if resolution and resolution.image:
             await self._drop(resolution.image)
-            resolution.image, resolution.ask_again_at = None, 0.0
 
     async def trim(self) -> None:
         """Drop what exceeds the cache's ceiling."""
         for image in self._cache.over_budget():
             with contextlib.suppress(ImageInvalid):
                 await self._drop(image)
-                for known in self._known.values():
-                    if known.image is image:
-                        known.image, known.ask_again_at = None, 0.0
 
     def pager_lost(self) -> None:
         """A new pager knows no image."""
@@ -188,48 +206,10 @@ class Catalog:
     async def _drop(self, image: CachedImage) -> None:
         if image.users:
             raise ImageInvalid(f"checkpoint {image.checkpoint} is in use by {image.users} instances; release them first")
+        for known in self._known.values():  # first, so that no start takes what is being deleted
+            if known.image is image:
+                known.image, known.ask_again_at = None, 0.0
         if image.opened:
             image.opened = False
             await self._pager().close_image(image.checkpoint)
         await asyncio.to_thread(self._cache.evict, image.checkpoint)
-
-    async def _image(self, function: Function, layers: RootLayers, clock: PhaseClock, fetched: Fetched) -> CachedImage | None:
-        key = manifest.pointer_key(function.name)
-        with clock.phase("fetch.pointer"):
-            try:
-                async with asyncio.timeout(_POINTER_TIMEOUT_S):
-                    data = await asyncio.to_thread(self._store.get, key, size_max=_POINTER_BYTES_MAX)
-            except ObjectMissing:
-                return None
-            except TimeoutError as error:
-                text = f"the object store did not answer within {_POINTER_TIMEOUT_S:.0f} s"
-                raise StoreUnavailable(text, bucket=self._store.bucket, key=key) from error
-        fetched.gets += 1
-        fetched.bytes += len(data)
-        pointer = host.read_pointer(data)
-        if (pointer.function_digest, pointer.files_digest) != (function.digest, layers.files_digest):
-            return None  # of an earlier version of the function: a new checkpoint will be made
-        image = self._cache.get(pointer.checkpoint)
-        if image is None:
-            image = await self._fetch(function.name, pointer.checkpoint, clock, fetched)
-            if (image.manifest.function_digest, image.manifest.files_digest) != (function.digest, layers.files_digest):
-                raise ImageInvalid("the pointer names a checkpoint of something else", function=function.name)
-        with clock.phase("check_host"):
-            await asyncio.to_thread(host.check, image.manifest, layers.search, self._criu_version)
-        return image
-
-    async def _fetch(self, function: str, checkpoint: str, clock: PhaseClock, fetched: Fetched) -> CachedImage:
-        async def read(phase: str, key: str, size_max: int) -> bytes:
-            with clock.phase(phase):
-                data = await asyncio.to_thread(self._store.get, key, size_max=size_max)
-            fetched.gets += 1
-            fetched.bytes += len(data)
-            return data
-
-        head_bytes_max = manifest.ARCHIVE_BYTES_MAX + manifest.MANIFEST_BYTES_MAX
-        head, working_set = await asyncio.gather(
-            read("fetch.head", manifest.head_key(function, checkpoint), head_bytes_max),
-            read("fetch.working_set", manifest.working_set_key(function, checkpoint), manifest.WORKING_SET_BYTES_MAX),
-        )
-        with clock.phase("unpack"):
-            return await asyncio.to_thread(self._cache.fetch, head, working_set, checkpoint)

@@ -135,7 +135,7 @@ class Checkpointer:
             criu=self._criu_version,
             kernel=platform.release(),
             machine=platform.machine(),
-            cpu_flags=host.cpu_flags(),
+            cpu_flags=list(host.cpu_flags()),
             root_pid=donor.root_pid,
             outputs=[pipe_name],
             mapped_files=mapped,
@@ -186,13 +186,15 @@ class Checkpointer:
         return Recording(trials, used)
 
     def _upload(self, building: Path, finished: Manifest, encoded: bytes, working_set: bytes) -> None:
+        suspects = chunks.suspects(self._store)
         with ThreadPoolExecutor(self._workshop.settings.store_parallel, thread_name_prefix="upload") as pool:
             jobs = []
             for key, pages in finished.pages.items():
                 path = building / IMAGES / f"pages-{key}.img"
                 for index, digest in enumerate(pages.chunks):
                     if digest is not None:
-                        jobs.append(pool.submit(self._upload_chunk, path, index * finished.chunk_bytes, finished.chunk_bytes, digest))
+                        offset = index * finished.chunk_bytes
+                        jobs.append(pool.submit(self._upload_chunk, path, offset, finished.chunk_bytes, digest, suspects))
             try:
                 for job in jobs:
                     job.result()
@@ -204,10 +206,10 @@ class Checkpointer:
         packed = (building / ARCHIVE).read_bytes()
         self._store.put(manifest.head_key(finished.function, name), manifest.pack_head(encoded, packed))
 
-    def _upload_chunk(self, path: Path, offset: int, size: int, digest: bytes) -> None:
+    def _upload_chunk(self, path: Path, offset: int, size: int, digest: bytes, suspects: frozenset[str]) -> None:
         with path.open("rb") as source:
             source.seek(offset)
-            chunks.upload(self._store, digest, source.read(size))
+            chunks.upload(self._store, digest, source.read(size), suspects)
 
     def _publish(self, finished: Manifest, name: str) -> None:
         """Move the pointer; of two nodes that publish at once one wins, and the other's image stays unused."""

@@ -39,7 +39,7 @@ from agent.sandbox.pool import SandboxPool
 from agent.standbys import Standbys
 from agent.starts import Starter
 from agent.store.cache import ImageCache
-from infra.s3 import ObjectStore
+from infra.s3 import WARM_CONNECTIONS, ObjectStore
 from infra.settings import Settings
 from infra.tasks import TaskGroup
 
@@ -98,7 +98,7 @@ class Agent:
         cgroups = CgroupTree(f"thaw-{settings.node_name}")
         stack.callback(cgroups.close)
         factory = SandboxFactory(self._tools.init, state / "sandboxes", cgroups, network, settings.orphan_s)
-        store = ObjectStore(self._settings.s3, settings.store_parallel)
+        store = ObjectStore(self._settings.s3, settings.store_parallel, warm=WARM_CONNECTIONS)
         stack.callback(store.close)
         self._pager = await self._start_pager()
         stack.push_async_callback(self._close_pager)
@@ -115,7 +115,7 @@ class Agent:
         pool = SandboxPool(factory, settings.pool_size, self._tasks, furnisher.prepare)
         stack.push_async_callback(pool.close)
         workshop = Workshop(settings, furnisher, pool)
-        catalog = Catalog(settings, cache, store, lambda: self._pager, state / "layers", self._tools.criu_version)
+        catalog = Catalog(settings, cache, store, lambda: self._pager, self._tasks, state / "layers", self._tools.criu_version)
         quiet = asyncio.Event()
         standbys = Standbys(workshop, catalog, lambda: self._pager, self._tasks, quiet)
         starter = Starter(settings.node_name, workshop, catalog, standbys, lambda: self._pager, self._tasks, quiet)

@@ -18,9 +18,10 @@ from agent.admission import Admission
 from agent.api.function import Function
 from agent.api.messages import Start
 from agent.api.records import PhaseClock, StartRecord
-from agent.catalog import Catalog, Fetched
+from agent.catalog import Catalog
 from agent.cold import start_cold
 from agent.errors import AgentError, CriuError, ImageInvalid, InstanceGone, NotReady, PagerError
+from agent.fetch import Fetched
 from agent.instance import Instance, Workshop
 from agent.pager.client import PagerClient
 from agent.restore import RestoreEvidence, evidence_of, resume, start_restored

@@ -1,7 +1,7 @@
 """The object store: one small synchronous client over boto3, with errors that name bucket and key.
 
-In: S3 settings. Out: bytes, or an exception of :mod:`infra.errors`. Thread-safe; callers on an event loop use worker threads. Next:
-:mod:`agent.store`, :mod:`infra.local.objectstore`.
+In: S3 settings. Out: bytes, or an exception of :mod:`infra.errors`. Thread-safe; callers on an event loop use worker threads. Whole objects
+come by :mod:`infra.s3get`, and by boto3 when that cannot have them. Next: :mod:`agent.store`, :mod:`infra.local.objectstore`.
 """
 
 from __future__ import annotations
@@ -9,21 +9,33 @@ from __future__ import annotations
 from typing import Any
 
 import boto3
+import botocore.session
 from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError
+from botocore.httpsession import get_cert_path
 
 from infra.errors import ObjectConflict, ObjectMissing, StoreError, StoreUnavailable
+from infra.s3get import SignedGet
 from infra.settings import S3Settings
 
 _MISSING = {"404", "NoSuchKey", "NoSuchBucket", "NotFound"}
 _CONFLICT = {"412", "PreconditionFailed", "409", "ConditionalRequestConflict"}
 _DENIED = {"403", "AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMatch", "401"}
+#: Open connections of a process in which starts wait for GETs: pointer, then head and working set, of two starts at once.
+WARM_CONNECTIONS = 4
 
 
 class ObjectStore:
     """One bucket."""
 
-    def __init__(self, settings: S3Settings, parallel: int = 16) -> None:
+    def __init__(self, settings: S3Settings, parallel: int = 16, warm: int = 0) -> None:
+        """Prepare; nothing is asked yet.
+
+        Args:
+            settings: where and who.
+            parallel: connections kept, for GETs and for all else.
+            warm: connections for GETs to have open before they are needed.
+        """
         self.bucket = settings.bucket
         self._endpoint = settings.endpoint_url or "AWS"
         config = Config(
@@ -32,19 +44,33 @@ class ObjectStore:
             read_timeout=settings.read_timeout_s,
             retries={"total_max_attempts": settings.attempts, "mode": "standard"},
             max_pool_connections=parallel,
+            proxies={},  # neither for boto3 nor for SignedGet
             s3={"addressing_style": "path"},
             # Digests of Thaw's own cover every object; boto3's CRC would be a second pass over each byte.
             request_checksum_calculation="when_required",
             response_checksum_validation="when_required",
         )
-        self._client: Any = boto3.session.Session().client(
-            "s3",
-            endpoint_url=settings.endpoint_url or None,
-            region_name=settings.region,
+        core = botocore.session.get_session()
+        session = boto3.session.Session(
             aws_access_key_id=settings.access_key or None,
             aws_secret_access_key=settings.secret_key or None,
-            config=config,
+            botocore_session=core,
         )
+        self._client: Any = session.client("s3", endpoint_url=settings.endpoint_url or None, region_name=settings.region, config=config)
+        credentials = session.get_credentials()
+        self._get: SignedGet | None = None
+        if credentials is not None:  # else boto3 says what is missing
+            self._get = SignedGet(
+                settings.bucket,
+                self._client.meta.endpoint_url,
+                settings.region,
+                credentials,
+                core.get_config_variable("ca_bundle") or get_cert_path(True),
+                warm=warm,
+                most=max(parallel, warm),
+                connect_timeout_s=settings.connect_timeout_s,
+                read_timeout_s=settings.read_timeout_s,
+            )
 
     def get(self, key: str, *, size_max: int) -> bytes:
         """One whole object.
@@ -53,11 +79,14 @@ class ObjectStore:
             ObjectMissing, StoreUnavailable, StoreError: also when the object is larger than ``size_max`` bytes.
         """
         try:
+            data = self._get.get(key, size_max) if self._get else None
+            if data is not None:
+                return data
             answer = self._client.get_object(Bucket=self.bucket, Key=key)
             size = int(answer["ContentLength"])
             if size > size_max:
                 raise StoreError(f"the object has {size} bytes, {size_max} at most were expected", bucket=self.bucket, key=key)
-            data: bytes = answer["Body"].read()
+            data = bytes(answer["Body"].read())
         except (BotoCoreError, ClientError, OSError) as error:
             raise self._explain(error, key) from error
         if len(data) != size:
@@ -119,6 +148,8 @@ class ObjectStore:
 
     def close(self) -> None:
         """Close connections."""
+        if self._get:
+            self._get.close()
         self._client.close()
 
     def _explain(self, error: Exception, key: str) -> StoreError:

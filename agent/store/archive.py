@@ -1,7 +1,7 @@
 """Packs CRIU's metadata images and a sandbox's writable layer, and unpacks them without trusting what is inside.
 
 In: directories. Out: bytes of the head object's archive; on the way back, files under a directory that is given, never outside of it.
-An archive is a zstd-packed tar of ``img/<file>`` members and one ``layer.tar``. Used by :mod:`agent.checkpoint` and
+An archive is a zstd-packed msgpack map: the images by name, and the layer as a tar. Used by :mod:`agent.checkpoint` and
 :mod:`agent.store.cache`; the layer is unpacked into each sandbox by :mod:`agent.sandbox.rootfs`.
 """
 
@@ -15,6 +15,9 @@ import stat
 import tarfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+
+import msgpack
+import msgspec
 
 from agent.errors import ImageInvalid
 from agent.store import chunks
@@ -38,15 +41,12 @@ def pack(images: Path, packed_layer: bytes) -> tuple[bytes, int]:
         images: CRIU's image directory.
         packed_layer: of :func:`pack_layer`.
     """
-    buffer = io.BytesIO()
-    with tarfile.open(fileobj=buffer, mode="w", format=tarfile.PAX_FORMAT) as archive:
-        for path in sorted(images.iterdir()):
-            if path.is_file() and not _PAGES_NAME.fullmatch(path.name) and not path.name.endswith(".log"):
-                archive.add(path, f"img/{path.name}", recursive=False)
-        member = tarfile.TarInfo("layer.tar")
-        member.size = len(packed_layer)
-        archive.addfile(member, io.BytesIO(packed_layer))
-    plain = buffer.getvalue()
+    found = {
+        path.name: path.read_bytes()
+        for path in sorted(images.iterdir())
+        if path.is_file() and not _PAGES_NAME.fullmatch(path.name) and not path.name.endswith(".log")
+    }
+    plain: bytes = msgpack.packb({"images": found, "layer": packed_layer})
     return chunks.compress(plain), len(plain)
 
 
@@ -58,22 +58,21 @@ def unpack(archive: bytes, size: int, images: Path, layer_file: Path) -> None:
     """
     plain = chunks.decompress(archive, size, "the archive")
     try:
-        with tarfile.open(fileobj=io.BytesIO(plain), mode="r:") as members:
-            for member in members:
-                source = members.extractfile(member) if member.isreg() else None
-                directory, _, base = member.name.rpartition("/")
-                if source is None:
-                    raise ImageInvalid(f"the archive holds {member.name!r}, which is not a plain file")
-                if member.name == "layer.tar":
-                    layer_file.write_bytes(source.read())
-                elif directory == "img" and _IMAGE_NAME.fullmatch(base) and not _PAGES_NAME.fullmatch(base):
-                    (images / base).write_bytes(source.read())
-                else:
-                    raise ImageInvalid(f"the archive holds an unexpected file {member.name!r}")
-    except tarfile.TarError as error:
+        found = msgspec.convert(msgpack.unpackb(plain), _Archive, builtin_types=(bytes,))
+    except (ValueError, TypeError, msgpack.UnpackException, msgspec.ValidationError, RecursionError) as error:
         raise ImageInvalid(f"the archive is corrupt: {error}") from error
-    if not layer_file.exists():
-        raise ImageInvalid("the archive holds no layer.tar")
+    for name, content in found.images.items():
+        if not _IMAGE_NAME.fullmatch(name) or _PAGES_NAME.fullmatch(name):
+            raise ImageInvalid(f"the archive holds an unexpected file {name!r}")
+        (images / name).write_bytes(content)
+    layer_file.write_bytes(found.layer)
+
+
+class _Archive(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What is packed."""
+
+    images: dict[str, bytes]
+    layer: bytes
 
 
 def pack_layer(layer: Path, mount_points: Sequence[str] = ()) -> bytes:

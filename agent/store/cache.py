@@ -8,6 +8,7 @@ pager. Layout of a directory::
     layer.tar         file changes, unpacked into each sandbox
     img/              CRIU's metadata images and sparse pages files
     complete          present when every page is here; without it only the working set is sure to be
+    boot              the boot of this machine in which all of this was verified and written
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from agent.store import archive, chunks, manifest
 from agent.store.manifest import Manifest
 
 logger = logging.getLogger(__name__)
-MANIFEST, ARCHIVE, LAYER, IMAGES, COMPLETE = "manifest", "archive", "layer.tar", "img", "complete"
+MANIFEST, ARCHIVE, LAYER, IMAGES, COMPLETE, BOOT = "manifest", "archive", "layer.tar", "img", "complete", "boot"
 
 
 @dataclass
@@ -80,7 +81,12 @@ class ImageCache:
         return self._images.get(checkpoint)
 
     def adopt(self) -> list[CachedImage]:
-        """Take over what an earlier agent left, after verifying every byte; what does not verify is deleted."""
+        """Take over what an earlier agent left; what does not verify is deleted.
+
+        What was written since the machine was started is what the earlier agent had verified. Of anything older each byte is verified again,
+        because a machine that went down may have lost some of it; and what was only partly fetched then is not taken.
+        """
+        boot = _boot()
         for path in sorted(self._root.iterdir()):
             if path.name.startswith("."):
                 shutil.rmtree(path, ignore_errors=True)
@@ -88,12 +94,14 @@ class ImageCache:
             try:
                 found = manifest.decode((path / MANIFEST).read_bytes(), path.name)
                 complete = (path / COMPLETE).exists()
-                if not complete:
-                    raise ImageInvalid("it was only partly fetched")
-                _verify_pages(path / IMAGES, found)
-                packed = (path / ARCHIVE).read_bytes()
-                manifest.verify(packed, found.archive, f"the archive of checkpoint {path.name}")
-                archive.unpack(packed, found.archive.unpacked, path / IMAGES, path / LAYER)
+                if (path / BOOT).read_text() != boot:
+                    if not complete:
+                        raise ImageInvalid("it was only partly fetched")
+                    _verify_pages(path / IMAGES, found)
+                    packed = (path / ARCHIVE).read_bytes()
+                    manifest.verify(packed, found.archive, f"the archive of checkpoint {path.name}")
+                    archive.unpack(packed, found.archive.unpacked, path / IMAGES, path / LAYER)
+                    (path / BOOT).write_text(boot)
             except (OSError, ImageInvalid) as error:
                 logger.info("checkpoint %s in the node's cache is dropped: %s", path.name, error)
                 shutil.rmtree(path, ignore_errors=True)
@@ -115,43 +123,74 @@ class ImageCache:
         (building / MANIFEST).write_bytes(encoded_manifest)
         if complete:
             (building / COMPLETE).touch()
+        (building / BOOT).write_text(_boot())
         final = self._root / name
         building.rename(final)
         image = CachedImage(name, manifest.decode(encoded_manifest, name), final, complete)
         self._images[name] = image
         return image
 
-    def fetch(self, head: bytes, working_set: bytes, checkpoint: str) -> CachedImage:
-        """Build the image of a checkpoint from its two objects; every byte is verified first.
+    def begin(self, head: bytes, checkpoint: str) -> tuple[CachedImage, bytes]:
+        """Begin the image of a checkpoint from its head: manifest and pages files, still empty, under its name.
+
+        Returns:
+            An image that is not yet in the cache, and its verified archive. :meth:`unpack`, :meth:`fill` (in any order) and :meth:`add` it,
+            or :meth:`abandon` it.
 
         Raises:
-            ImageInvalid: an object is not what the checkpoint's name says. OSError: no room on the disk.
+            ImageInvalid: the head is not what the checkpoint's name says. OSError: no room on the disk.
         """
         found, encoded, packed = manifest.unpack_head(head, checkpoint)
-        manifest.verify(working_set, found.working_set, f"the working set of checkpoint {checkpoint}")
-        building = self.new_directory()
+        image = CachedImage(checkpoint, found, self._root / checkpoint, complete=False)
         try:
-            (building / IMAGES).mkdir()
-            (building / ARCHIVE).write_bytes(packed)
-            archive.unpack(packed, found.archive.unpacked, building / IMAGES, building / LAYER)
-            plain = chunks.decompress(working_set, found.working_set.unpacked, "the working set")
-            files = {}
-            try:
-                for key, pages in found.pages.items():
-                    fd = os.open(building / IMAGES / f"pages-{key}.img", os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-                    os.ftruncate(fd, pages.size)
-                    files[int(key)] = fd
-                at = 0
-                for extent in found.extents:
-                    os.pwrite(files[extent.pages_id], plain[at : at + extent.size], extent.offset)
-                    at += extent.size
-            finally:
-                for fd in files.values():
-                    os.close(fd)
-            return self.insert(building, encoded, complete=False)
+            image.directory.mkdir()
+            (image.directory / MANIFEST).write_bytes(encoded)
+            image.images.mkdir()
+            for key, pages in found.pages.items():
+                with (image.images / f"pages-{key}.img").open("xb") as file:
+                    file.truncate(pages.size)
         except BaseException:
-            shutil.rmtree(building, ignore_errors=True)
+            self.abandon(image)
             raise
+        return image, packed
+
+    def unpack(self, image: CachedImage, packed: bytes) -> None:
+        """Put metadata and file changes in place; then the pager can open the image.
+
+        Raises:
+            ImageInvalid: not an archive. OSError: no room on the disk.
+        """
+        archive.unpack(packed, image.manifest.archive.unpacked, image.images, image.layer)
+        (image.directory / ARCHIVE).write_bytes(packed)
+
+    def fill(self, image: CachedImage, working_set: bytes) -> None:
+        """Put the working set in place.
+
+        Raises:
+            ImageInvalid: the working set is not what the manifest says. OSError: no room on the disk.
+        """
+        found = image.manifest
+        what = f"the working set of checkpoint {image.checkpoint}"
+        manifest.verify(working_set, found.working_set, what)
+        plain = memoryview(chunks.unpack_pages(working_set, found.working_set.unpacked, what))
+        files = {int(key): os.open(image.images / f"pages-{key}.img", os.O_WRONLY | os.O_CLOEXEC) for key in found.pages}
+        try:
+            at = 0
+            for extent in found.extents:
+                _write(files[extent.pages_id], plain[at : at + extent.size], extent.offset)
+                at += extent.size
+        finally:
+            for fd in files.values():
+                os.close(fd)
+
+    def add(self, image: CachedImage) -> None:
+        """Take a whole image into the cache; only now an agent that comes later would."""
+        (image.directory / BOOT).write_text(_boot())
+        self._images[image.checkpoint] = image
+
+    def abandon(self, image: CachedImage) -> None:
+        """Remove an image that was begun and not added."""
+        shutil.rmtree(image.directory, ignore_errors=True)
 
     def evict(self, checkpoint: str) -> bool:
         """Drop a checkpoint that nothing uses; False when something does."""
@@ -161,7 +200,10 @@ class ImageCache:
         if image.users:
             return False
         del self._images[checkpoint]
-        shutil.rmtree(image.directory, ignore_errors=True)
+        # The name is free at once: the checkpoint may be fetched again while its many pages are still being deleted.
+        dropped = self.new_directory()
+        image.directory.rename(dropped)
+        shutil.rmtree(dropped, ignore_errors=True)
         return True
 
     def over_budget(self) -> list[CachedImage]:
@@ -175,6 +217,17 @@ class ImageCache:
                 victims.append(image)
                 total -= image.manifest.image_bytes
         return victims
+
+
+def _boot() -> str:
+    """Names the time since this machine was started."""
+    return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+
+
+def _write(fd: int, data: memoryview, offset: int) -> None:
+    while data:
+        written = os.pwrite(fd, data, offset)
+        data, offset = data[written:], offset + written
 
 
 def _verify_pages(images: Path, found: Manifest) -> None:

@@ -5,6 +5,7 @@ In: /proc of this machine. Out: values for the manifest, and on another node the
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import os
 import platform
@@ -48,13 +49,14 @@ def read_pointer(data: bytes) -> Pointer:
     return found
 
 
-def cpu_flags() -> list[str]:
+@functools.cache
+def cpu_flags() -> tuple[str, ...]:
     """CPU features of this machine."""
     for line in Path("/proc/cpuinfo").read_text().splitlines():
         name, _, value = line.partition(":")
         if name.strip() in ("flags", "Features"):
-            return sorted(value.split())
-    return []
+            return tuple(sorted(value.split()))
+    return ()
 
 
 def mapped_files(pids: Iterable[int], search: Sequence[str]) -> list[MappedFile]:
@@ -109,11 +111,14 @@ _KNOWN_MAX = 16384
 
 
 def _size_and_digest(path: Path) -> tuple[int, bytes]:
-    with path.open("rb") as source:
-        status = os.fstat(source.fileno())
-        key = (str(path), status.st_size, status.st_mtime_ns, status.st_ino)
-        if key not in _known:
-            if len(_known) >= _KNOWN_MAX:
-                _known.clear()
-            _known[key] = hashlib.file_digest(source, "sha256").digest()
-    return status.st_size, _known[key]
+    status = path.stat()
+    key = (str(path), status.st_size, status.st_mtime_ns, status.st_ino)
+    digest = _known.get(key)
+    if digest is None:
+        with path.open("rb") as source:
+            status = os.fstat(source.fileno())
+            digest = hashlib.file_digest(source, "sha256").digest()
+        if len(_known) >= _KNOWN_MAX:
+            _known.clear()
+        _known[str(path), status.st_size, status.st_mtime_ns, status.st_ino] = digest
+    return status.st_size, digest

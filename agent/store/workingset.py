@@ -186,7 +186,7 @@ def pack(images: Path, draft: Manifest, recording: Recording) -> tuple[Manifest,
             source.seek(extent.offset)
             parts.append(source.read(extent.size))
     plain = b"".join(parts)
-    packed = chunks.compress(plain)
+    packed = chunks.pack_pages(plain)
     blob = Blob(len(packed), hashlib.sha256(packed).digest(), len(plain))
     pages = {key: msgspec.structs.replace(item, ahead=decided.ahead.get(key, [])) for key, item in draft.pages.items()}
     return msgspec.structs.replace(draft, extents=decided.extents, fresh=decided.fresh, pages=pages, working_set=blob), packed

@@ -1,0 +1,155 @@
+"""From the object store to the node's cache: the pointer, then head and working set, everything at once that can be.
+
+In: a function, its root layers (perhaps still being made). Out: a :class:`~agent.store.cache.CachedImage` that is verified, in place, known
+to the pager and right for this host. Blocking work runs in threads of its own, so that a slow store holds up nothing else of the node.
+Used by :mod:`agent.catalog`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import ParamSpec, TypeVar
+
+from agent.api.function import Function
+from agent.api.records import PhaseClock
+from agent.errors import AgentError, ImageInvalid
+from agent.pager.client import PagerClient
+from agent.sandbox.rootfs import RootLayers
+from agent.store import host, manifest
+from agent.store.cache import CachedImage, ImageCache
+from infra.errors import ObjectMissing, StoreUnavailable
+from infra.s3 import ObjectStore
+
+logger = logging.getLogger(__name__)
+#: Longest wait for the pointer, s: a start goes on without the checkpoint when the store is that slow.
+_POINTER_TIMEOUT_S = 2.0
+_POINTER_BYTES_MAX = 4096
+_HEAD_BYTES_MAX = manifest.ARCHIVE_BYTES_MAX + manifest.MANIFEST_BYTES_MAX
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+@dataclass
+class Fetched:
+    """What was read from S3."""
+
+    gets: int = 0
+    bytes: int = 0
+
+
+class Fetcher:
+    """Gets checkpoints to this node."""
+
+    def __init__(self, cache: ImageCache, store: ObjectStore, pager: Callable[[], PagerClient], criu_version: str, parallel: int) -> None:
+        self._cache = cache
+        self._store = store
+        self._pager = pager
+        self._criu_version = criu_version
+        self._threads = ThreadPoolExecutor(parallel, thread_name_prefix="fetch")
+
+    async def current(
+        self, function: Function, layers: asyncio.Future[RootLayers], clock: PhaseClock, fetched: Fetched
+    ) -> CachedImage | None:
+        """The image of the checkpoint that the pointer names; None when there is none of this version of the function.
+
+        Raises:
+            AgentError, StoreError, OSError: it cannot be fetched, or not be restored here.
+        """
+        key = manifest.pointer_key(function.name)
+        try:
+            async with asyncio.timeout(_POINTER_TIMEOUT_S):
+                data = await asyncio.wrap_future(self._get("fetch.pointer", key, _POINTER_BYTES_MAX, clock))
+        except ObjectMissing:
+            return None
+        except TimeoutError as error:
+            text = f"the object store did not answer within {_POINTER_TIMEOUT_S:.0f} s"
+            raise StoreUnavailable(text, bucket=self._store.bucket, key=key) from error
+        _count(fetched, data)
+        pointer = host.read_pointer(data)
+        if pointer.function_digest != function.digest:
+            return None  # of an earlier version of the function: a new checkpoint will be made
+        image = self._cache.get(pointer.checkpoint)
+        if image is None:
+            image, checked = await self._fetch(function, pointer.checkpoint, layers, clock, fetched)
+        else:
+            (checked,) = await asyncio.gather(self._check(image, layers, clock), return_exceptions=True)
+        if pointer.files_digest != (await layers).files_digest:
+            return None
+        if (image.manifest.function_digest, image.manifest.files_digest) != (pointer.function_digest, pointer.files_digest):
+            raise ImageInvalid("the pointer names a checkpoint of something else", function=function.name)
+        if checked is not None:
+            raise checked
+        return image
+
+    async def _fetch(
+        self, function: Function, checkpoint: str, layers: asyncio.Future[RootLayers], clock: PhaseClock, fetched: Fetched
+    ) -> tuple[CachedImage, BaseException | None]:
+        """Head and working set side by side; while the second is on its way the first is unpacked, opened by the pager, and checked.
+
+        Returns:
+            The image, now in the cache, and what is wrong with it on this host.
+        """
+        working_set = self._get(
+            "fetch.working_set", manifest.working_set_key(function.name, checkpoint), manifest.WORKING_SET_BYTES_MAX, clock
+        )
+        head = await asyncio.wrap_future(self._get("fetch.head", manifest.head_key(function.name, checkpoint), _HEAD_BYTES_MAX, clock))
+        _count(fetched, head)
+        image, archive = await self._blocking("unpack.head", clock, self._cache.begin, head, checkpoint)
+        pager = self._pager()
+        # The thread waits for the working set, not the loop: that is one change of threads less.
+        filled = asyncio.wrap_future(self._threads.submit(self._fill, image, working_set, clock))
+        *done, checked = await asyncio.gather(
+            filled, self._open_ahead(pager, image, archive, clock), self._check(image, layers, clock), return_exceptions=True
+        )
+        for failure in done:
+            if failure is not None:
+                if image.opened and pager is self._pager():
+                    await pager.close_image(checkpoint)
+                await asyncio.wrap_future(self._threads.submit(self._cache.abandon, image))
+                raise failure
+        self._cache.add(image)
+        image.opened = image.opened and pager is self._pager()  # a new pager knows nothing of it
+        _count(fetched, working_set.result())
+        return image, checked
+
+    def _fill(self, image: CachedImage, working_set: Future[bytes], clock: PhaseClock) -> None:
+        packed = working_set.result()
+        with clock.phase("unpack"):
+            self._cache.fill(image, packed)
+
+    async def _check(self, image: CachedImage, layers: asyncio.Future[RootLayers], clock: PhaseClock) -> None:
+        search = (await layers).search
+        await self._blocking("check_host", clock, host.check, image.manifest, search, self._criu_version)
+
+    async def _open_ahead(self, pager: PagerClient, image: CachedImage, archive: bytes, clock: PhaseClock) -> None:
+        """Let the pager read the page maps meanwhile; it serves nothing from the image before the fetch is over."""
+        await self._blocking("unpack.metadata", clock, self._cache.unpack, image, archive)
+        with clock.phase("pager.open"):
+            try:
+                await pager.open_image(image.checkpoint, image.directory, complete=False)
+                image.opened = True
+            except AgentError as error:
+                logger.info("the pager opens checkpoint %s later: %s", image.checkpoint, error)  # with the start
+
+    def _get(self, phase: str, key: str, size_max: int, clock: PhaseClock) -> Future[bytes]:
+        def get() -> bytes:
+            with clock.phase(phase):
+                return self._store.get(key, size_max=size_max)
+
+        return self._threads.submit(get)
+
+    async def _blocking(self, phase: str, clock: PhaseClock, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        def timed() -> T:
+            with clock.phase(phase):
+                return work(*args, **kwargs)
+
+        return await asyncio.wrap_future(self._threads.submit(timed))
+
+
+def _count(fetched: Fetched, data: bytes) -> None:
+    fetched.gets += 1
+    fetched.bytes += len(data)
