@@ -83,8 +83,8 @@ class ImageCache:
     def adopt(self) -> list[CachedImage]:
         """Take over what an earlier agent left; what does not verify is deleted.
 
-        What was written since the machine was started is what the earlier agent had verified. Of anything older each byte is verified again,
-        because a machine that went down may have lost some of it; and what was only partly fetched then is not taken.
+        What was written since the machine was started is what the earlier agent had verified. Of anything older each byte is verified
+        again, because a machine that went down may have lost some of it; and what was only partly fetched then is not taken.
         """
         boot = _boot()
         for path in sorted(self._root.iterdir()):

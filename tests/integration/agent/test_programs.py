@@ -35,7 +35,7 @@ pytestmark = [pytest.mark.root, pytest.mark.stack]
 
 REQUESTS = int(os.environ.get("THAW_TEST_REQUESTS", "1000"))
 #: Start modes in the order in which each program goes through them, with how many instances are started at once.
-MODES = {"cold": 1, "restore": 2, "remote": 1}
+MODES = {"cold": 1, "restore": 2, "thaw": 2, "remote": 1}
 
 
 def a_program(name: str, settings: Settings) -> tuple[Function, Target]:
