@@ -1,12 +1,16 @@
-"""``thaw apply`` on documents that are wrong: one line, exit code 2, and the broker is not even asked."""
+"""``thaw apply`` on documents that are wrong: one line, exit code 2, and the broker is not even asked. The table of ``thaw get``."""
 
 from __future__ import annotations
 
+import io
+
 import pytest
 from click.testing import CliRunner
+from rich.console import Console
+from scaler_harness import Harness, function, prepares
 
 from infra.settings import Settings
-from thaw.functions import apply
+from thaw.functions import Known, _table, apply
 
 GOOD = """
 apiVersion: thaw.dev/v1
@@ -44,3 +48,18 @@ def test_a_file_that_is_not_there(tmp_path):
     result = CliRunner().invoke(apply, ["-f", str(tmp_path / "absent.yaml")], obj=Settings())
     assert result.exit_code == 2
     assert "No such file" in result.output
+
+
+def test_the_table_shows_standbys_and_how_many_are_wanted():
+    harness = Harness()
+    harness.node()
+    document = function(standby=3)
+    for command in prepares([item for fetch in harness.apply(document) for item in harness.fetched(fetch, checkpoint="cp")])[:2]:
+        harness.prepared(command)
+    text = io.StringIO()
+    Console(file=text, width=160).print(_table({"f": Known(document, 0, harness.planner.explain("f")), "g": Known(function("g"), 0)}))
+    header, row, unseen = text.getvalue().splitlines()
+    column = header.split().index("STANDBYS")
+    assert row.split()[column] == "2/3"
+    assert row.split()[1] == "standby"
+    assert unseen.split()[column] == "-"
