@@ -5,6 +5,7 @@ import os
 import tarfile
 from pathlib import Path
 
+import msgpack
 import pytest
 
 from agent.errors import ImageInvalid
@@ -121,10 +122,17 @@ def test_set_user_id_is_dropped(tmp_path: Path, fresh: Path) -> None:
     assert (fresh / "tmp" / "x").stat().st_mode & 0o7777 == 0o755
 
 
-@pytest.mark.parametrize("name", ["img/../x", "img/pages-1.img", "x", "img/a/b", "img/"])
+@pytest.mark.parametrize("name", ["../x", "pages-1.img", "/etc/x", "a/b", "", "x\0y"])
 def test_an_archive_with_unexpected_names_is_refused(name: str, tmp_path: Path) -> None:
-    plain = tar_of(member(name))
-    with pytest.raises(ImageInvalid):
+    plain = msgpack.packb({"images": {name: b"x"}, "layer": b""})
+    with pytest.raises(ImageInvalid, match="unexpected file"):
+        archive.unpack(chunks.compress(plain), len(plain), tmp_path, tmp_path / "layer.tar")
+
+
+@pytest.mark.parametrize("value", [{"images": {}}, {"images": {"x": "text"}, "layer": b""}, {"images": [], "layer": b""}, 1, b"", {1: 2}])
+def test_what_is_no_archive_is_refused(value: object, tmp_path: Path) -> None:
+    plain = msgpack.packb(value)
+    with pytest.raises(ImageInvalid, match="archive is corrupt"):
         archive.unpack(chunks.compress(plain), len(plain), tmp_path, tmp_path / "layer.tar")
 
 
