@@ -64,21 +64,20 @@ async def test_a_missing_object_is_named_and_the_start_is_cold(stack_settings: S
         assert f"s3://{store.bucket}/functions/missing/" in report.record.fallback_reason
 
 
-async def test_a_corrupt_chunk_never_reaches_a_process(stack_settings: Settings, store: ObjectStore, tmp_path: Path) -> None:
+async def test_a_corrupt_chunk_never_reaches_a_process_and_the_next_checkpoint_heals_it(
+    stack_settings: Settings, store: ObjectStore, tmp_path: Path
+) -> None:
     function = a_function(tmp_path, "chunk", pages=6000)
     async with running_agent(stack_settings, tmp_path / "chunk") as agent:
         before = set(store.list("chunks/"))
-        await agent.call(MakeCheckpoint, function=function)
+        published = await agent.call(MakeCheckpoint, function=function)
         await agent.call(Evict, function_name="chunk")
-        for key in set(store.list("chunks/")) - before:
+        corrupt = far_from_the_working_set(store, "chunk", published.checkpoint.checkpoint) - before
+        assert len(corrupt) > 10
+        for key in corrupt:
             flip(store, key)
         report = await agent.start_instance(function)
-        if report.record.start_mode == "cold":
-            # This time the first response needed a page beyond the recorded working set: it was refused, and the start fell back.
-            assert report.record.fallback_reason.startswith("instance_gone"), report.record.fallback_reason
-            assert all([(await ask(report, f"/{page}"))["ok"] for page in range(0, 6000, 500)])
-            return
-        assert report.record.start_mode == "remote"
+        assert report.record.start_mode == "remote", report.record.fallback_reason
         answers = []
         for page in range(0, 6000, 100):
             try:
@@ -91,6 +90,32 @@ async def test_a_corrupt_chunk_never_reaches_a_process(stack_settings: Settings,
         again = await agent.start_instance(function)
         assert again.record.start_mode == "cold" and "quarantined" in again.record.fallback_reason
         assert all([(await ask(again, f"/{page}"))["ok"] for page in range(0, 6000, 500)])
+        # The new checkpoint has most of its chunks in common with the corrupt one.
+        assert isinstance(await agent.call(MakeCheckpoint, function=function), CheckpointPublished)
+        await agent.call(Evict, function_name="chunk")
+        healed = await agent.start_instance(function)
+        assert healed.record.start_mode == "remote", healed.record.fallback_reason
+        assert all([(await ask(healed, f"/{page}"))["ok"] for page in range(0, 6000, 100)])
+
+
+def far_from_the_working_set(store: ObjectStore, function: str, checkpoint: str) -> set[str]:
+    """Keys of chunks without a page of the working set.
+
+    The first response may need a page that no recording has seen. It is in a chunk with others that were seen, and if that were corrupt,
+    the start would rightly be a cold one.
+    """
+    found, _, _ = manifest.unpack_head(store.get(manifest.head_key(function, checkpoint), size_max=1 << 30), checkpoint)
+    near = {
+        (extent.pages_id, offset // found.chunk_bytes)
+        for extent in found.extents
+        for offset in range(extent.offset, extent.offset + extent.size, manifest.PAGE)
+    }
+    return {
+        manifest.chunk_key(digest)
+        for key, pages in found.pages.items()
+        for index, digest in enumerate(pages.chunks)
+        if digest is not None and (int(key), index) not in near
+    }
 
 
 async def test_a_full_disk_fails_the_checkpoint_clearly_and_starts_go_on(stack_settings: Settings, tmp_path: Path) -> None:
