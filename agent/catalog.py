@@ -79,7 +79,7 @@ class Catalog:
             function: the document.
             refresh: read files and pointer again even if they are known.
             clock: gets the phases ``resolve.wait``, ``files``, ``fetch.pointer``, ``fetch.head``, ``unpack.head``,
-                ``unpack.metadata``, ``pager.open``, ``fetch.working_set``, ``unpack`` and ``check_host`` when they happen.
+                ``pager.open``, ``fetch.working_set``, ``unpack`` and ``check_host`` when they happen.
             fetched: counts what is read from S3.
 
         Raises:

@@ -98,12 +98,13 @@ class Fetcher:
         )
         head = await asyncio.wrap_future(self._get("fetch.head", manifest.head_key(function.name, checkpoint), _HEAD_BYTES_MAX, clock))
         _count(fetched, head)
-        image, archive = await self._blocking("unpack.head", clock, self._cache.begin, head, checkpoint)
+        image = await self._blocking("unpack.head", clock, self._cache.begin, head, checkpoint)
         pager = self._pager()
-        # The thread waits for the working set, not the loop: that is one change of threads less.
+        # The thread waits for the working set, not the loop: that is one change of threads less. More threads do not help: both steps
+        # of unpacking take small turns in Python, and in two threads they wait longer for each other than they take.
         filled = asyncio.wrap_future(self._threads.submit(self._fill, image, working_set, clock))
         *done, checked = await asyncio.gather(
-            filled, self._open_ahead(pager, image, archive, clock), self._check(image, layers, clock), return_exceptions=True
+            filled, self._open_ahead(pager, image, clock), self._check(image, layers, clock), return_exceptions=True
         )
         for failure in done:
             if failure is not None:
@@ -125,9 +126,8 @@ class Fetcher:
         search = (await layers).search
         await self._blocking("check_host", clock, host.check, image.manifest, search, self._criu_version)
 
-    async def _open_ahead(self, pager: PagerClient, image: CachedImage, archive: bytes, clock: PhaseClock) -> None:
+    async def _open_ahead(self, pager: PagerClient, image: CachedImage, clock: PhaseClock) -> None:
         """Let the pager read the page maps meanwhile; it serves nothing from the image before the fetch is over."""
-        await self._blocking("unpack.metadata", clock, self._cache.unpack, image, archive)
         with clock.phase("pager.open"):
             try:
                 await pager.open_image(image.checkpoint, image.directory, complete=False)

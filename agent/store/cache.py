@@ -130,12 +130,11 @@ class ImageCache:
         self._images[name] = image
         return image
 
-    def begin(self, head: bytes, checkpoint: str) -> tuple[CachedImage, bytes]:
-        """Begin the image of a checkpoint from its head: manifest and pages files, still empty, under its name.
+    def begin(self, head: bytes, checkpoint: str) -> CachedImage:
+        """Begin the image of a checkpoint from its head: everything but page contents, under its name.
 
         Returns:
-            An image that is not yet in the cache, and its verified archive. :meth:`unpack`, :meth:`fill` (in any order) and :meth:`add` it,
-            or :meth:`abandon` it.
+            An image that is not yet in the cache, though the pager may open it: :meth:`fill` and :meth:`add` it, or :meth:`abandon` it.
 
         Raises:
             ImageInvalid: the head is not what the checkpoint's name says. OSError: no room on the disk.
@@ -145,23 +144,16 @@ class ImageCache:
         try:
             image.directory.mkdir()
             (image.directory / MANIFEST).write_bytes(encoded)
+            (image.directory / ARCHIVE).write_bytes(packed)
             image.images.mkdir()
+            archive.unpack(packed, found.archive.unpacked, image.images, image.layer)
             for key, pages in found.pages.items():
                 with (image.images / f"pages-{key}.img").open("xb") as file:
                     file.truncate(pages.size)
         except BaseException:
             self.abandon(image)
             raise
-        return image, packed
-
-    def unpack(self, image: CachedImage, packed: bytes) -> None:
-        """Put metadata and file changes in place; then the pager can open the image.
-
-        Raises:
-            ImageInvalid: not an archive. OSError: no room on the disk.
-        """
-        archive.unpack(packed, image.manifest.archive.unpacked, image.images, image.layer)
-        (image.directory / ARCHIVE).write_bytes(packed)
+        return image
 
     def fill(self, image: CachedImage, working_set: bytes) -> None:
         """Put the working set in place.
