@@ -47,7 +47,7 @@ async def start_cold(
     """
     with clock.phase("sandbox"):
         sandbox = await workshop.pool.take(layers.root)
-        instance = Instance(instance_id, function, sandbox, workshop.furnisher.log(instance_id))
+        instance = Instance(instance_id, function, sandbox, sandbox.output or workshop.furnisher.log(instance_id))
     try:
         with clock.phase("sandbox.root"):
             await workshop.furnisher.furnish(sandbox, function, layers, instance_id, "")
@@ -71,6 +71,7 @@ async def start_cold(
         clock.add("first_response", readiness.accepted_ns, readiness.responded_ns)
         instance.started_ns = readiness.responded_ns
     except BaseException as error:
+        instance.keep_log(workshop.furnisher.log(instance_id))
         await instance.stop(workshop)
         said = last_output(instance.log)
         if isinstance(error, AgentError) and said:

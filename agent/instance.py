@@ -39,6 +39,7 @@ class Instance:
     id: str
     function: Function
     sandbox: Sandbox
+    #: Its output; :meth:`keep_log` gives it a name that people find.
     log: Path
     start_mode: StartMode = "cold"
     root_pid: int = 0
@@ -81,6 +82,12 @@ class Instance:
             self.ended.set_result(status)  # it was quicker than the answer to the order that started it
         self.sandbox.on_exit = exited
         self.sandbox.gone.add_done_callback(gone)
+
+    def keep_log(self, path: Path) -> None:
+        """Keep the output at ``path``, also when the sandbox is gone."""
+        with contextlib.suppress(FileNotFoundError):
+            self.log.rename(path)
+        self.log = path
 
     def measure(self) -> int:
         """Memory of its processes, in bytes: proportional set sizes, each read from /proc/PID/smaps_rollup. Blocking."""

@@ -185,7 +185,7 @@ class Node:
 
     async def _start(self, command: Start, received_ns: int) -> Message:
         try:
-            instance, record = await self._starter.start(command, received_ns, self._answered)
+            instance, record = await self._starter.start(command, received_ns, self._answered, self._lost)
         except StartFailure as failure:
             logger.warning("start of %s failed: %s", command.function.name, failure)
             return StartFailed(
@@ -196,7 +196,7 @@ class Node:
                 refused=isinstance(failure.cause, Refused),
                 record=failure.record,
             )
-        write_down(instance)
+        self._settle(instance)
         if instance.image is not None and not instance.image.complete:
             self._tasks.spawn(self._catalog.complete(instance.image), f"download of {instance.image.checkpoint}")
         logger.info("instance %s answers at %s after %s", instance.id, instance.address, record.start_mode)
@@ -208,6 +208,11 @@ class Node:
         if instance.id not in self.instances:
             self._hold(instance)
 
+    def _settle(self, instance: Instance) -> None:
+        """What can wait until an instance has answered: the name of its log, and the record for the next agent."""
+        instance.keep_log(self._workshop.furnisher.log(instance.id))
+        write_down(instance)
+
     def adopt(self, instances: Sequence[Instance]) -> None:
         """Go on with instances of an agent that is gone."""
         for instance in instances:
@@ -217,6 +222,12 @@ class Node:
         if instances:
             logger.info("%d instances of an earlier agent go on", len(instances))
 
+    async def _lost(self, standby: Instance) -> None:
+        """A standby could not be resumed."""
+        report = await self._end(standby, "killed", "", 0.0)
+        if report is not None:
+            self._report(report)
+
     def _hold(self, instance: Instance) -> None:
         self.instances[instance.id] = instance
         self._tasks.spawn(self._watch(instance), f"watch of {instance.id}")
@@ -225,7 +236,7 @@ class Node:
         check_room(0)
         instance, seconds = await self._standbys.make(command, instance_id(command.function))
         self._hold(instance)
-        write_down(instance)
+        self._settle(instance)
         logger.info("instance %s is on standby with %d KiB: %s", instance.id, instance.pss_bytes >> 10, seconds)
         return PrepareDone(command_id=command.id, standby=_standby_info(instance), seconds=seconds)
 

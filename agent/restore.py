@@ -83,7 +83,7 @@ async def restore(
     """
     with clock.phase("sandbox"):
         sandbox = await workshop.pool.take(layers.root)
-        instance = Instance(instance_id, function, sandbox, workshop.furnisher.log(instance_id))
+        instance = Instance(instance_id, function, sandbox, sandbox.output or workshop.furnisher.log(instance_id))
         instance.image, instance.pager = image, pager
         image.users += 1
         image.used_at = time.monotonic()
@@ -97,9 +97,15 @@ async def restore(
                     await held.enter_async_context(place)
             await _fill(workshop, pager, tasks, instance, layers, deadline_ns, clock, record=record, background=background)
     except BaseException:
-        await instance.stop(workshop)
+        await give_up(workshop, instance)
         raise
     return instance
+
+
+async def give_up(workshop: Workshop, instance: Instance) -> None:
+    """End an instance that did not come up; its output stays for whoever looks for the reason."""
+    instance.keep_log(workshop.furnisher.log(instance.id))
+    await instance.stop(workshop)
 
 
 async def _fill(
@@ -205,7 +211,7 @@ async def start_restored(
     try:
         await resume(workshop, instance, deadline_ns, clock)
     except BaseException:
-        await instance.stop(workshop)
+        await give_up(workshop, instance)
         raise
     return instance
 

@@ -11,6 +11,7 @@ import contextlib
 import json
 import logging
 import os
+import shutil
 import signal
 import socket
 from dataclasses import dataclass
@@ -92,12 +93,15 @@ class Agent:
         logs = self._settings.paths.state_dir / "logs" / "instances"
         for path in (state / "images", state / "layers", logs):
             path.mkdir(parents=True, exist_ok=True)
+        runtime = self._settings.runtime_folder
+        runtime.mkdir(mode=0o700, parents=True, exist_ok=True)
+        stack.callback(shutil.rmtree, runtime, ignore_errors=True)
         network = Network(settings.bridge, settings.subnet)
         stack.push_async_callback(network.close)
         await network.open()
         cgroups = CgroupTree(f"thaw-{settings.node_name}")
         stack.callback(cgroups.close)
-        factory = SandboxFactory(self._tools.init, state / "sandboxes", cgroups, network, settings.orphan_s)
+        factory = SandboxFactory(self._tools.init, runtime / "sandboxes", cgroups, network, settings.orphan_s)
         store = ObjectStore(self._settings.s3, settings.store_parallel, warm=WARM_CONNECTIONS)
         stack.callback(store.close)
         self._pager = await self._start_pager()
@@ -110,6 +114,8 @@ class Agent:
         instances = await adopt(factory, cache, self._pager, logs)
         for name in cgroups.left() - {instance.sandbox.id for instance in instances}:
             await asyncio.to_thread(cgroups.existing(name).remove)
+        for path in set(logs.glob(".*")) - {logs / f".{instance.sandbox.id}" for instance in instances}:
+            path.unlink()  # of sandboxes that were never used
         await network.sweep()
         furnisher = Furnisher(criu_fd, await _probe_criu(factory, criu_fd), state / "images", logs, settings.run_as)
         pool = SandboxPool(factory, settings.pool_size, self._tasks, furnisher.prepare)
@@ -130,7 +136,7 @@ class Agent:
     async def _start_pager(self) -> PagerClient:
         log = self._settings.paths.state_dir / "logs" / "pager.log"
         log.parent.mkdir(parents=True, exist_ok=True)
-        return await PagerClient.start(self._settings.s3, self._settings.agent, self._state / "pager.sock", log)
+        return await PagerClient.start(self._settings.s3, self._settings.agent, self._settings.runtime_folder / "pager.sock", log)
 
     async def _close_pager(self) -> None:
         await self._pager.close()

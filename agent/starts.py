@@ -78,20 +78,27 @@ class Starter:
         self._restores = Admission(workshop.settings.starts_in_flight)
         self._colds = Admission(workshop.settings.starts_in_flight)
 
-    async def start(self, command: Start, received_ns: int, answered: Callable[[Instance], None]) -> tuple[Instance, StartRecord]:
+    async def start(
+        self,
+        command: Start,
+        received_ns: int,
+        answered: Callable[[Instance], None],
+        lost: Callable[[Instance], Coroutine[Any, Any, None]],
+    ) -> tuple[Instance, StartRecord]:
         """Bring up one instance.
 
         Args:
             command: what to start.
             received_ns: when it came.
             answered: called at once when the instance has answered; the record takes a moment longer.
+            lost: awaited with a standby that could not be resumed; ends it.
 
         Raises:
             StartFailure: nothing came of it and nothing is left of it.
         """
         self._active += 1
         self._quiet.clear()
-        attempt = _Attempt(command, received_ns)
+        attempt = _Attempt(command, received_ns, lost)
         try:
             left_s = (command.deadline_ns - time.time_ns()) / 1e9
             async with asyncio.timeout(max(0.0, left_s)):
@@ -127,7 +134,7 @@ class Starter:
         if image is not None:
             while (standby := self._standbys.take(function, image)) is not None:
                 clock.add("agent.queue", attempt.waiting_since_ns, time.time_ns())
-                if await self._tried(attempt, image, self._resumed(standby, attempt.restore_deadline_ns)):
+                if await self._tried(attempt, image, self._resumed(attempt, standby)):
                     return standby
         check_room(function.spec.limits.memory_mb)  # a standby has its place already
         if image is not None:
@@ -158,12 +165,12 @@ class Starter:
         image.failures = 0
         return instance
 
-    async def _resumed(self, standby: Instance, deadline_ns: int) -> tuple[Instance, PhaseClock]:
+    async def _resumed(self, attempt: _Attempt, standby: Instance) -> tuple[Instance, PhaseClock]:
         clock = PhaseClock()
         try:
-            await resume(self._workshop, standby, deadline_ns, clock)
+            await resume(self._workshop, standby, attempt.restore_deadline_ns, clock)
         except BaseException:
-            await standby.stop(self._workshop)
+            await attempt.lost(standby)
             raise
         return standby, clock
 
@@ -211,6 +218,7 @@ class _Attempt:
 
     command: Start
     received_ns: int
+    lost: Callable[[Instance], Coroutine[Any, Any, None]]
     clock: PhaseClock = field(default_factory=PhaseClock)
     evidence: RestoreEvidence = field(default_factory=RestoreEvidence)
     fetched: Fetched = field(default_factory=Fetched)

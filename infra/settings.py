@@ -28,6 +28,9 @@ class PathSettings:
     cache_dir: Path = field(default_factory=lambda: Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")) / "thaw")
     #: All mutable data of this installation: stack data, agent journal, node cache, logs, traces.
     state_dir: Path = field(default_factory=lambda: Path(os.environ.get("XDG_STATE_HOME", "~/.local/state")) / "thaw")
+    #: Sockets and records of what the agent runs now, in a folder ``thaw-<node_name>``. On a tmpfs: a start makes and removes files
+    #: here, and on a disk with a journal that takes a millisecond of its time.
+    runtime_dir: Path = Path("/run")
 
 
 @dataclass(frozen=True)
@@ -155,6 +158,11 @@ class Settings:
     def stack_file(self) -> Path:
         """Addresses and credentials of the running embedded stack (mode 0600)."""
         return self.paths.state_dir / "stack.json"
+
+    @property
+    def runtime_folder(self) -> Path:
+        """What the agent of this machine keeps in ``paths.runtime_dir``."""
+        return self.paths.runtime_dir / f"thaw-{self.agent.node_name}"
 
     @property
     def agent_file(self) -> Path:

@@ -80,6 +80,8 @@ class Sandbox:
         self.init_pid = init_pid
         self.cgroup = cgroup
         self.link: Link | None = None
+        #: Gets what is written in it; goes with the sandbox unless somebody moves it.
+        self.output: Path | None = None
         #: Waits to restore something here; taken by the start.
         self.worker: Worker | None = None
         #: Directory descriptor of the writable layer: ``upper``, ``tmp``, ``shm``, ``run``.
@@ -224,6 +226,8 @@ class Sandbox:
     def _remove(self) -> None:
         self.cgroup.remove()
         shutil.rmtree(self.folder, ignore_errors=True)
+        if self.output is not None:
+            self.output.unlink(missing_ok=True)
 
     async def _order(self, letter: bytes, arguments: Sequence[str], fds: Sequence[int] = ()) -> tuple[bytes, list[int]]:
         async with self._lock:

@@ -208,6 +208,7 @@ def host_leftovers(agent: AgentUnderTest) -> list[str]:
     name = f"thaw-{agent.state.name[-20:]}"
     left += [f"cgroup {path}" for path in Path("/sys/fs/cgroup").glob(f"*/{name}")]
     left += [f"mount {line}" for line in Path("/proc/self/mountinfo").read_text().splitlines() if str(agent.state) in line]
-    left += [f"file {path}" for path in (agent.state / "agent" / "work").glob("*")]
+    left += [f"file {path}" for path in Path("/run").glob(name)]
+    left += [f"file {path}" for path in (agent.state / "logs" / "instances").glob(".*")]
     left += [f"file {path}" for path in (agent.state / "agent").rglob(".building-*")]
     return left
