@@ -1,7 +1,7 @@
 """Chunks on their way from the store: a few threads, faults first.
 
 In: chunks that :mod:`agent.pager.images` lacks. Out: verified contents, through a queue and an eventfd on the pager's loop. A chunk that
-a thread of an instance waits for overtakes everything that is only fetched to have it; what is fetched to have it never takes all threads.
+a thread of an instance waits for overtakes everything that is only fetched to have it, and of the latter only few are fetched at once.
 """
 
 from __future__ import annotations
@@ -25,17 +25,26 @@ logger = logging.getLogger(__name__)
 #: A chunk that the store could not serve for this long is reported; the agent ends instances that wait for it.
 STALL_S = 30.0
 _BACKOFF_S, _BACKOFF_MAX_S = 0.05, 2.0
+#: Threads that fetch what nobody waits for: they take time from the instance that was just started.
+_LATER_MAX = 2
 #: A chunk that does not verify is fetched so many times; then it is not the network that is at fault.
 _CORRUPT_ATTEMPTS = 3
 
 
 @dataclass(eq=False)
 class Download:
-    """One chunk. ``done`` is called on the pager's loop with its contents, or with None and the reason."""
+    """One chunk.
+
+    Attributes:
+        name, size: its digest and bytes.
+        keep: called in a thread with its verified contents; raises OSError when they cannot be kept.
+        done: called on the pager's loop when it is kept, with an empty text, or with the reason why that cannot be.
+    """
 
     name: bytes
     size: int
-    done: Callable[[bytes | None, str], None]
+    keep: Callable[[bytes], None]
+    done: Callable[[str], None]
     cancelled: bool = False
 
 
@@ -53,7 +62,7 @@ class Downloads:
         self._later_running = 0
         self._threads = 0
         self._idle = 0
-        self._results: queue.SimpleQueue[tuple[Download, bytes | None, str]] = queue.SimpleQueue()
+        self._results: queue.SimpleQueue[tuple[Download, str]] = queue.SimpleQueue()
 
     def configure(self, make_store: Callable[[], ObjectStore], parallel: int) -> None:
         """From now on use a store of these settings; it is made when the first chunk is fetched, in a thread."""
@@ -78,14 +87,13 @@ class Downloads:
                 self._condition.notify()
 
     def settle(self) -> None:
-        """Hand out what has arrived."""
-        while True:
-            try:
-                download, data, error = self._results.get_nowait()
-            except queue.Empty:
-                return
-            if not download.cancelled:
-                download.done(data, error)
+        """Hand out one that has arrived. Not all of them: while an image is fetched there is always another one, and faults wait."""
+        try:
+            download, error = self._results.get_nowait()
+        except queue.Empty:
+            return
+        if not download.cancelled:
+            download.done(error)
 
     def _run(self) -> None:
         while True:
@@ -95,35 +103,41 @@ class Downloads:
                     self._condition.wait()
                 self._idle -= 1
             download, later = chosen
-            data, error = self._fetch(download)
+            error = self._fetch(download)
             with self._condition:
                 self._later_running -= later
-            self._results.put((download, data, error))
+            self._results.put((download, error))
             os.eventfd_write(self._wake_fd, 1)
 
     def _next(self) -> tuple[Download, bool] | None:
         if self._urgent:
             return self._urgent.popleft(), False
-        if self._later and self._later_running < max(1, self._parallel // 2):
+        if self._later and self._later_running < max(1, min(_LATER_MAX, self._parallel // 2)):
             self._later_running += 1
             return self._later.popleft(), True
         return None
 
-    def _fetch(self, download: Download) -> tuple[bytes | None, str]:
-        """However often it takes until :data:`STALL_S`."""
+    def _fetch(self, download: Download) -> str:
+        """However often it takes until :data:`STALL_S`; returns what went wrong in the end."""
         give_up, pause, error, corrupt = time.monotonic() + STALL_S, _BACKOFF_S, "", 0
         while not download.cancelled and corrupt < _CORRUPT_ATTEMPTS:
             try:
-                return chunks.download(self._open_store(), download.name, download.size), ""
+                data = chunks.download(self._open_store(), download.name, download.size)
             except (StoreError, AgentError) as failure:
                 error = str(failure)
                 corrupt += isinstance(failure, ImageInvalid)
                 logger.warning("a chunk cannot be fetched: %s", error)
+            else:
+                try:
+                    download.keep(data)
+                except OSError as failure:  # the disk is full: the instance cannot go on, the node can
+                    return f"cannot keep a chunk on the node: {failure}"
+                return ""
             if time.monotonic() + pause > give_up:
                 break
             time.sleep(pause * random.uniform(0.5, 1.0))
             pause = min(pause * 2, _BACKOFF_MAX_S)
-        return None, error
+        return error or "it is not wanted any more"
 
     def _open_store(self) -> ObjectStore:
         with self._condition:

@@ -6,7 +6,9 @@ when they have arrived. Everything that is the same for all restores of an image
 
 from __future__ import annotations
 
+import functools
 from bisect import bisect_right
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache
@@ -21,6 +23,8 @@ from agent.pager.userfault import Requests
 from agent.store.cache import IMAGES, MANIFEST
 from agent.store.manifest import decode
 
+#: Chunks asked for at once when nobody waits for them.
+_ASKED_MAX = 8
 #: Largest single copy: a fault of another process waits no longer than it takes.
 COPY_BYTES_MAX = 256 << 10
 
@@ -55,6 +59,8 @@ class Image:
         self._pages = ImagePages(directory / IMAGES, chunks, manifest.chunk_bytes, here, complete=complete)
         self._downloads = downloads
         self._asked: dict[tuple[int, int], _Chunk] = {}
+        #: Chunks that are still to be asked for, when nobody waits for them.
+        self._later: deque[tuple[int, int]] = deque()
         #: The chunk that a fault last asked for, by pages file: the next one is fetched ahead of a second fault in a row.
         self._last_fault: dict[int, int] = {}
         self._on_complete: list[Callable[[str], None]] = []
@@ -134,11 +140,19 @@ class Image:
             done("")
             return
         self._on_complete.append(done)
-        for pages_id, index in missing:
-            self._ask(pages_id, index, urgent=False)
+        self._later = deque(missing)
+        self._ask_more()
+
+    def _ask_more(self) -> None:
+        """Keep a few downloads waiting, of all that are to be had in the background."""
+        while self._later and len(self._asked) < _ASKED_MAX:
+            pages_id, index = self._later.popleft()
+            if not self._pages.here(pages_id, index):
+                self._ask(pages_id, index, urgent=False)
 
     def close(self) -> None:
         """Stop downloads and close the files."""
+        self._later.clear()
         for chunk in self._asked.values():
             chunk.download.cancelled = True
         self._finish("the image was closed")
@@ -152,28 +166,30 @@ class Image:
             name = self._pages.chunks[pages_id][index]
             assert name is not None, "a chunk of zeros is never fetched"
             size = min(self._pages.chunk_bytes, self._pages.files[pages_id].size - at)
-            chunk = _Chunk(Download(name, size, lambda data, error: self._arrived(key, data, error)))
+            file = self._pages.files[pages_id]
+            keep = functools.partial(file.write, at)
+            chunk = _Chunk(Download(name, size, keep, lambda error: self._arrived(key, size, error)))
             self._asked[key] = chunk
             self._downloads.add(chunk.download, urgent=urgent)
         elif urgent:
             self._downloads.hurry(chunk.download)
         return chunk
 
-    def _arrived(self, key: tuple[int, int], data: bytes | None, error: str) -> None:
+    def _arrived(self, key: tuple[int, int], size: int, error: str) -> None:
         chunk = self._asked.pop(key)
-        if data is not None:
+        if not error:
             self.gets += 1
-            self.bytes_fetched += len(data)
-            try:
-                self._pages.files[key[0]].fill(key[1] * self._pages.chunk_bytes, data)
-            except OSError as failure:  # the disk is full: the instance cannot go on, the node can
-                error = f"cannot keep a chunk on the node: {failure}"
+            self.bytes_fetched += size
+            self._pages.files[key[0]].mark(key[1] * self._pages.chunk_bytes, size)
         for waiter in chunk.waiters:
             waiter(error)
         if error:
+            self._later.clear()
             self._finish(error)
         elif self.complete:
             self._finish("")
+        else:
+            self._ask_more()
 
     def _finish(self, error: str) -> None:
         callbacks, self._on_complete = self._on_complete, []

@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import mmap
 import os
+import threading
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
@@ -33,6 +34,7 @@ class PagesFile:
     """
 
     def __init__(self, path: Path, *, complete: bool) -> None:
+        self._lock = threading.Lock()
         self.fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
         self.size = os.fstat(self.fd).st_size
         # mmap.mmap hides its address; UFFDIO_COPY needs it.
@@ -82,18 +84,23 @@ class PagesFile:
         self._missing -= self._here[first:last].count(0)
         self._here[first:last] = b"\1" * (last - first)
 
-    def fill(self, offset: int, data: bytes) -> None:
-        """Write verified ``data`` at ``offset`` and declare it here. Pages that are here already hold the same bytes."""
-        view = memoryview(data)
-        while view:
-            written = os.pwrite(self.fd, view, offset + len(data) - len(view))
-            view = view[written:]
-        self.mark(offset, len(data))
+    def write(self, offset: int, data: bytes) -> None:
+        """Write verified ``data``, in any thread; :meth:`mark` it afterwards. Pages that are here already hold the same bytes.
+
+        Raises:
+            OSError: the disk is full, or the file was closed meanwhile.
+        """
+        with self._lock:
+            view = memoryview(data)
+            while view:
+                view = view[os.pwrite(self.fd, view, offset + len(data) - len(view)) :]
 
     def close(self) -> None:
         """Unmap and close."""
         _libc.munmap(self.address, max(self.size, PAGE))
-        os.close(self.fd)
+        with self._lock:
+            os.close(self.fd)
+            self.fd = -1
         if self._here is not None:
             self._here.close()
 
@@ -138,6 +145,12 @@ class ImagePages:
     def missing(self) -> list[tuple[int, int]]:
         """(pages id, chunk index) of chunks that are not wholly here."""
         return [(pages_id, index) for pages_id, file in self.files.items() for index in file.missing_chunks(self.chunk_bytes)]
+
+    def here(self, pages_id: int, index: int) -> bool:
+        """Whether a chunk is wholly here."""
+        file, offset = self.files[pages_id], index * self.chunk_bytes
+        size = min(self.chunk_bytes, file.size - offset)
+        return file.available(offset, size) == size
 
     def close(self) -> None:
         """Close the files."""

@@ -55,7 +55,7 @@ class Worker:
         self._keeper = os.getppid()
         self._epoll = select.epoll()
         self._handlers: dict[int, Callable[[], None]] = {}
-        self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC | os.EFD_SEMAPHORE)  # one chunk a turn
         self._downloads = Downloads(1, self._wake)
         self._images: dict[str, Image] = {}
         self._servings: dict[int, Serving] = {}

@@ -24,8 +24,10 @@ def test_a_chunk_of_zeros_is_here_and_the_working_set_is_here(folder: Path) -> N
     assert file.available(PAGE, 2 * PAGE) == PAGE
     assert file.available(4 * PAGE, 6 * PAGE) == 4 * PAGE
     assert pages.missing() == [(1, 0), (1, 2)]
-    file.fill(0, b"x" * CHUNK)
-    file.fill(8 * PAGE, b"y" * (2 * PAGE))
+    file.write(0, b"x" * CHUNK)
+    file.mark(0, CHUNK)
+    file.write(8 * PAGE, b"y" * (2 * PAGE))
+    file.mark(8 * PAGE, 2 * PAGE)
     assert pages.complete and pages.missing() == []
     assert (folder / "pages-1.img").read_bytes()[8 * PAGE :] == b"y" * (2 * PAGE)
     pages.close()
@@ -36,7 +38,8 @@ def test_what_has_arrived_is_known_to_the_next_pager_of_the_same_boot(folder: Pa
         return PagesFile(folder / "pages-1.img", complete=False)
 
     file = open_again()
-    file.fill(4 * PAGE, b"x" * CHUNK)  # and is killed: nothing is closed in good order
+    file.write(4 * PAGE, b"x" * CHUNK)
+    file.mark(4 * PAGE, CHUNK)  # and is killed: nothing is closed in good order
     again = open_again()
     assert [again.available(at * PAGE, PAGE) for at in range(10)] == [0] * 4 + [PAGE] * 4 + [0] * 2
     (folder / "boot_id").write_text("another boot")
