@@ -64,7 +64,7 @@ class Catalog:
         self._pager = pager
         self._tasks = tasks
         self._layers = layers
-        self._fetcher = Fetcher(cache, store, pager, criu_version, settings.store_parallel)
+        self._fetcher = Fetcher(cache, store, pager, tasks, criu_version, settings.store_parallel)
         self._known: dict[str, Resolution] = {}
         self._resolving: dict[tuple[str, str], asyncio.Task[Resolution | FunctionInvalid]] = {}
 
@@ -164,6 +164,10 @@ class Catalog:
 
     async def open(self, image: CachedImage) -> None:
         """Make the image known to the pager."""
+        if image.opening is not None:
+            with contextlib.suppress(AgentError):  # then once more, for this start
+                await asyncio.shield(image.opening)
+            image.opening = None
         if not image.opened:
             await self._pager().open_image(image.checkpoint, image.directory, complete=image.complete)
             image.opened = True

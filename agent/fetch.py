@@ -23,6 +23,7 @@ from agent.store import host, manifest
 from agent.store.cache import CachedImage, ImageCache
 from infra.errors import ObjectMissing, StoreUnavailable
 from infra.s3 import ObjectStore
+from infra.tasks import TaskGroup
 
 logger = logging.getLogger(__name__)
 #: Longest wait for the pointer, s: a start goes on without the checkpoint when the store is that slow.
@@ -44,10 +45,19 @@ class Fetched:
 class Fetcher:
     """Gets checkpoints to this node."""
 
-    def __init__(self, cache: ImageCache, store: ObjectStore, pager: Callable[[], PagerClient], criu_version: str, parallel: int) -> None:
+    def __init__(
+        self,
+        cache: ImageCache,
+        store: ObjectStore,
+        pager: Callable[[], PagerClient],
+        tasks: TaskGroup,
+        criu_version: str,
+        parallel: int,
+    ) -> None:
         self._cache = cache
         self._store = store
         self._pager = pager
+        self._tasks = tasks
         self._criu_version = criu_version
         self._threads = ThreadPoolExecutor(parallel, thread_name_prefix="fetch")
 
@@ -99,23 +109,24 @@ class Fetcher:
         head = await asyncio.wrap_future(self._get("fetch.head", manifest.head_key(function.name, checkpoint), _HEAD_BYTES_MAX, clock))
         _count(fetched, head)
         image = await self._blocking("unpack.head", clock, self._cache.begin, head, checkpoint)
-        pager = self._pager()
-        # The thread waits for the working set, not the loop: that is one change of threads less. More threads do not help: both steps
-        # of unpacking take small turns in Python, and in two threads they wait longer for each other than they take.
+        # Page maps: nobody waits for them before CRIU has restored half of the process.
+        image.opening = self._tasks.spawn(self._open(image), f"opening of checkpoint {checkpoint}")
+        # The thread waits for the working set, not the loop: that is one change of threads less.
         filled = asyncio.wrap_future(self._threads.submit(self._fill, image, working_set, clock))
-        *done, checked = await asyncio.gather(
-            filled, self._open_ahead(pager, image, clock), self._check(image, layers, clock), return_exceptions=True
-        )
-        for failure in done:
-            if failure is not None:
-                if image.opened and pager is self._pager():
-                    await pager.close_image(checkpoint)
-                await asyncio.wrap_future(self._threads.submit(self._cache.abandon, image))
-                raise failure
+        failure, checked = await asyncio.gather(filled, self._check(image, layers, clock), return_exceptions=True)
+        if failure is not None:
+            await self._abandon(image)
+            raise failure
         self._cache.add(image)
-        image.opened = image.opened and pager is self._pager()  # a new pager knows nothing of it
         _count(fetched, working_set.result())
         return image, checked
+
+    async def _abandon(self, image: CachedImage) -> None:
+        if image.opening is not None:
+            await asyncio.wait([image.opening])
+        if image.opened:
+            await self._pager().close_image(image.checkpoint)
+        await asyncio.wrap_future(self._threads.submit(self._cache.abandon, image))
 
     def _fill(self, image: CachedImage, working_set: Future[bytes], clock: PhaseClock) -> None:
         packed = working_set.result()
@@ -126,14 +137,14 @@ class Fetcher:
         search = (await layers).search
         await self._blocking("check_host", clock, host.check, image.manifest, search, self._criu_version)
 
-    async def _open_ahead(self, pager: PagerClient, image: CachedImage, clock: PhaseClock) -> None:
-        """Let the pager read the page maps meanwhile; it serves nothing from the image before the fetch is over."""
-        with clock.phase("pager.open"):
-            try:
-                await pager.open_image(image.checkpoint, image.directory, complete=False)
-                image.opened = True
-            except AgentError as error:
-                logger.info("the pager opens checkpoint %s later: %s", image.checkpoint, error)  # with the start
+    async def _open(self, image: CachedImage) -> None:
+        pager = self._pager()
+        try:
+            await pager.open_image(image.checkpoint, image.directory, complete=False)
+        except AgentError as error:
+            logger.info("the pager opens checkpoint %s later: %s", image.checkpoint, error)  # with the start
+        else:
+            image.opened = pager is self._pager()  # a new pager knows nothing of it
 
     def _get(self, phase: str, key: str, size_max: int, clock: PhaseClock) -> Future[bytes]:
         def get() -> bytes:

@@ -13,6 +13,7 @@ import logging
 import os
 import signal
 import time
+from collections.abc import Awaitable, Callable
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
 from typing import Any
@@ -38,6 +39,10 @@ _WHOLE_BYTES_MAX = 10 << 20
 _BACKGROUND_NICE = 19
 
 
+#: Makes sure of something that is on its way.
+Opened = Callable[[], Awaitable[None]]
+
+
 @dataclass
 class RestoreEvidence:
     """What happened, for the start record."""
@@ -60,6 +65,7 @@ async def restore(
     deadline_ns: int,
     clock: PhaseClock,
     *,
+    opened: Opened | None = None,
     place: AbstractAsyncContextManager[None] | None = None,
     record: bool = False,
     background: bool = False,
@@ -74,6 +80,7 @@ async def restore(
         instance_id: name of the new instance.
         deadline_ns: wall clock ns at which to give up.
         clock: gets the phases ``sandbox``, ``admission``, ``sandbox.root``, ``criu.restore``.
+        opened: makes sure that the pager has the image open.
         place: held while processors are busy with it. The sandbox comes before: making one is mostly waiting for the kernel.
         record: copy nothing ahead and note each touched page.
         background: nobody waits for it; leave the cores to others.
@@ -95,7 +102,7 @@ async def restore(
             if place is not None:
                 with clock.phase("admission"):
                     await held.enter_async_context(place)
-            await _fill(workshop, pager, tasks, instance, layers, deadline_ns, clock, record=record, background=background)
+            await _fill(workshop, pager, tasks, instance, layers, deadline_ns, clock, opened, record=record, background=background)
     except BaseException:
         await give_up(workshop, instance)
         raise
@@ -116,6 +123,7 @@ async def _fill(
     layers: RootLayers,
     deadline_ns: int,
     clock: PhaseClock,
+    opened: Opened | None,
     *,
     record: bool,
     background: bool,
@@ -128,7 +136,8 @@ async def _fill(
     lazy, work = record or _lazy(function, image), work_directory(sandbox)
     serving: asyncio.Task[None] | None = None
     if lazy:  # the pager gets ready while files are bound and CRIU begins
-        serve = pager.serve(instance.id, image.checkpoint, work, served_callbacks(instance), record=record, prefetch=not record)
+        served = served_callbacks(instance)
+        serve = pager.serve(instance.id, image.checkpoint, work, served, record=record, prefetch=not record, opened=opened)
         serving = tasks.spawn(serve, f"pager of {instance.id}")
     else:
         instance.pager = None
@@ -199,6 +208,7 @@ async def start_restored(
     deadline_ns: int,
     clock: PhaseClock,
     *,
+    opened: Opened | None = None,
     place: AbstractAsyncContextManager[None] | None = None,
     record: bool = False,
 ) -> Instance:
@@ -207,7 +217,9 @@ async def start_restored(
     Raises:
         AgentError: it did not come up; nothing is left.
     """
-    instance = await restore(workshop, pager, tasks, image, function, layers, instance_id, deadline_ns, clock, place=place, record=record)
+    instance = await restore(
+        workshop, pager, tasks, image, function, layers, instance_id, deadline_ns, clock, opened=opened, place=place, record=record
+    )
     try:
         await resume(workshop, instance, deadline_ns, clock)
     except BaseException:

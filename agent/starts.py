@@ -8,6 +8,7 @@ Next: :mod:`agent.node` keeps and reports it.
 from __future__ import annotations
 
 import asyncio
+import functools
 import logging
 import time
 from collections.abc import Callable, Coroutine
@@ -176,10 +177,9 @@ class Starter:
 
     async def _restored(self, attempt: _Attempt, image: CachedImage, layers: RootLayers) -> tuple[Instance, PhaseClock]:
         clock, function = PhaseClock(), attempt.command.function
-        await self._catalog.open(image)
         instance = await start_restored(
             self._workshop, self._pager(), self._tasks, image, function, layers, instance_id(function), attempt.restore_deadline_ns, clock,
-            place=self._restores.place(function.name),
+            opened=functools.partial(self._catalog.open, image), place=self._restores.place(function.name),
         )  # fmt: skip
         return instance, clock
 

@@ -17,7 +17,7 @@ import socket
 import subprocess
 import sys
 from array import array
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -192,14 +192,35 @@ class PagerClient:
         """
         await self._call("complete", timeout_s=timeout_s, image=image)
 
-    async def serve(self, restore: str, image: str, work_directory: Path, served: Served, *, record: bool, prefetch: bool) -> None:
-        """Wait for CRIU on ``lazy-pages.socket`` in ``work_directory`` and serve the memory of what it restores."""
+    async def serve(
+        self,
+        restore: str,
+        image: str,
+        work_directory: Path,
+        served: Served,
+        *,
+        record: bool,
+        prefetch: bool,
+        opened: Callable[[], Awaitable[None]] | None = None,
+    ) -> None:
+        """Wait for CRIU on ``lazy-pages.socket`` in ``work_directory`` and serve the memory of what it restores.
+
+        Args:
+            restore, image: names of the restore and of the image.
+            work_directory: CRIU's.
+            served: callbacks.
+            record: note what is touched.
+            prefetch: put fresh memory in place that is touched early.
+            opened: awaited when CRIU can connect already: makes sure that the image is open.
+        """
         listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
             with _short(work_directory / LISTENER_NAME) as name:
                 listener.bind(name)
             listener.listen(16)
             self._served[restore] = served
+            if opened is not None:
+                await opened()
             await self._call("serve", listener.fileno(), restore=restore, image=image, record=record, prefetch=prefetch)
         except BaseException:
             self._served.pop(restore, None)

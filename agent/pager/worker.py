@@ -30,7 +30,7 @@ from agent.pager.regions import Regions
 from agent.pager.serving import LOWEST_ADDRESS, Progress, Serving
 from agent.pager.state import MESSAGE_CONTROL_BYTES, MESSAGE_DATA_BYTES, Kind, Restore, Space, State
 from agent.pager.userfault import MESSAGE_BYTES, Outcome, only_faults
-from infra.s3 import ObjectStore
+from infra.s3 import WARM_CONNECTIONS, ObjectStore
 from infra.settings import S3Settings
 
 logger = logging.getLogger(__name__)
@@ -259,7 +259,7 @@ class Worker:
     def _configure(self) -> None:
         settings = self._state.settings
         s3, parallel = S3Settings(**settings["s3"]), int(settings["parallel"])
-        self._downloads.configure(lambda: ObjectStore(s3, parallel=parallel), parallel)
+        self._downloads.configure(lambda: ObjectStore(s3, parallel=parallel, warm=WARM_CONNECTIONS), parallel)
 
     def _order_open(self, order: dict[str, Any], _: list[int]) -> dict[str, Any]:
         name, directory, complete = order["image"], order["directory"], order["complete"]

@@ -13,6 +13,7 @@ pager. Layout of a directory::
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import os
 import shutil
@@ -47,6 +48,8 @@ class CachedImage:
     unusable: str = ""
     #: The pager has it open.
     opened: bool = False
+    #: The pager is opening it.
+    opening: asyncio.Task[None] | None = None
 
     @property
     def images(self) -> Path:
@@ -142,6 +145,7 @@ class ImageCache:
         found, encoded, packed = manifest.unpack_head(head, checkpoint)
         image = CachedImage(checkpoint, found, self._root / checkpoint, complete=False)
         try:
+            shutil.rmtree(image.directory, ignore_errors=True)  # of a fetch that an agent did not live to finish
             image.directory.mkdir()
             (image.directory / MANIFEST).write_bytes(encoded)
             (image.directory / ARCHIVE).write_bytes(packed)
