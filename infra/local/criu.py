@@ -1,7 +1,7 @@
 """CRIU: built once from Debian's source as one static file: it runs inside roots that hold only an application.
 
-In: the pinned source tarball, and one patch of ours (``criu-rlimits.patch``: reads limits from /proc where the host
-gives no CAP_SYS_RESOURCE). Out: ``<cache_dir>/criu-<version>-<recipe>/criu``. Next: :mod:`agent.criu` runs it.
+In: the pinned source tarball, and two patches of ours (``criu-rlimits.patch``: reads limits from /proc where the host
+gives no CAP_SYS_RESOURCE; ``criu-worker.patch``: a worker prepares itself while it waits). Out: ``<cache_dir>/criu-<version>-<recipe>/criu``. Next: :mod:`agent.criu` runs it.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from infra.settings import Settings
 VERSION = "4.2.1"
 _TARBALL_SHA256 = "29ec0ee09e296479fe7048c80980e8ef1d0684d0b0204c2b101dfea19f6725b9"
 _SUITES = ("forky", "sid")
-_PATCH = Path(__file__).with_name("criu-rlimits.patch")
+_PATCHES = tuple(Path(__file__).with_name(name) for name in ("criu-rlimits.patch", "criu-worker.patch"))
 #: Changes when the build below does, so that an old binary is not taken for a new one.
 _RECIPE = "2"
 #: pkg-config sees only these, so that the result does not depend on what else the machine has.
@@ -39,7 +39,8 @@ _CONFIG_DEFINES = {
 
 def folder(settings: Settings) -> Path:
     """Return where this version of CRIU belongs, there or not."""
-    recipe = hashlib.sha256(f"{_RECIPE} {_TARBALL_SHA256}".encode() + _PATCH.read_bytes()).hexdigest()[:12]
+    patches = b"".join(path.read_bytes() for path in _PATCHES)
+    recipe = hashlib.sha256(f"{_RECIPE} {_TARBALL_SHA256}".encode() + patches).hexdigest()[:12]
     return settings.paths.cache_dir / f"criu-{VERSION}-{recipe}"
 
 
@@ -93,7 +94,8 @@ def ensure(settings: Settings, report: install.Report, *, force: bool = False) -
 def _compile(tarball: Path, work: Path, log: Path) -> Path:
     install.run(["tar", "-xf", tarball], what="unpacking CRIU", log=log, cwd=work)
     source = work / f"criu-{VERSION}"
-    install.run(["patch", "-p1", "-i", _PATCH], what="patching CRIU", log=log, cwd=source)
+    for patch in _PATCHES:
+        install.run(["patch", "-p1", "-i", patch], what="patching CRIU", log=log, cwd=source)
     environment = {"PKG_CONFIG_LIBDIR": str(_pkg_config_folder(work)), "SOURCE_DATE_EPOCH": "1", "LC_ALL": "C"}
     jobs = min(os.cpu_count() or 1, 4)
     # The caller may itself run under make or a distribution's build: its flags are not for this build.
