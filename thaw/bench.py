@@ -20,7 +20,7 @@ from infra.settings import Settings
 from loadgen.bench import goals, report
 from loadgen.bench.figures import MODES
 from loadgen.bench.run import Bench, BenchOptions
-from loadgen.checks import SAMPLES
+from loadgen.checks import PROGRAMS
 from thaw import isolated
 
 #: What ``thaw bench`` measures when it is told nothing.
@@ -51,7 +51,7 @@ def bench(context: click.Context) -> None:
 
 
 @bench.command()
-@click.option("--sample", "samples", multiple=True, type=click.Choice(SAMPLES), help="Sample function; may be repeated; default: all.")
+@click.option("--sample", "samples", multiple=True, type=click.Choice(PROGRAMS), help="Sample function; may be repeated; default: all.")
 @click.option("--mode", "modes", multiple=True, type=click.Choice(MODES), help="Start mode; may be repeated; default: all.")
 @click.option("-n", "starts", type=click.IntRange(min=1), default=30, show_default=True, help="Starts of each function and mode.")
 @click.option("--cold", "cold_starts", type=click.IntRange(min=0), default=10, show_default=True, help="Cold starts of each function.")
@@ -96,7 +96,7 @@ def restore(
     command += f" --fanout {','.join(map(str, fanout))}" if fanout else ""
     command += (f" --density {density}" if density else "") + ("" if demand else " --no-demand")
     with isolated.installation(settings, "bench") as (own, arguments):
-        options = BenchOptions(folder, command, samples or SAMPLES, chosen, starts, cold_starts, requests, fanout, density, demand)
+        options = BenchOptions(folder, command, samples or PROGRAMS, chosen, starts, cold_starts, requests, fanout, density, demand)
         result = Bench(own, arguments, options, say).run()
     if as_json:
         click.echo(json.dumps(result))

@@ -14,7 +14,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from infra.tasks import TaskGroup
-from loadgen import http
 from loadgen.arrivals import ROWS
 from loadgen.checks import Target
 from loadgen.errors import AttemptFailed
@@ -73,7 +72,7 @@ async def _client(target: Target, address: str, rows: Iterator[int], answers: An
         answers.asked += 1
         try:
             async with asyncio.timeout(_ANSWER_S):
-                status, body = await http.get(address, target.path(row))
+                status, body = await target.ask(address, target.path(row), "")
         except (AttemptFailed, TimeoutError) as error:
             answers.failed += 1
             _note(answers, str(error) or f"no answer within {_ANSWER_S:.0f} s")

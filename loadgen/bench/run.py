@@ -22,7 +22,7 @@ from loadgen.bench.book import Book
 from loadgen.bench.figures import MODES
 from loadgen.bench.link import opened
 from loadgen.bench.modes import Subject
-from loadgen.checks import SAMPLES
+from loadgen.checks import PROGRAMS
 from loadgen.errors import LoadError
 from loadgen.installation import Installation, Say
 
@@ -51,7 +51,7 @@ class BenchOptions:
 
     out: Path
     command: str
-    samples: Sequence[str] = SAMPLES
+    samples: Sequence[str] = PROGRAMS
     modes: tuple[str, ...] = MODES
     starts: int = 30
     cold_starts: int = 10
