@@ -1,7 +1,8 @@
 """CRIU: built once from Debian's source as one static file: it runs inside roots that hold only an application.
 
 In: the pinned source tarball, and two patches of ours (``criu-rlimits.patch``: reads limits from /proc where the host
-gives no CAP_SYS_RESOURCE; ``criu-worker.patch``: a worker prepares itself while it waits). Out: ``<cache_dir>/criu-<version>-<recipe>/criu``. Next: :mod:`agent.criu` runs it.
+gives no CAP_SYS_RESOURCE; ``criu-worker.patch``: a worker prepares itself while it waits). Out:
+``<cache_dir>/criu-<version>-<recipe>/criu``. Next: :mod:`agent.criu` runs it.
 """
 
 from __future__ import annotations
