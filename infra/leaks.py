@@ -11,11 +11,9 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
-
-from pyroute2 import IPRoute
 
 from infra.local.processes import parse_stat
+from infra.netlink import Netlink
 
 #: Links that Thaw makes are veth ends and bridges; a new link of another kind is not its doing.
 _LINK_KINDS = ("veth", "bridge")
@@ -153,14 +151,8 @@ def _namespaces(folders: Iterable[Path]) -> dict[str, str]:
 
 
 def _links() -> dict[str, str]:
-    with IPRoute() as netlink:
-        kinds = {link.get_attr("IFLA_IFNAME"): _kind(link) for link in netlink.get_links()}
-    return {name: kind for name, kind in kinds.items() if kind in _LINK_KINDS}
-
-
-def _kind(link: Any) -> str:
-    details = link.get_attr("IFLA_LINKINFO")
-    return str(details.get_attr("IFLA_INFO_KIND")) if details else ""
+    with Netlink() as netlink:
+        return {link.name: link.kind for link in netlink.links() if link.kind in _LINK_KINDS}
 
 
 def _cgroups() -> Iterator[Path]:

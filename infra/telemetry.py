@@ -171,7 +171,7 @@ def configure(component: str, settings: Settings, *, traces_dir: Path | None = N
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(settings.telemetry.log_level.upper())
-    for noisy in ("botocore", "boto3", "urllib3", "aiokafka", "pyroute2", "asyncio"):
+    for noisy in ("botocore", "boto3", "urllib3", "aiokafka", "asyncio"):
         logging.getLogger(noisy).setLevel(max(logging.WARNING, root.level))
     directory = traces_dir or settings.paths.state_dir / "traces"
     provider = TracerProvider(resource=Resource.create({"service.name": f"thaw-{component}"}))

@@ -10,7 +10,7 @@
 // Orders: one letter, then NUL-terminated arguments, with descriptors attached. Answers go to the agent in the order of the orders.
 //   M lower                      mount the root (overlay of `lower` and our tmpfs), pivot into it   -> k | e message
 //   B hostname target... [mounts]   set the name; attach detached mounts at paths of the root       -> k | e message
-//   N address netmask            configure eth0 and lo                                              -> k | e message
+//   N address netmask gateway hardware   configure eth0 and lo; where the gateway is, without ARP   -> k | e message
 //   A uid gid nofile dir nenv env... argv...  [stdout+stderr]   start the application                -> P pid
 //   X argv...  [exe, fds -> 100, 101, ...]    start a tool by descriptor (CRIU)                      -> P pid
 //   W argv...  [exe, fds -> 100, 101, ...]    the same, its end of a new socket pair on fd 3         -> S pid + fd
@@ -25,6 +25,8 @@
 #include <grp.h>
 #include <linux/capability.h>
 #include <net/if.h>
+#include <net/if_arp.h>
+#include <netinet/ether.h>
 #include <netinet/in.h>
 #include <arpa/inet.h>
 #include <poll.h>
@@ -205,11 +207,24 @@ static const char *configure_link(int fd, const char *name, const char *address,
     return NULL;
 }
 
-static const char *configure_network(const char *address, const char *netmask) {
+// Tell the kernel for good which hardware address the gateway has, so that it need not ask: see arp(7).
+static const char *set_neighbour(int fd, const char *name, const char *address, const char *hardware) {
+    struct arpreq request = {.arp_flags = ATF_PERM | ATF_COM, .arp_ha.sa_family = ARPHRD_ETHER};
+    struct sockaddr_in *slot = (struct sockaddr_in *)&request.arp_pa;
+    slot->sin_family = AF_INET;
+    if (inet_pton(AF_INET, address, &slot->sin_addr) != 1) return "the gateway is not an address";
+    if (!ether_aton_r(hardware, (struct ether_addr *)request.arp_ha.sa_data)) return "the gateway has no hardware address";
+    strncpy(request.arp_dev, name, sizeof request.arp_dev - 1);
+    TRY(ioctl(fd, SIOCSARP, &request));
+    return NULL;
+}
+
+static const char *configure_network(char **arguments) {
     int fd = socket(AF_INET, SOCK_DGRAM | SOCK_CLOEXEC, 0);
     if (fd < 0) return "no socket";
     const char *failed = configure_link(fd, "lo", NULL, NULL);
-    if (!failed && *address) failed = configure_link(fd, "eth0", address, netmask);
+    if (!failed) failed = configure_link(fd, "eth0", arguments[0], arguments[1]);
+    if (!failed) failed = set_neighbour(fd, "eth0", arguments[2], arguments[3]);
     close(fd);
     return failed;
 }
@@ -325,7 +340,7 @@ static void handle(char *buffer, int length, int *fds, int fd_count, const sigse
     case 'B': failed = bind_files(arguments, count, fds, fd_count); break;
     case 'S': if (count == 1) kill(-1, atoi(arguments[0])); break;
     case 'H': if (count == 2 && has_handler(arguments[0], atoi(arguments[1]))) kill(atoi(arguments[0]), atoi(arguments[1])); break;
-    case 'N': failed = count == 2 ? configure_network(arguments[0], arguments[1]) : "bad order"; break;
+    case 'N': failed = count == 4 ? configure_network(arguments) : "bad order"; break;
     case 'A': case 'X': case 'W': start(buffer[0], arguments, count, fds, fd_count, blocked); break;
     default: failed = "unknown order";
     }

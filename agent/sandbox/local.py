@@ -25,7 +25,7 @@ import msgspec
 from agent.errors import SandboxError
 from agent.sandbox import mounts
 from agent.sandbox.cgroup import Cgroup, CgroupTree
-from agent.sandbox.network import Link, Network
+from agent.sandbox.network import Link, Network, hardware_address
 
 logger = logging.getLogger(__name__)
 
@@ -184,10 +184,9 @@ class Sandbox:
         finally:
             self._waiters.pop(pid, None)
 
-    async def configure_network(self) -> None:
-        """Bring up ``lo`` and ``eth0`` with the sandbox's address."""
-        link = self.link
-        await self._order(b"N", [link.address, link.netmask] if link else ["", ""])
+    async def configure_network(self, link: Link, gateway: str) -> None:
+        """Bring up ``lo``, and ``eth0`` with the address of ``link``; ``gateway`` is the node's."""
+        await self._order(b"N", [link.address, link.netmask, gateway, hardware_address(gateway)])
 
     async def ready(self) -> None:
         """Wait until PID 1 has made its layer."""
@@ -340,7 +339,7 @@ class SandboxFactory:
         try:
             await sandbox.ready()
             sandbox.link = await self.network.attach(pid)
-            await sandbox.configure_network()
+            await sandbox.configure_network(sandbox.link, self.network.gateway)
             record = SandboxRecord(pid, process_started(pid), sandbox.link)
             (folder / _RECORD).write_bytes(msgspec.msgpack.encode(record))
         except BaseException:

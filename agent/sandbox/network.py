@@ -1,8 +1,11 @@
 """One address per sandbox: a bridge on the node and a veth pair into each sandbox.
 
 In: the subnet setting and the pid of a sandbox's PID 1. Out: :class:`Link` with an address that the node reaches and that other
-sandboxes do not (bridge ports are isolated). Used by :mod:`agent.sandbox.local`. Netlink requests block (a deletion for 20 ms), so
-they run in one thread of their own, which also keeps them in order.
+sandboxes do not (bridge ports are isolated). Used by :mod:`agent.sandbox.local`.
+
+Nobody asks for a hardware address, ever: it follows from the address, so the node, the bridge and the sandbox are told each other's, and
+the bridge never floods its ports. Netlink requests block: making a pair takes under a millisecond, removing one 20 ms of waiting in the
+kernel. So each has a thread of its own, and no start waits for an end.
 """
 
 from __future__ import annotations
@@ -19,10 +22,10 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import msgspec
-import pyroute2
-from pyroute2.netlink.exceptions import NetlinkError
 
 from agent.errors import SandboxError
+from infra import netlink
+from infra.netlink import Netlink
 
 logger = logging.getLogger(__name__)
 
@@ -48,29 +51,34 @@ class Network:
             raise SandboxError(f"setting agent.subnet: {subnet} is too small; use a /24 or larger")
         self._bridge = bridge
         self._prefix = f"{bridge[:6]}v"
-        self._gateway = self._net.network_address + 1
-        # Oldest-released first: an address is not used again before all others were, so a late packet finds nobody.
-        count = min(self._net.num_addresses - 3, 16384)
-        self._free: deque[str] = deque(str(self._net.network_address + 2 + offset) for offset in range(count))
+        #: The node's address in every sandbox's network.
+        self.gateway = str(self._net.network_address + 1)
+        # Oldest-released first: an address is not used again before all others were, so a late packet finds nobody. Numbers, because
+        # text for all of them would take 0.1 s of the agent's start.
+        first = int(self._net.network_address) + 2
+        self._free: deque[int] = deque(range(first, first + min(self._net.num_addresses - 3, 16384)))
         self._serial = 0
-        self._adopted: set[str] = set()
-        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="netlink")
-        self._netlink: Any = None
+        self._adopted: dict[str, str] = {}
+        self._makers = ThreadPoolExecutor(max_workers=1, thread_name_prefix="netlink")
+        self._removers = ThreadPoolExecutor(max_workers=1, thread_name_prefix="netlink-remove")
+        self._maker: Netlink
+        self._remover: Netlink
+        self._connections = contextlib.ExitStack()
         self._index = 0
 
     async def open(self) -> None:
         """Make the bridge."""
-        await self._run(self._make_bridge)
+        await self._make(self._make_bridge)
 
     def adopt(self, link: Link) -> None:
         """Take over the link of a sandbox that an agent which is gone has made; before the first :meth:`attach`."""
-        self._adopted.add(link.name)
+        self._adopted[link.name] = link.address
         with contextlib.suppress(ValueError):
-            self._free.remove(link.address)
+            self._free.remove(int(ipaddress.IPv4Address(link.address)))
 
     async def sweep(self) -> None:
         """Remove what an agent that is gone left on the bridge and nobody took over."""
-        await self._run(self._sweep)
+        await self._make(self._sweep)
 
     async def attach(self, pid: int) -> Link:
         """Give the network namespace of ``pid`` an ``eth0`` and an address of its own (still to be set inside).
@@ -78,94 +86,122 @@ class Network:
         Raises:
             SandboxError: no address is free, or the kernel refused.
         """
-        link: Link = await self._run(self._attach, pid)
+        making = asyncio.ensure_future(self._make(self._attach, pid))
+        try:
+            link: Link = await asyncio.shield(making)
+        except asyncio.CancelledError:
+            # The thread goes on; what it makes must not be left.
+            making.add_done_callback(self._detach_unwanted)
+            raise
         return link
 
     async def detach(self, link: Link) -> None:
         """Remove the pair (if its namespace did not take it along) and free the address."""
-        await self._run(self._detach, link)
+        await asyncio.get_running_loop().run_in_executor(self._removers, self._detach, link)
 
     async def close(self) -> None:
         """Remove the bridge."""
-        await self._run(self._close)
-        self._thread.shutdown()
+        await asyncio.to_thread(self._removers.shutdown)
+        await self._make(self._close)
+        self._makers.shutdown()
 
-    async def _run(self, work: Callable[..., Any], *arguments: Any) -> Any:
-        return await asyncio.get_running_loop().run_in_executor(self._thread, work, *arguments)
+    async def _make(self, work: Callable[..., Any], *arguments: Any) -> Any:
+        return await asyncio.get_running_loop().run_in_executor(self._makers, work, *arguments)
+
+    def _detach_unwanted(self, making: asyncio.Future[Any]) -> None:
+        if not making.cancelled() and not making.exception():
+            # Refused at the end of the agent: then the sandbox's end and that of the bridge remove everything.
+            with contextlib.suppress(RuntimeError):
+                self._removers.submit(self._detach, making.result())
 
     def _make_bridge(self) -> None:
-        self._netlink = pyroute2.IPRoute()
         try:
-            found = self._netlink.link_lookup(ifname=self._bridge)
-            self._check_subnet(int(found[0]) if found else 0)
-            if not found:
-                self._netlink.link("add", ifname=self._bridge, kind="bridge")
-                found = self._netlink.link_lookup(ifname=self._bridge)
-            self._index = index = int(found[0])
-            try:
-                self._netlink.addr("add", index=index, address=str(self._gateway), prefixlen=self._net.prefixlen)
-            except NetlinkError as error:
-                if error.code != errno.EEXIST:
-                    raise
+            # Connections are per thread; the other is used by _detach only.
+            self._maker = self._connections.enter_context(Netlink())
+            self._remover = self._connections.enter_context(Netlink())
+            found = next((link for link in self._maker.links() if link.name == self._bridge), None)
+            if found and found.kind != "bridge":
+                raise SandboxError(f"the link {self._bridge} is no bridge; set agent.bridge to another name", stage="network")
+            self._check_subnet(found.index if found else 0)
             # An address of its own: else the bridge takes the lowest of its ports', which changes as instances come and go, and answers
             # to the old one are lost until the sandbox asks again (seen: 1.4 and 3 s).
-            self._netlink.link("set", index=index, state="up", address=_hardware(str(self._gateway)))
-        except (NetlinkError, OSError) as error:
-            raise SandboxError(f"cannot set up the bridge {self._bridge} with {self._net}: {error}", stage="network") from error
+            self._maker.request(netlink.bridge(self._bridge, hardware_address(self.gateway)))
+            self._index = socket.if_nametoindex(self._bridge)
+            self._maker.request(netlink.link_address(self._index, self.gateway, self._net.prefixlen))
+        except OSError as error:
+            raise SandboxError(
+                f"cannot set up the bridge {self._bridge} with {self._net}: {error}; the agent must be root, and agent.bridge a free name",
+                stage="network",
+            ) from error
 
     def _sweep(self) -> None:
-        for link in self._netlink.get_links(master=self._index):
-            name = str(link.get_attr("IFLA_IFNAME"))
-            if name.startswith(self._prefix) and name not in self._adopted:
-                try:
-                    self._netlink.link("del", index=link["index"])
-                except NetlinkError as error:
-                    logger.warning("veth %s was not removed: %s", name, error)
+        wanted = set(self._adopted.values())
+        leftovers = [
+            netlink.no_link(link.index)
+            for link in self._maker.links()
+            if link.master == self._index and link.name.startswith(self._prefix) and link.name not in self._adopted
+        ]
+        leftovers += [
+            netlink.no_neighbour(self._index, address) for address in self._maker.permanent_neighbours(self._index) if address not in wanted
+        ]
+        for leftover in leftovers:
+            try:
+                self._maker.request(leftover)
+            except OSError as error:
+                logger.warning("bridge %s: cannot %s", self._bridge, error)
 
     def _check_subnet(self, index: int) -> None:
         """Two bridges with one subnet: the node would send half of its requests to the wrong one."""
-        for address in self._netlink.get_addr(family=socket.AF_INET):
-            other = ipaddress.ip_interface(f"{address.get_attr('IFA_ADDRESS')}/{address['prefixlen']}").network
-            if address["index"] != index and other.overlaps(self._net) and other.prefixlen < 32:
-                name = address.get_attr("IFA_LABEL") or f"link {address['index']}"
+        for found in self._maker.addresses():
+            other = ipaddress.ip_interface(f"{found.address}/{found.prefix_length}").network
+            if found.index != index and other.overlaps(self._net) and other.prefixlen < 32:
+                name = found.label or f"link {found.index}"
                 raise SandboxError(f"the addresses {self._net} are in use on {name} ({other}); set agent.subnet", stage="network")
 
     def _attach(self, pid: int) -> Link:
         if not self._free:
             raise SandboxError(f"every address of {self._net} is in use; use a larger agent.subnet", stage="network")
-        address = self._free.popleft()
+        number = self._free.popleft()
+        address = str(ipaddress.IPv4Address(number))
+        hardware = hardware_address(address)
         self._serial += 1
         while (name := f"{self._prefix}{self._serial:x}") in self._adopted:
             self._serial += 1
-        peer = {"ifname": "eth0", "net_ns_pid": pid, "address": _hardware(address)}
+        index = 0
         try:
-            self._netlink.link("add", ifname=name, kind="veth", master=self._index, state="up", peer=peer)
-            index = int(self._netlink.link_lookup(ifname=name)[0])
-            self._netlink.brport("set", index=index, isolated=1)
-        except (NetlinkError, OSError, IndexError) as error:
-            self._free.append(address)
-            raise SandboxError(f"cannot make the veth pair {name}: {error}", stage="network") from error
+            self._maker.request(netlink.veth(name, self._index, "eth0", hardware, pid))
+            index = socket.if_nametoindex(name)
+            self._maker.request(
+                netlink.closed_port(index),
+                netlink.port_neighbour(index, hardware),
+                netlink.permanent_neighbour(self._index, address, hardware),
+            )
+        except OSError as error:
+            self._removers.submit(self._detach, Link(name, address, str(self._net.netmask), index))
+            raise SandboxError(f"cannot give process {pid} a network: {error}", stage="network") from error
         return Link(name, address, str(self._net.netmask), index)
 
     def _detach(self, link: Link) -> None:
-        try:
-            self._netlink.link("del", index=link.index)
-        except NetlinkError as error:
-            if error.code != errno.ENODEV:
-                logger.warning("veth %s was not removed: %s", link.name, error)
-        self._free.append(link.address)
+        """Runs in the removers' thread. Index 0 stands for a link that was not made."""
+        requests = [netlink.no_neighbour(self._index, link.address), *([netlink.no_link(link.index)] if link.index else [])]
+        for request in requests:
+            try:
+                self._remover.request(request)
+            except OSError as error:
+                # The namespace has taken the pair along, or the neighbour was not made.
+                if error.errno not in (errno.ENODEV, errno.ENOENT):
+                    logger.warning("veth %s was not removed: cannot %s", link.name, error)
+        self._free.append(int(ipaddress.IPv4Address(link.address)))
 
     def _close(self) -> None:
-        if self._netlink is None:
-            return
         if self._index:
             try:
-                self._netlink.link("del", index=self._index)
-            except NetlinkError as error:
-                logger.warning("bridge %s was not removed: %s", self._bridge, error)
-        self._netlink.close()
+                self._maker.request(netlink.no_link(self._index))  # takes its neighbours along
+            except OSError as error:
+                logger.warning("bridge %s was not removed: cannot %s", self._bridge, error)
+        self._connections.close()
 
 
-def _hardware(address: str) -> str:
-    """A locally administered hardware address that follows from ``address``, so that a neighbour entry of an earlier owner stays right."""
+def hardware_address(address: str) -> str:
+    """The locally administered hardware address of whoever has the IPv4 address ``address``."""
     return "02:54:" + ":".join(f"{byte:02x}" for byte in ipaddress.IPv4Address(address).packed)
