@@ -148,7 +148,8 @@ async def _fill(
             await workshop.furnisher.furnish(sandbox, function, layers, instance.id, image.checkpoint)
         if background:
             for pid in sandbox.processes():
-                os.setpriority(os.PRIO_PROCESS, pid, _BACKGROUND_NICE)
+                with contextlib.suppress(ProcessLookupError):  # it has ended meanwhile
+                    os.setpriority(os.PRIO_PROCESS, pid, _BACKGROUND_NICE)
         with clock.phase("criu.restore"):
             left_s = max(0.001, (deadline_ns - time.time_ns()) / 1e9)
             path = f"{image.directory.name}/{IMAGES}"

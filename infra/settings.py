@@ -93,7 +93,7 @@ class AgentSettings:
     #: Parallel GETs and PUTs to the store.
     store_parallel: int = 16
     #: Trial restores that record the working set of a new checkpoint; what any of them touched belongs to it.
-    recordings: int = 2
+    recordings: int = 3
     #: Background fill of instances that keep faulting: begins this long after the start, s.
     fill_after_s: float = 10.0
     #: Rate of the background fill, MB/s; 0 turns it off.
