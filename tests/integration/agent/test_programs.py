@@ -33,7 +33,7 @@ from tests.integration.agent.harness import AgentUnderTest, host_leftovers, runn
 
 pytestmark = [pytest.mark.root, pytest.mark.stack]
 
-REQUESTS = int(os.environ.get("THAW_TEST_REQUESTS", "1000"))
+REQUESTS = int(os.environ.get("THAW_TEST_REQUESTS", "400"))
 #: Start modes in the order in which each program goes through them, with how many instances are started at once.
 MODES = {"cold": 1, "restore": 2, "thaw": 2, "remote": 1}
 
