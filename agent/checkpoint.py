@@ -187,6 +187,9 @@ class Checkpointer:
 
     def _upload(self, building: Path, finished: Manifest, encoded: bytes, working_set: bytes) -> None:
         suspects = chunks.suspects(self._store)
+        own = frozenset(digest.hex() for pages in finished.pages.values() for digest in pages.chunks if digest is not None)
+        if suspects & own:
+            suspects = own  # where one chunk went bad others may have: not all of them need have been read
         with ThreadPoolExecutor(self._workshop.settings.store_parallel, thread_name_prefix="upload") as pool:
             jobs = []
             for key, pages in finished.pages.items():

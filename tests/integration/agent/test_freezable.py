@@ -47,11 +47,12 @@ async def run(tmp_path: Path) -> AsyncIterator[Run]:
     init = native.build(Path(agent.sandbox.__file__).with_name("init.c"), load().paths.cache_dir)
     network, cgroups = Network("thawtest0", "198.19.0.0/16"), CgroupTree("thaw-freezable")
     await network.open()
-    factory = SandboxFactory(init, tmp_path / "mount", cgroups, network)
+    factory = SandboxFactory(init, tmp_path / "sandboxes", cgroups, network, 30.0)
     sandbox = await factory.create()
 
     async def run_in_it(program: str, output: int | None = None) -> tuple[Sandbox, dict[str, str]]:
-        await sandbox.mount_root("/", "freezable", [(str(outside), "/srv/outside")])
+        await sandbox.mount_root("/")
+        await sandbox.bind_files("freezable", [(str(outside), "/srv/outside")])
         command = ["/usr/bin/python3", "-c", f"{_PRELUDE}\n{program}\ntime.sleep(60)"]
         await sandbox.start_application(Process(command, {}, "/", 65534), write_fd if output is None else output)
         said = sandbox.layer / "tmp" / "said"
