@@ -69,13 +69,16 @@ class Checkpointer:
         self._tasks = tasks
         self._criu_version = criu_version
 
-    async def make(self, function: Function, layers: RootLayers, name: str, deadline_ns: int) -> tuple[CachedImage, dict[str, float]]:
+    async def make(
+        self, function: Function, layers: RootLayers, name: str, deadline_ns: int, *, heal: bool = False
+    ) -> tuple[CachedImage, dict[str, float]]:
         """Make and publish a checkpoint.
 
         Args:
             function, layers: what to freeze.
             name: prefix of the instances that this needs.
             deadline_ns: wall clock ns at which to give up.
+            heal: the checkpoint before had a page that cannot be had: store every chunk anew.
 
         Returns:
             The image in the node's cache, and the seconds of each step.
@@ -93,7 +96,7 @@ class Checkpointer:
                 finished, working_set = await asyncio.to_thread(_pack, building, draft, recording)
                 encoded = manifest.encode(finished)
             with clock.phase("upload"):
-                await asyncio.to_thread(self._upload, building, finished, encoded, working_set)
+                await asyncio.to_thread(self._upload, building, finished, encoded, working_set, heal)
             with clock.phase("publish"):
                 await asyncio.to_thread(self._publish, finished, manifest.name(encoded))
             image = await asyncio.to_thread(self._cache.insert, building, encoded, complete=True)
@@ -185,10 +188,10 @@ class Checkpointer:
                 await pager.close_image(image.checkpoint)
         return Recording(trials, used)
 
-    def _upload(self, building: Path, finished: Manifest, encoded: bytes, working_set: bytes) -> None:
+    def _upload(self, building: Path, finished: Manifest, encoded: bytes, working_set: bytes, heal: bool) -> None:
         suspects = chunks.suspects(self._store)
         own = frozenset(digest.hex() for pages in finished.pages.values() for digest in pages.chunks if digest is not None)
-        if suspects & own:
+        if heal or suspects & own:
             suspects = own  # where one chunk went bad others may have: not all of them need have been read
         with ThreadPoolExecutor(self._workshop.settings.store_parallel, thread_name_prefix="upload") as pool:
             jobs = []

@@ -263,8 +263,9 @@ class Node:
             left_s = (command.deadline_ns - time.time_ns()) / 1e9
             async with asyncio.timeout(max(0.0, left_s)):
                 image, seconds = await self._checkpointer.make(
-                    function, resolution.layers, f"{function.name}-{time.time_ns():x}", command.deadline_ns
-                )
+                    function, resolution.layers, f"{function.name}-{time.time_ns():x}", command.deadline_ns,
+                    heal=resolution.image is not None and bool(resolution.image.unusable),
+                )  # fmt: skip
             self._catalog.made(function, resolution.layers, image)
             await self._catalog.open(image)
         finally:
