@@ -144,9 +144,11 @@ class Network:
         leftovers += [
             netlink.no_neighbour(self._index, address) for address in self._maker.permanent_neighbours(self._index) if address not in wanted
         ]
-        for leftover in leftovers:
+        # Giving the bridge its hardware address again has made the kernel forget who is behind it.
+        kept = [netlink.permanent_neighbour(self._index, address, hardware_address(address)) for address in wanted]
+        for request in [*leftovers, *kept]:
             try:
-                self._maker.request(leftover)
+                self._maker.request(request)
             except OSError as error:
                 logger.warning("bridge %s: cannot %s", self._bridge, error)
 
