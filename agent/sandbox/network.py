@@ -3,9 +3,9 @@
 In: the subnet setting and the pid of a sandbox's PID 1. Out: :class:`Link` with an address that the node reaches and that other
 sandboxes do not (bridge ports are isolated). Used by :mod:`agent.sandbox.local`.
 
-Nobody asks for a hardware address in use: it follows from the address, so the node, the bridge and the sandbox are told each other's, and no
-frame for a sandbox is flooded to the others. Netlink requests block: making a pair takes under a millisecond, removing one 20 ms of waiting
-in the kernel. So each has a thread of its own, and no start waits for an end.
+Nobody asks for a hardware address in use: it follows from the address, so the node, the bridge and the sandbox are told each other's, and
+no frame for a sandbox is flooded to the others. Netlink requests block: making a pair takes under a millisecond, removing one 20 ms of
+waiting in the kernel. So each has a thread of its own, and no start waits for an end.
 """
 
 from __future__ import annotations
