@@ -41,7 +41,7 @@ from agent.standbys import Standbys
 from agent.starts import Starter
 from agent.store.cache import ImageCache
 from infra.s3 import WARM_CONNECTIONS, ObjectStore
-from infra.settings import Settings
+from infra.settings import AgentSettings, Settings
 from infra.tasks import TaskGroup
 
 logger = logging.getLogger(__name__)
@@ -67,6 +67,9 @@ class Agent:
         self._state = settings.paths.state_dir / "agent"
         self._scalers: set[Connection] = set()
         self._watchers: set[Connection] = set()
+        #: Whether an agent before left something that serves on. Until this one serves itself, its end must not end that.
+        self._inherits = False
+        self._keeping: asyncio.Task[None] | None = None
 
     async def run(self, stop: asyncio.Event) -> None:
         """Serve until ``stop`` is set or an essential part fails.
@@ -77,8 +80,10 @@ class Agent:
         self._tasks = TaskGroup("agent")
         async with contextlib.AsyncExitStack() as stack:
             stack.push_async_callback(self._tasks.close)
+            listener = stack.enter_context(_listen(self._settings.agent))
             node = await self._open(stack)
-            server = await self._listen(node)
+            server = await self._accept(node, listener)
+            self._inherits = False
             stack.push_async_callback(self._hang_up, server)
             stopping = self._tasks.spawn(stop.wait(), "wait for the end")
             await asyncio.wait([stopping, self._tasks.failed], return_when=asyncio.FIRST_COMPLETED)
@@ -95,13 +100,12 @@ class Agent:
             path.mkdir(parents=True, exist_ok=True)
         runtime = self._settings.runtime_folder
         runtime.mkdir(mode=0o700, parents=True, exist_ok=True)
-        stack.callback(shutil.rmtree, runtime, ignore_errors=True)
-        network = Network(settings.bridge, settings.subnet)
-        stack.push_async_callback(network.close)
-        await network.open()
-        cgroups = CgroupTree(f"thaw-{settings.node_name}")
-        stack.callback(cgroups.close)
+        network, cgroups = Network(settings.bridge, settings.subnet), CgroupTree(f"thaw-{settings.node_name}")
         factory = SandboxFactory(self._tools.init, runtime / "sandboxes", cgroups, network, settings.orphan_s)
+        self._inherits = bool(factory.left())
+        stack.push_async_callback(self._close_node, network, runtime)
+        stack.callback(cgroups.close)
+        await network.open()
         store = ObjectStore(self._settings.s3, settings.store_parallel, warm=WARM_CONNECTIONS)
         stack.callback(store.close)
         self._pager = await self._start_pager()
@@ -128,8 +132,8 @@ class Agent:
         checkpointer = Checkpointer(workshop, cache, store, lambda: self._pager, self._tasks, self._tools.criu_version)
         node = Node(settings.node_name, workshop, catalog, starter, standbys, checkpointer, self._tasks, self._report)
         node.adopt(instances)
-        stack.push_async_callback(node.release_all)
-        self._tasks.spawn(self._keep_pager(node), "watch of the pager", essential=True)
+        stack.push_async_callback(self._release_all, node)
+        self._keeping = self._tasks.spawn(self._keep_pager(node), "watch of the pager", essential=True)
         self._tasks.spawn(self._reconcile(node), "housekeeping", essential=True)
         return node
 
@@ -138,8 +142,22 @@ class Agent:
         log.parent.mkdir(parents=True, exist_ok=True)
         return await PagerClient.start(self._settings.s3, self._settings.agent, self._settings.runtime_folder / "pager.sock", log)
 
+    async def _close_node(self, network: Network, runtime: Path) -> None:
+        await network.close(keep_bridge=self._inherits)
+        if not self._inherits:
+            shutil.rmtree(runtime, ignore_errors=True)
+
     async def _close_pager(self) -> None:
-        await self._pager.close()
+        if self._keeping is not None:
+            self._keeping.cancel()  # it would start another one
+        if self._inherits:
+            self._pager.abandon()
+        else:
+            await self._pager.close()
+
+    async def _release_all(self, node: Node) -> None:
+        if not self._inherits:
+            await node.release_all()
 
     async def _keep_pager(self, node: Node) -> None:
         while True:
@@ -152,7 +170,7 @@ class Agent:
             await asyncio.sleep(self._settings.agent.reconcile_s)
             await node.reconcile()
 
-    async def _listen(self, node: Node) -> asyncio.Server:
+    async def _accept(self, node: Node, listener: socket.socket) -> asyncio.Server:
         settings = self._settings.agent
 
         async def connected(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -169,12 +187,8 @@ class Agent:
         def accept(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
             self._tasks.spawn(connected(reader, writer), "stream")
 
-        try:
-            server = await asyncio.start_server(accept, settings.listen_host, settings.listen_port)
-        except OSError as error:
-            text = f"cannot listen on {settings.listen_host}:{settings.listen_port}: {error.strerror}; set agent.listen_port"
-            raise AgentError(text) from error
-        port = server.sockets[0].getsockname()[1]
+        server = await asyncio.start_server(accept, sock=listener)
+        port = listener.getsockname()[1]
         where = {"host": settings.listen_host, "port": port, "pid": os.getpid(), "node": settings.node_name}
         temporary = self._settings.agent_file.with_suffix(".new")
         temporary.write_text(json.dumps(where) + "\n")
@@ -214,6 +228,20 @@ class Agent:
             except ConnectionError as error:
                 connections.discard(connection)
                 logger.warning("a peer is gone: %s", error)
+
+
+def _listen(settings: AgentSettings) -> socket.socket:
+    """The agent's port; taken first, because it is what most often cannot be had.
+
+    Raises:
+        AgentError: it is in use.
+    """
+    try:
+        family = socket.AF_INET6 if ":" in settings.listen_host else socket.AF_INET
+        return socket.create_server((settings.listen_host, settings.listen_port), family=family)
+    except OSError as error:
+        text = f"cannot listen on {settings.listen_host}:{settings.listen_port}: {error.strerror}; set agent.listen_port"
+        raise AgentError(text) from error
 
 
 def _claim(what: str, name: str) -> socket.socket:

@@ -99,13 +99,16 @@ class PagerClient:
                 },
             )
         except PagerError as error:
-            await client.close()
+            if client.taken_over:  # it serves instances
+                client.abandon()
+            else:
+                await client.close()
             raise PagerError(f"the pager did not come up: {error}; see {log}") from error
         return client
 
     @classmethod
     async def _take_over(cls, path: Path) -> PagerClient | None:
-        """A living pager that speaks this protocol; one that does not is ended."""
+        """A living pager that speaks this protocol. One that does not is left alone: it serves its instances until they are gone."""
         control = _socket()
         try:
             with _short(path) as name:
@@ -118,11 +121,11 @@ class PagerClient:
             protocol = await client._greet()
         except PagerError as error:
             logger.warning("the pager at %s does not answer, and is replaced: %s", path, error)
-            client._end()
+            client.abandon()
             return None
         if protocol != PROTOCOL:
             logger.warning("the pager at %s is of another version, and is replaced", path)
-            await client.close()
+            client.abandon()
             return None
         client.taken_over = True
         return client

@@ -99,10 +99,10 @@ class Network:
         """Remove the pair (if its namespace did not take it along) and free the address."""
         await asyncio.get_running_loop().run_in_executor(self._removers, self._detach, link)
 
-    async def close(self) -> None:
-        """Remove the bridge."""
+    async def close(self, *, keep_bridge: bool = False) -> None:
+        """Remove the bridge, unless sandboxes on it are left to another agent."""
         await asyncio.to_thread(self._removers.shutdown)
-        await self._make(self._close)
+        await self._make(self._close, keep_bridge)
         self._makers.shutdown()
 
     async def _make(self, work: Callable[..., Any], *arguments: Any) -> Any:
@@ -195,8 +195,8 @@ class Network:
                     logger.warning("veth %s was not removed: cannot %s", link.name, error)
         self._free.append(int(ipaddress.IPv4Address(link.address)))
 
-    def _close(self) -> None:
-        if self._index:
+    def _close(self, keep_bridge: bool) -> None:
+        if self._index and not keep_bridge:
             try:
                 self._maker.request(netlink.no_link(self._index))  # takes its neighbours along
             except OSError as error:

@@ -70,7 +70,7 @@ class AgentUnderTest:
     def __init__(self, settings: Settings, state: Path, extra: dict[str, str]) -> None:
         self.settings = settings
         self.state = state
-        self._extra = extra
+        self.extra = extra
         self.process: subprocess.Popen[bytes] | None = None
         self.connection: Connection | None = None
         self.inventory: Inventory | None = None
@@ -92,7 +92,7 @@ class AgentUnderTest:
             "s3.access_key": s3.access_key,
             "s3.secret_key": s3.secret_key,
             "s3.bucket": s3.bucket,
-            **self._extra,
+            **self.extra,
         }
         arguments = [sys.executable, "-m", "thaw", "--state-dir", str(self.state)]
         for name, value in values.items():

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import signal
+import socket
 import time
 from pathlib import Path
 
@@ -183,6 +185,33 @@ async def test_instances_outlive_the_agent_and_the_next_one_goes_on_with_them(st
         assert (await agent.start_instance(function)).record.start_mode == "restore"
         exited = await agent.call(Release, instance=restored.instance.instance)
         assert isinstance(exited, InstanceExited) and exited.reason == "released"
+        await agent.stop()
+    assert host_leftovers(agent) == []
+
+
+@pytest.mark.parametrize("trouble", ["port", "late"])
+async def test_an_agent_that_cannot_start_ends_nothing_of_the_one_before(stack_settings: Settings, tmp_path: Path, trouble: str) -> None:
+    function = a_function(tmp_path, "refuge", pages=6000)
+    async with running_agent(stack_settings, tmp_path / "refuge") as agent:
+        await agent.call(MakeCheckpoint, function=function)
+        cold = await agent.start_instance(a_function(tmp_path, "camp", policy={"checkpoint": "off"}))
+        restored = await agent.start_instance(function)
+        await agent.stop(signal.SIGKILL)
+        with socket.create_server(("127.0.0.1", 0)) as other:
+            if trouble == "port":
+                agent.extra["agent.listen_port"] = str(other.getsockname()[1])
+            else:  # the last of what it does before it makes sandboxes
+                (agent.state / "logs" / "instances" / ".in-the-way").mkdir()
+            with pytest.raises(AssertionError, match="the agent ended"):
+                await agent.start()
+        answers = [await ask(report, f"/{page}") for page in range(0, 6000, 60) for report in (cold, restored)]
+        assert all(answer["ok"] for answer in answers)
+        agent.extra.pop("agent.listen_port", None)
+        with contextlib.suppress(FileNotFoundError):
+            (agent.state / "logs" / "instances" / ".in-the-way").rmdir()
+        await agent.start()
+        assert agent.inventory is not None
+        assert {info.instance for info in agent.inventory.instances} == {report.instance.instance for report in (cold, restored)}
         await agent.stop()
     assert host_leftovers(agent) == []
 

@@ -17,6 +17,7 @@ import pytest
 
 from agent.criu import protobuf
 from agent.errors import PagerError
+from agent.pager import client
 from agent.pager.client import PagerClient, Served
 from agent.store import chunks, manifest, workingset
 from agent.store.manifest import Blob, Fresh, Manifest, Pages, Span
@@ -245,6 +246,22 @@ async def test_the_next_agent_takes_over(bench: Bench) -> None:
     assert await lazy.tell(f"check 0 {PAGES} 1") == "ok"
     await bench.pager.release(name)
     assert await bench.pager.restores() == []
+
+
+async def test_an_agent_of_another_version_takes_no_page_along(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    await bench.open(prefetch=[])
+    _, lazy = await bench.restore()
+    keeper = bench.pager.pid
+    bench.pager.abandon()
+    monkeypatch.setattr(client, "PROTOCOL", 99)
+    await bench.start()
+    assert not bench.pager.taken_over and bench.pager.pid != keeper and await bench.pager.restores() == []
+    assert await lazy.tell(f"check 0 {PAGES} 1") == "ok", "the pager before serves it to its end"
+    lazy.process.kill()
+    await lazy.process.wait()
+    async with asyncio.timeout(10):
+        while alive(keeper):
+            await asyncio.sleep(0.1)
 
 
 async def test_without_an_agent_it_serves_to_the_end_and_then_ends(tmp_path: Path) -> None:
