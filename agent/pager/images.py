@@ -1,4 +1,4 @@
-"""Images as the pager sees them: layouts, page contents, what to copy before resume, and chunks on their way.
+"""Images as the pager sees them: layouts, page contents, and chunks on their way.
 
 In: an image directory of :mod:`agent.store.cache`. Out: for :mod:`agent.pager.serving`, pages that are here; for those that are not, a call
 when they have arrived. Everything that is the same for all restores of an image is made once, when it is first needed.
@@ -19,7 +19,6 @@ from agent.errors import ImageInvalid
 from agent.pager.downloads import Download, Downloads
 from agent.pager.pages import ImagePages, PagesFile
 from agent.pager.regions import Region, Regions
-from agent.pager.userfault import Requests
 from agent.store.cache import IMAGES, MANIFEST
 from agent.store.manifest import decode
 
@@ -48,7 +47,7 @@ class Image:
         for page_map in self.page_maps.values():
             if page_map.pages_bytes > sizes.get(page_map.pages_id, -1):
                 raise ImageInvalid(f"checkpoint {name}: the page map of process {page_map.pid} is larger than its pages")
-        self._prefetch = {int(pid): [(run.address, run.address + run.size) for run in runs] for pid, runs in manifest.fresh.items()}
+        self._fresh = {int(pid): [(run.address, run.address + run.size) for run in runs] for pid, runs in manifest.fresh.items()}
         self._zeros = {int(key): [(span.offset, span.offset + span.size) for span in item.zeros] for key, item in manifest.pages.items()}
         self._ahead = {int(key): [(span.offset, span.offset + span.size) for span in item.ahead] for key, item in manifest.pages.items()}
         self.gets = 0
@@ -65,7 +64,6 @@ class Image:
         self._last_fault: dict[int, int] = {}
         self._on_complete: list[Callable[[str], None]] = []
         self.layout = cache(self._make_layout)
-        self.plan = cache(self._make_plan)
 
     @property
     def complete(self) -> bool:
@@ -101,24 +99,9 @@ class Image:
                     regions.append(Region(run.start + at - run.offset, run.end, at))
         return Regions(regions)
 
-    def _make_plan(self, pid: int) -> Requests:
-        """The working set of a process as copies that are ready to be done."""
-        layout, copies = self.layout(pid), []
-        file = self.file(pid) if pid in self.page_maps else None
-        for start, end in self._prefetch.get(pid, ()):
-            at = start
-            for region in layout.within(start, end):
-                if region.start > at:
-                    copies.append((at, 0, region.start - at))
-                at = region.end
-                size = region.end - region.start
-                if file is not None and file.available(region.offset, size) == size:
-                    for done in range(0, size, COPY_BYTES_MAX):
-                        source = file.address + region.offset + done
-                        copies.append((region.start + done, source, min(COPY_BYTES_MAX, size - done)))
-            if at < end:
-                copies.append((at, 0, end - at))
-        return Requests(copies)
+    def fresh(self, pid: int) -> list[tuple[int, int]]:
+        """``[start, end)`` of memory that a process touches early and that has no content in the image."""
+        return self._fresh.get(pid, [])
 
     # Chunks
 

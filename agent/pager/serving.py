@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from enum import Enum
 from pathlib import Path
 
 from agent.pager.downloads import STALL_S
 from agent.pager.images import COPY_BYTES_MAX, Image
 from agent.pager.state import Space
-from agent.pager.userfault import PAGE, CopyResult, Outcome, Requests, Userfault
+from agent.pager.userfault import PAGE, CopyResult, Outcome, Userfault
 
 #: Pages copied from a fault on, when nothing is recorded of them.
 READ_AHEAD_PAGES = 8
@@ -23,8 +23,6 @@ READ_AHEAD_PAGES = 8
 RUN_PAGES_MAX, RUN_PAGES_BEFORE = 64, 16
 #: Pages of zeros put from a fault on: fresh memory is used in order.
 ZERO_AHEAD_PAGES = 16
-#: Copies between two looks at the clock.
-_COPIES_A_LOOK = 16
 
 
 class Progress(Enum):
@@ -57,25 +55,21 @@ class Serving:
         self.touched: dict[int, None] = {}
         self._stalled = stalled
         self._arrived = arrived
-        self._plan: Requests | None = None
-        self._plan_at = 0
-        #: Where the plan last waited for CRIU to register memory.
-        self._waited_at = -1
-        #: ``[start, end)`` still to copy.
-        self._work: deque[tuple[int, int]] = deque()
+        #: ``[start, end)`` still to put in place, and whether also where the image has nothing: that is zeros.
+        self._work: deque[tuple[int, int, bool]] = deque()
         self.prefetching = False
         #: Since when the kernel does not take the page that a thread waits for; 0 when it does.
         self._refused_at = 0.0
 
     def prefetch(self) -> None:
-        """Begin to copy the working set."""
-        self._plan, self._plan_at, self.prefetching = self.image.plan(self.space.pid), 0, True
-        self.space.restore.prefetch_start_ns = self.space.restore.prefetch_start_ns or time.time_ns()
+        """Begin to put in place what is touched early."""
+        self._work.extend((start, end, True) for start, end in self.image.fresh(self.space.pid))
+        self.prefetching = True
 
     @property
     def busy(self) -> bool:
         """Whether :meth:`advance` has something to do."""
-        return self._plan is not None or bool(self._work)
+        return bool(self._work)
 
     def serve_faults(self) -> Progress:
         """Serve every thread that waits."""
@@ -94,24 +88,19 @@ class Serving:
         return Progress.IDLE
 
     def advance(self, until: float) -> Progress:
-        """Copy the working set and read-ahead until the monotonic time ``until``."""
-        while self._plan is not None:
-            progress = self._follow(self._plan)
-            if progress is not Progress.IDLE:
-                return progress
-            if time.monotonic() > until:
-                return Progress.MORE
+        """Put in place what is touched early, and read-ahead, until the monotonic time ``until``."""
         while self._work:
-            start, end = self._work[0]
-            reached, progress = self._copy(start, end)
-            self._work[0] = (reached, end)
+            start, end, zeros = self._work[0]
+            reached, progress = self._copy(start, end, zeros=zeros)
+            self._work[0] = (reached, end, zeros)
             if progress is not Progress.IDLE:
                 return progress
             if reached >= end:
                 self._work.popleft()
-            if time.monotonic() > until:
-                return Progress.MORE if self._work else self._done()
-        return self._done()
+            if self._work and time.monotonic() > until:
+                return Progress.MORE
+        self.prefetching = False
+        return Progress.IDLE
 
     def fill(self) -> tuple[int, Progress]:
         """Copy the next piece of what is missing; returns its bytes. IDLE: every page of the image is in place."""
@@ -121,7 +110,6 @@ class Serving:
             return 0, probed or Progress.IDLE
         end = min(region.end, region.start + COPY_BYTES_MAX)
         reached, progress = self._copy(region.start, end, count=False)
-        self.space.restore.pages_filled += (reached - region.start) // PAGE
         # What is in place once stays until an event says otherwise, and then it reads as zeros: the image is not needed there any more.
         self.space.own_regions().cut(region.start, reached)
         return reached - region.start, Progress.MORE if progress is Progress.IDLE else progress
@@ -130,48 +118,12 @@ class Serving:
         """Whether the process is gone, or an event unread."""
         return self.userfault.probe(self._outside())
 
-    def _done(self) -> Progress:
-        if self.prefetching:
-            self.prefetching = False
-            self.space.restore.prefetch_end_ns = time.time_ns()
-        return Progress.IDLE
-
     def _outside(self) -> int:
         """An address where no page of the image belongs, so that zeros there change nothing."""
         address = LOWEST_ADDRESS
         while (region := self.space.regions.find(address)) is not None:
             address = region.end
         return address
-
-    def _follow(self, plan: Requests) -> Progress:
-        """Do some prepared copies."""
-        space, at = self.space, self._plan_at
-        if at >= len(plan):
-            self._plan = None
-            return Progress.IDLE
-        if not space.pristine:  # memory was moved or dropped: the plan is of another layout
-            self._work.extend((target, target + size) for target, source, size in plan.copies[at:] if source)
-            self._plan = None
-            return Progress.IDLE
-        stop = min(at + _COPIES_A_LOOK, len(plan))
-        reached = plan.run(space.fd, at, stop)
-        self._count(sum(size for _, _, size in plan.copies[at:reached]))
-        self._plan_at = reached
-        if reached == stop:
-            return Progress.IDLE
-        target, source, size = plan.copies[reached]
-        result = self.userfault.copy(target, source, size) if source else self.userfault.zero(target, size)
-        self._count(result.copied)
-        if result.outcome is Outcome.NOT_REGISTERED:
-            if not space.restore.finished and (reached == 0 or self._waited_at != reached):
-                self._waited_at = reached
-                return Progress.WAIT
-            if source:  # a copy must stay in one mapping: later, in pieces
-                self._work.append((target, target + size))
-        elif result.outcome is not Outcome.DONE:
-            return _BLOCKED[result.outcome]
-        self._plan_at = reached + 1
-        return Progress.IDLE
 
     def _fault(self, address: int) -> Progress:
         space = self.space
@@ -210,9 +162,9 @@ class Serving:
             low = address - min(offset - run[0], RUN_PAGES_BEFORE * PAGE)
             high = min(address + run[1] - offset, low + RUN_PAGES_MAX * PAGE)
             if high > address + size:
-                self._work.append((address + size, high))
+                self._work.append((address + size, high, False))
             if low < address:
-                self._work.append((low, address))
+                self._work.append((low, address, False))
 
     def _settle(self, address: int, result: CopyResult) -> Progress:
         if result.passed == 0 and result.outcome in _BLOCKED:
@@ -230,27 +182,29 @@ class Serving:
             self.space.faults.append(address)
             self._arrived(self)
 
-    def _copy(self, start: int, end: int, *, count: bool = True) -> tuple[int, Progress]:
-        """Copy what belongs at ``[start, end)``, but at most one large piece; returns how far it got."""
-        space = self.space
-        file = self.image.file(space.pid)
+    def _copy(self, start: int, end: int, *, zeros: bool = False, count: bool = True) -> tuple[int, Progress]:
+        """Put in place what belongs at ``[start, end)``, but at most one large piece; returns how far it got."""
         most = COPY_BYTES_MAX
-        for region in space.regions.within(start, end):
-            address = region.start
-            while address < region.end:
-                offset = region.offset + address - region.start
-                size = file.available(offset, min(region.end - address, most))
-                if size == 0:  # not on the node: left to a fault
-                    address += PAGE
-                    continue
-                result = self.userfault.copy(address, file.address + offset, size)
+        for piece_start, piece_end, offset in self._pieces(start, end, zeros=zeros):
+            address = piece_start
+            while address < piece_end:
+                size = min(piece_end - address, most)
+                if offset is None:
+                    result = self.userfault.zero(address, size)
+                else:
+                    file, at = self.image.file(self.space.pid), offset + address - piece_start
+                    size = file.available(at, size)
+                    if size == 0:  # not on the node: left to a fault
+                        address += PAGE
+                        continue
+                    result = self.userfault.copy(address, file.address + at, size)
                 if count:
                     self._count(result.copied)
                 address += result.passed
                 if result.outcome is Outcome.NOT_REGISTERED:
-                    if size > PAGE:  # one copy must stay in one mapping: find its end by halving
+                    if size > PAGE:  # one request must stay in one mapping: find its end by halving
                         most = max(PAGE, size // 2 & -PAGE)
-                    elif space.restore.finished:
+                    elif self.space.restore.finished:
                         address += PAGE
                     else:
                         return address, Progress.WAIT
@@ -261,6 +215,17 @@ class Serving:
                 if address - start >= COPY_BYTES_MAX:
                     return address, Progress.IDLE
         return end, Progress.IDLE
+
+    def _pieces(self, start: int, end: int, *, zeros: bool) -> Iterator[tuple[int, int, int | None]]:
+        """``[start, end)`` in parts that are of the image, at an offset of its pages file, and if asked for those that are not."""
+        at = start
+        for region in self.space.regions.within(start, end):
+            if zeros and region.start > at:
+                yield at, region.start, None
+            yield region.start, region.end, region.offset
+            at = region.end
+        if zeros and at < end:
+            yield at, end, None
 
     def _count(self, size: int) -> None:
         self.space.restore.pages_prefetched += size // PAGE

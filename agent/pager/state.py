@@ -85,9 +85,6 @@ class Restore:
     connections: dict[int, int] = field(default_factory=dict)
     pages_prefetched: int = 0
     pages_faulted: int = 0
-    pages_filled: int = 0
-    prefetch_start_ns: int = 0
-    prefetch_end_ns: int = 0
     #: Of the image, at the start: what came since then was fetched during this restore, for it or for a neighbour.
     gets_before: int = 0
     bytes_before: int = 0
@@ -96,7 +93,7 @@ class Restore:
 
 
 _COUNTERS = (
-    "pages_prefetched", "pages_faulted", "pages_filled", "prefetch_start_ns", "prefetch_end_ns", "gets_before", "bytes_before", "stalled",
+    "pages_prefetched", "pages_faulted", "gets_before", "bytes_before", "stalled",
 )  # fmt: skip
 
 

@@ -113,31 +113,6 @@ class CopyResult:
     outcome: Outcome
 
 
-class Requests:
-    """Copies prepared once per image and done for every restore of it: an array of ``struct uffdio_copy``."""
-
-    def __init__(self, copies: list[tuple[int, int, int]]) -> None:
-        """``copies``: (target, source, bytes); a source of 0 means zeros."""
-        self.copies = copies
-        self._memory = (ctypes.c_longlong * (5 * len(copies)))()
-        for index, (target, source, size) in enumerate(copies):
-            # struct uffdio_zeropage is the same without the source.
-            self._memory[5 * index : 5 * index + 5] = [target, source, size, 0, 0] if source else [target, size, 0, 0, 0]
-        base = ctypes.addressof(self._memory)
-        self._calls = [(_COPY if copies[index][1] else _ZEROPAGE, base + 40 * index) for index in range(len(copies))]
-
-    def __len__(self) -> int:
-        return len(self.copies)
-
-    def run(self, fd: int, start: int, stop: int) -> int:
-        """Do copies ``[start, stop)`` in order; returns the index of the first that the kernel did not do wholly."""
-        for index in range(start, min(stop, len(self._calls))):
-            request, address = self._calls[index]
-            if _ioctl(fd, request, address):
-                return index
-        return min(stop, len(self._calls))
-
-
 class Userfault:
     """Operations on one userfaultfd."""
 

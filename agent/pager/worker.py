@@ -7,11 +7,9 @@ when it is killed, the next worker reads the journal and goes on. Threads that w
 
 from __future__ import annotations
 
-import ctypes
 import logging
 import os
 import select
-import socket
 import struct
 import sys
 import time
@@ -23,7 +21,9 @@ from typing import Any
 import msgpack
 
 from agent.errors import AgentError, PagerError
+from agent.pager import descriptors
 from agent.pager.downloads import Downloads
+from agent.pager.filling import Filling
 from agent.pager.images import Image
 from agent.pager.journal import JournalFile, JournalFull
 from agent.pager.regions import Regions
@@ -64,17 +64,14 @@ class Worker:
         self._again: dict[int, Serving] = {}
         #: Orders that wait for the working set of a restore.
         self._awaited: dict[str, list[int]] = {}
-        #: Restores being filled, in turn, and what each had faulted at the last look.
-        self._filling: list[Restore] = []
-        self._faulted: dict[str, int] = {}
-        self._fill_at = 0.0
+        self._filling = Filling()
         self._interrupted: set[str] = set()
         self._running = True
         self._ticked = time.monotonic()
         self._alone_since = time.monotonic()
         self._file = JournalFile(journal_fd, JOURNAL_BYTES)
-        self._listener: socket.socket | None = socket.socket(fileno=listener_fd)
-        self._listener.setblocking(False)
+        self._listener: int | None = listener_fd
+        os.set_blocking(listener_fd, False)
         self._watch(listener_fd, self._agent_connects)
         self._watch(self._wake, self._chunks_arrived)
         self._state = State(self._layout)
@@ -93,7 +90,7 @@ class Worker:
             if self._busy:
                 key = next(iter(self._busy))
                 self._slice(self._busy.pop(key))
-            elif self._filling and time.monotonic() >= self._fill_at:
+            elif self._filling and time.monotonic() >= self._filling.due_s:
                 self._fill()
             if time.monotonic() - self._ticked > TICK_S:
                 self._ticked = time.monotonic()
@@ -105,7 +102,7 @@ class Worker:
         if self._again:
             return RETRY_S
         if self._filling:
-            return max(0.0, min(TICK_S, self._fill_at - time.monotonic()))
+            return max(0.0, min(TICK_S, self._filling.due_s - time.monotonic()))
         return TICK_S
 
     def _watch(self, fd: int, handler: Callable[[], None]) -> None:
@@ -192,12 +189,10 @@ class Worker:
 
     def _agent_connects(self) -> None:
         assert self._listener is not None
-        try:
-            connection, _ = self._listener.accept()
-        except OSError:
+        fd = descriptors.accept(self._listener)
+        if fd is None:
             return
-        connection.setblocking(False)
-        old, fd = self._state.agent, connection.detach()
+        old = self._state.agent
         self._note(Kind.AGENT, fd)
         self._watch(fd, self._order)
         if old >= 0:  # the newest agent is the one that counts
@@ -213,20 +208,16 @@ class Worker:
             os.close(fd)
 
     def _order(self) -> None:
-        agent = socket.socket(fileno=os.dup(self._state.agent))
-        with agent:
-            try:
-                payload, fds, _, _ = socket.recv_fds(agent, ORDER_BYTES_MAX, 4)
-            except BlockingIOError:
-                return
-            except OSError:
-                payload, fds = b"", []
+        received = descriptors.receive(self._state.agent, ORDER_BYTES_MAX)
+        if received is None:
+            return
+        payload, fds = received
         if not payload:
             self._agent_gone()
             return
         order = msgpack.unpackb(payload)
         try:
-            answer = getattr(self, f"_order_{order['op']}")(order, list(fds))
+            answer = getattr(self, f"_order_{order['op']}")(order, fds)
         except (AgentError, OSError, KeyError, ValueError, AttributeError) as error:
             for fd in fds:
                 os.close(fd)
@@ -240,13 +231,11 @@ class Worker:
     def _send(self, message: dict[str, Any], fd: int | None = None) -> None:
         if self._state.agent < 0:
             return
-        agent = socket.socket(fileno=os.dup(self._state.agent))
-        with agent:
-            try:
-                socket.send_fds(agent, [msgpack.packb(message)], [] if fd is None else [fd])
-            except OSError as error:
-                logger.error("the agent does not take %s: %s", message.get("event", "an answer"), error)
-                self._agent_gone()
+        try:
+            descriptors.send(self._state.agent, msgpack.packb(message), [] if fd is None else [fd])
+        except OSError as error:
+            logger.error("the agent does not take %s: %s", message.get("event", "an answer"), error)
+            self._agent_gone()
 
     def _order_hello(self, _: dict[str, Any], __: list[int]) -> dict[str, Any]:
         return {"protocol": PROTOCOL, "keeper": self._keeper, "worker": os.getpid()}
@@ -260,6 +249,7 @@ class Worker:
         settings = self._state.settings
         s3, parallel = S3Settings(**settings["s3"]), int(settings["parallel"])
         self._downloads.configure(lambda: ObjectStore(s3, parallel=parallel, warm=WARM_CONNECTIONS), parallel)
+        self._filling.configure(float(settings["fill_after_s"]), float(settings["fill_mb_per_s"]))
 
     def _order_open(self, order: dict[str, Any], _: list[int]) -> dict[str, Any]:
         name, directory, complete = order["image"], order["directory"], order["complete"]
@@ -307,11 +297,7 @@ class Worker:
         answer = {
             "pages_prefetched": restore.pages_prefetched,
             "pages_faulted": restore.pages_faulted,
-            "pages_filled": restore.pages_filled,
-            "prefetch_start_ns": restore.prefetch_start_ns,
-            "prefetch_end_ns": restore.prefetch_end_ns,
             "spaces": len(restore.spaces),
-            "image_complete": image.complete,
             "s3_gets": max(0, image.gets - restore.gets_before),
             "s3_bytes": max(0, image.bytes_fetched - restore.bytes_before),
         }
@@ -361,9 +347,7 @@ class Worker:
         for fd in sockets:
             self._unwatch(fd)
             os.close(fd)
-        if restore in self._filling:
-            self._filling.remove(restore)
-        self._faulted.pop(name, None)
+        self._filling.forget(restore)
         self._interrupted.discard(name)
         for number in self._awaited.pop(name, []):
             self._answer(number, {"error": "the restore was released"})
@@ -376,14 +360,9 @@ class Worker:
             self._watch_connection(restore, fd)
 
     def _criu_connects(self, restore: Restore) -> None:
-        listener = socket.socket(fileno=os.dup(restore.listener))
-        with listener:
-            try:
-                connection, _ = listener.accept()
-            except OSError:
-                return
-        connection.setblocking(False)
-        fd = connection.detach()
+        fd = descriptors.accept(restore.listener)
+        if fd is None:
+            return
         self._note(Kind.CONNECTED, [restore.name, fd])
         self._watch_connection(restore, fd)
 
@@ -393,7 +372,7 @@ class Worker:
     def _criu_says(self, restore: Restore, fd: int) -> None:
         size = MESSAGE_DATA_BYTES + MESSAGE_CONTROL_BYTES
         view = self._reserve(Kind.MESSAGE, fd, size)
-        received = _receive(fd, view)
+        received = descriptors.receive_into(fd, view, MESSAGE_DATA_BYTES)
         if received is None:
             self._file.journal.drop(size)
         elif received == 0:
@@ -526,36 +505,24 @@ class Worker:
             # The kernel does not report the end of a process; any copy does.
             if serving.space.restore.finished and serving.probe() is Outcome.GONE:
                 self._forget(serving.space)
-        self._choose_filling()
+        self._filling.choose(
+            self._state.restores.values(), lambda item: item.image in self._images and self._images[item.image].complete, time.time_ns()
+        )
         keeper_gone = os.getppid() != self._keeper
         if keeper_gone and self._listener is not None:
             # No worker would come after this one. It serves what is there to its end, so that nothing reads a wrong page, and no more.
             logger.error("the keeper of the pager is gone")
-            self._unwatch(self._listener.fileno())
-            self._listener.close()
+            self._unwatch(self._listener)
+            os.close(self._listener)
             self._listener = None
             self._agent_gone()
         alone_s = time.monotonic() - self._alone_since
         if self._state.agent < 0 and (keeper_gone or alone_s > self._state.settings.get("orphan_s", 0.0)) and not self._servings:
             self._running = False
 
-    def _choose_filling(self) -> None:
-        """Instances that are old enough, and have missed pages since the last look."""
-        settings = self._state.settings
-        rate = float(settings.get("fill_mb_per_s", 0))
-        self._filling = []
-        for restore in self._state.restores.values():
-            faulted = restore.pages_faulted
-            if faulted != self._faulted.get(restore.name, 0):
-                self._faulted[restore.name] = faulted
-                old = time.time_ns() - restore.begun_ns > float(settings.get("fill_after_s", 0)) * 1e9
-                here = restore.image in self._images and self._images[restore.image].complete
-                if rate > 0 and old and here and restore.finished and restore.spaces and not restore.record:
-                    self._filling.append(restore)
-
     def _fill(self) -> None:
         """One piece for the instance whose turn it is."""
-        restore = self._filling.pop(0)
+        restore = self._filling.take_turn()
         serving = next(iter(self._of(restore)), None)
         if serving is None:
             return
@@ -565,40 +532,7 @@ class Worker:
             self._forget(serving.space)
         else:
             self._dispatch(serving, progress)
-        self._filling.append(restore)
-        self._fill_at = max(self._fill_at, time.monotonic() - TICK_S) + size / (float(self._state.settings["fill_mb_per_s"]) * 1e6)
-
-
-class _Vector(ctypes.Structure):
-    _fields_ = (("base", ctypes.c_void_p), ("size", ctypes.c_size_t))
-
-
-class _Message(ctypes.Structure):
-    _fields_ = (
-        ("name", ctypes.c_void_p),
-        ("name_bytes", ctypes.c_uint32),
-        ("vectors", ctypes.POINTER(_Vector)),
-        ("vector_count", ctypes.c_size_t),
-        ("control", ctypes.c_void_p),
-        ("control_bytes", ctypes.c_size_t),
-        ("flags", ctypes.c_int),
-    )
-
-
-_libc = ctypes.CDLL(None, use_errno=True)
-_libc.recvmsg.argtypes = [ctypes.c_int, ctypes.c_void_p, ctypes.c_int]
-_libc.recvmsg.restype = ctypes.c_ssize_t
-
-
-def _receive(fd: int, view: memoryview) -> int | None:
-    """Receive 4 bytes and at most one descriptor straight into ``view``; None when there is nothing, 0 at the end."""
-    address = ctypes.addressof(ctypes.c_char.from_buffer(view))
-    vector = _Vector(address, 4)
-    message = _Message(None, 0, ctypes.pointer(vector), 1, address + MESSAGE_DATA_BYTES, MESSAGE_CONTROL_BYTES, 0)
-    received = int(_libc.recvmsg(fd, ctypes.byref(message), socket.MSG_DONTWAIT | socket.MSG_CMSG_CLOEXEC))
-    if received < 0:
-        return None if ctypes.get_errno() in (11, 4) else 0
-    return received
+        self._filling.filled(restore, size, time.monotonic(), TICK_S)
 
 
 def run() -> None:
