@@ -20,7 +20,8 @@ from agent.errors import AgentError, InstanceGone
 from agent.instance import Instance
 from agent.pager.client import PagerClient
 from agent.restore import served_callbacks
-from agent.sandbox.local import Sandbox, SandboxFactory
+from agent.sandbox.factory import SandboxFactory
+from agent.sandbox.local import Sandbox
 from agent.store.cache import ImageCache
 
 logger = logging.getLogger(__name__)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import hashlib
 import logging
 import os
@@ -32,7 +33,7 @@ from agent.errors import ImageInvalid
 from agent.instance import Workshop
 from agent.pager.client import PagerClient
 from agent.ready import warm_up
-from agent.restore import start_restored
+from agent.restore import Restoration, start_restored
 from agent.sandbox.rootfs import RootLayers
 from agent.store import archive, chunks, host, manifest, workingset
 from agent.store.cache import ARCHIVE, IMAGES, LAYER, MANIFEST, CachedImage, ImageCache
@@ -40,7 +41,6 @@ from agent.store.manifest import Blob, Manifest, Pages, Span
 from agent.store.workingset import Recording
 from infra.errors import ObjectConflict, ObjectMissing
 from infra.s3 import ObjectStore
-from infra.tasks import TaskGroup
 
 logger = logging.getLogger(__name__)
 WARM_UP_TIMEOUT_S = 30.0
@@ -59,14 +59,12 @@ class Checkpointer:
         cache: ImageCache,
         store: ObjectStore,
         pager: Callable[[], PagerClient],
-        tasks: TaskGroup,
         criu_version: str,
     ) -> None:
         self._workshop = workshop
         self._cache = cache
         self._store = store
         self._pager = pager
-        self._tasks = tasks
         self._criu_version = criu_version
 
     async def make(
@@ -167,13 +165,11 @@ class Checkpointer:
         pager = self._pager()
         trials, used = [], []
         with clock.phase("record"):
-            await pager.open_image(image.checkpoint, building, complete=True)
+            opened = functools.partial(pager.open_image, image.checkpoint, building, complete=True)
             try:
                 for number in range(max(1, self._workshop.settings.recordings)):
-                    instance = await start_restored(
-                        self._workshop, pager, self._tasks, image, function, layers, f"{instance_id}-{number}", deadline_ns,
-                        PhaseClock(), record=True,
-                    )  # fmt: skip
+                    what = Restoration(image, function, layers, f"{instance_id}-{number}", deadline_ns, opened, record=True)
+                    instance = await start_restored(self._workshop, pager, what, PhaseClock())
                     try:
                         await warm_up(instance.sandbox.address, function, WARM_UP_TIMEOUT_S, repeat=False)
                         trials.append(await pager.touched(instance.id))

@@ -21,6 +21,7 @@ from agent.sandbox.local import Sandbox
 from agent.sandbox.pool import SandboxPool
 from agent.store.cache import CachedImage
 from infra.settings import AgentSettings
+from infra.tasks import TaskGroup
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,7 @@ class Workshop:
     settings: AgentSettings
     furnisher: Furnisher
     pool: SandboxPool
+    tasks: TaskGroup
 
 
 @dataclass

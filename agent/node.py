@@ -51,7 +51,6 @@ from agent.standbys import Standbys
 from agent.starts import Starter, StartFailure, instance_id
 from agent.store.cache import CachedImage
 from infra.errors import InfraError
-from infra.tasks import TaskGroup
 from infra.telemetry import log_context, trace_id
 
 logger = logging.getLogger(__name__)
@@ -74,7 +73,6 @@ class Node:
         starter: Starter,
         standbys: Standbys,
         checkpointer: Checkpointer,
-        tasks: TaskGroup,
         report: Callable[[Message], None],
     ) -> None:
         self.name = name
@@ -83,7 +81,7 @@ class Node:
         self._starter = starter
         self._standbys = standbys
         self._checkpointer = checkpointer
-        self._tasks = tasks
+        self._tasks = workshop.tasks
         self._report = report
         #: Running and on standby.
         self.instances: dict[str, Instance] = {}
@@ -121,7 +119,7 @@ class Node:
         await asyncio.gather(*(self._end(instance, "released", "", 0.0) for instance in list(self.instances.values())))
 
     async def pager_lost(self) -> None:
-        """End what the lost pager served: nothing reads a wrong page, because PID 1 of each sandbox holds the descriptors."""
+        """End what the lost pager served; until then its last worker serves it, so that nothing reads a wrong page."""
         lost = [instance for instance in self.instances.values() if instance.pager is not None]
         logger.error("the pager is gone; %d instances that it served are ended and will be started again", len(lost))
         self._catalog.pager_lost()

@@ -2,7 +2,7 @@
 
 In: a :class:`~agent.store.cache.CachedImage` and the function it is of. Out: an :class:`~agent.instance.Instance`: on standby between the
 two steps, running after the second. A start from the cache takes both at once (:func:`start_restored`); :mod:`agent.standbys` keeps
-instances in between. The working set is copied while CRIU works. :mod:`agent.checkpoint` runs the same sequence to record the working set.
+instances in between. CRIU brings the working set along. :mod:`agent.checkpoint` runs the same sequence to record it.
 """
 
 from __future__ import annotations
@@ -30,17 +30,12 @@ from agent.sandbox import rootfs
 from agent.sandbox.rootfs import RootLayers
 from agent.store import archive
 from agent.store.cache import IMAGES, CachedImage
-from infra.tasks import TaskGroup
 
 logger = logging.getLogger(__name__)
 #: Smaller images are restored whole: putting a few MB in place costs less than serving faults.
 _WHOLE_BYTES_MAX = 10 << 20
 #: Niceness of a restore that nobody waits for; the restored processes have that of their image.
 _BACKGROUND_NICE = 19
-
-
-#: Makes sure of something that is on its way.
-Opened = Callable[[], Awaitable[None]]
 
 
 @dataclass
@@ -54,44 +49,62 @@ class RestoreEvidence:
     criu: dict[str, int] = field(default_factory=dict)
 
 
-async def restore(
-    workshop: Workshop,
-    pager: PagerClient,
-    tasks: TaskGroup,
-    image: CachedImage,
-    function: Function,
-    layers: RootLayers,
-    instance_id: str,
-    deadline_ns: int,
-    clock: PhaseClock,
-    *,
-    opened: Opened | None = None,
-    place: AbstractAsyncContextManager[None] | None = None,
-    record: bool = False,
-    background: bool = False,
-) -> Instance:
-    """Restore ``image`` as a new instance that is stopped.
+@dataclass(frozen=True)
+class Restoration:
+    """What is restored.
 
-    Args:
-        workshop, pager, tasks: what the node works with.
-        image: the checkpoint; it must be known to the pager.
+    Attributes:
+        image: the checkpoint.
         function: what it is a checkpoint of.
         layers: its root files.
         instance_id: name of the new instance.
         deadline_ns: wall clock ns at which to give up.
-        clock: gets the phases ``sandbox``, ``admission``, ``sandbox.root``, ``criu.restore``.
         opened: makes sure that the pager has the image open.
-        place: held while processors are busy with it. The sandbox comes before: making one is mostly waiting for the kernel.
         record: copy nothing ahead and note each touched page.
         background: nobody waits for it; leave the cores to others.
+    """
+
+    image: CachedImage
+    function: Function
+    layers: RootLayers
+    instance_id: str
+    deadline_ns: int
+    opened: Callable[[], Awaitable[None]]
+    record: bool = False
+    background: bool = False
+
+    @property
+    def lazy(self) -> bool:
+        """Whether memory comes back on access: always while pages are missing on the node, because CRIU reads a whole image itself."""
+        memory = self.function.spec.policy.memory
+        small = self.image.manifest.image_bytes <= _WHOLE_BYTES_MAX
+        return self.record or not self.image.complete or memory == "lazy" or (memory == "auto" and not small)
+
+
+async def restore(
+    workshop: Workshop,
+    pager: PagerClient,
+    what: Restoration,
+    clock: PhaseClock,
+    *,
+    place: AbstractAsyncContextManager[None] | None = None,
+) -> Instance:
+    """Restore an image as a new instance that is stopped.
+
+    Args:
+        workshop, pager: what the node works with.
+        what: the image, and as what.
+        clock: gets the phases ``sandbox``, ``admission``, ``sandbox.root``, ``criu.restore``.
+        place: held while processors are busy with it. The sandbox comes before: making one is mostly waiting for the kernel.
 
     Raises:
         AgentError: it did not come up; nothing is left.
     """
+    image = what.image
     with clock.phase("sandbox"):
-        sandbox = await workshop.pool.take(layers.root)
-        instance = Instance(instance_id, function, sandbox, sandbox.output or workshop.furnisher.log(instance_id))
-        instance.image, instance.pager = image, pager
+        sandbox = await workshop.pool.take(what.layers.root)
+        instance = Instance(what.instance_id, what.function, sandbox, sandbox.output or workshop.furnisher.log(what.instance_id))
+        instance.image, instance.pager = image, pager if what.lazy else None
         image.users += 1
         image.used_at = time.monotonic()
         instance.start_mode = "restore" if image.complete else "remote"
@@ -102,7 +115,7 @@ async def restore(
             if place is not None:
                 with clock.phase("admission"):
                     await held.enter_async_context(place)
-            await _fill(workshop, pager, tasks, instance, layers, deadline_ns, clock, opened, record=record, background=background)
+            await _fill(workshop, what, instance, clock)
     except BaseException:
         await give_up(workshop, instance)
         raise
@@ -115,45 +128,30 @@ async def give_up(workshop: Workshop, instance: Instance) -> None:
     await instance.stop(workshop)
 
 
-async def _fill(
-    workshop: Workshop,
-    pager: PagerClient,
-    tasks: TaskGroup,
-    instance: Instance,
-    layers: RootLayers,
-    deadline_ns: int,
-    clock: PhaseClock,
-    opened: Opened | None,
-    *,
-    record: bool,
-    background: bool,
-) -> None:
+async def _fill(workshop: Workshop, what: Restoration, instance: Instance, clock: PhaseClock) -> None:
     """Fill a sandbox with the function's files and CRIU's processes."""
-    sandbox, function, image = instance.sandbox, instance.function, instance.image
+    sandbox, image, pager, work = instance.sandbox, what.image, instance.pager, work_directory(instance.sandbox)
     worker = sandbox.worker
-    if worker is None or image is None:
+    if worker is None:
         raise SandboxError("no CRIU worker waits in it", sandbox=sandbox.id)
-    lazy, work = record or _lazy(function, image), work_directory(sandbox)
     serving: asyncio.Task[None] | None = None
-    if lazy:  # the pager gets ready while files are bound and CRIU begins
+    if pager is not None:  # it gets ready while files are bound and CRIU begins
         served = served_callbacks(instance)
-        serve = pager.serve(instance.id, image.checkpoint, work, served, record=record, prefetch=not record, opened=opened)
-        serving = tasks.spawn(serve, f"pager of {instance.id}")
-    else:
-        instance.pager = None
+        serve = pager.serve(instance.id, image.checkpoint, work, served, record=what.record, prefetch=not what.record, opened=what.opened)
+        serving = workshop.tasks.spawn(serve, f"pager of {instance.id}")
     try:
         with clock.phase("sandbox.root"):
             if image.layer.stat().st_size:  # the thread costs more than the call when there is nothing to unpack
                 await asyncio.to_thread(archive.unpack_layer, image.layer, sandbox.layer_fd, sandbox.open_root)
-            await workshop.furnisher.furnish(sandbox, function, layers, instance.id, image.checkpoint)
-        if background:
+            await workshop.furnisher.furnish(sandbox, what.function, what.layers, instance.id, image.checkpoint)
+        if what.background:
             for pid in sandbox.processes():
                 with contextlib.suppress(ProcessLookupError):  # it has ended meanwhile
                     os.setpriority(os.PRIO_PROCESS, pid, _BACKGROUND_NICE)
         with clock.phase("criu.restore"):
-            left_s = max(0.001, (deadline_ns - time.time_ns()) / 1e9)
+            left_s = max(0.001, (what.deadline_ns - time.time_ns()) / 1e9)
             path = f"{image.directory.name}/{IMAGES}"
-            await tool.restore(worker, path, image.manifest.outputs, work, lazy=lazy, leave_stopped=True, timeout_s=left_s)
+            await tool.restore(worker, path, image.manifest.outputs, work, lazy=pager is not None, timeout_s=left_s)
     finally:
         if serving is not None:
             await serving
@@ -201,28 +199,19 @@ async def resume(workshop: Workshop, instance: Instance, deadline_ns: int, clock
 async def start_restored(
     workshop: Workshop,
     pager: PagerClient,
-    tasks: TaskGroup,
-    image: CachedImage,
-    function: Function,
-    layers: RootLayers,
-    instance_id: str,
-    deadline_ns: int,
+    what: Restoration,
     clock: PhaseClock,
     *,
-    opened: Opened | None = None,
     place: AbstractAsyncContextManager[None] | None = None,
-    record: bool = False,
 ) -> Instance:
     """:func:`restore`, then :func:`resume`.
 
     Raises:
         AgentError: it did not come up; nothing is left.
     """
-    instance = await restore(
-        workshop, pager, tasks, image, function, layers, instance_id, deadline_ns, clock, opened=opened, place=place, record=record
-    )
+    instance = await restore(workshop, pager, what, clock, place=place)
     try:
-        await resume(workshop, instance, deadline_ns, clock)
+        await resume(workshop, instance, what.deadline_ns, clock)
     except BaseException:
         await give_up(workshop, instance)
         raise
@@ -248,15 +237,6 @@ async def evidence_of(instance: Instance) -> RestoreEvidence:
         evidence.bytes_by_tier["s3"] = stats.get("s3_bytes", 0)
         evidence.s3_gets = stats.get("s3_gets", 0)
     return evidence
-
-
-def _lazy(function: Function, image: CachedImage) -> bool:
-    """Whether memory comes back on access: always while pages are missing on the node, because CRIU reads a whole image itself."""
-    if not image.complete:
-        return True
-    if function.spec.policy.memory == "auto":
-        return image.manifest.image_bytes > _WHOLE_BYTES_MAX
-    return function.spec.policy.memory == "lazy"
 
 
 def served_callbacks(instance: Instance) -> Served:

@@ -34,7 +34,7 @@ from agent.instance import Workshop
 from agent.node import Node, endpoint
 from agent.pager.client import PagerClient
 from agent.sandbox.cgroup import CgroupTree
-from agent.sandbox.local import SandboxFactory
+from agent.sandbox.factory import SandboxFactory
 from agent.sandbox.network import Network
 from agent.sandbox.pool import SandboxPool
 from agent.standbys import Standbys
@@ -124,13 +124,13 @@ class Agent:
         furnisher = Furnisher(criu_fd, await _probe_criu(factory, criu_fd), state / "images", logs, settings.run_as)
         pool = SandboxPool(factory, settings.pool_size, self._tasks, furnisher.prepare)
         stack.push_async_callback(pool.close)
-        workshop = Workshop(settings, furnisher, pool)
+        workshop = Workshop(settings, furnisher, pool, self._tasks)
         catalog = Catalog(settings, cache, store, lambda: self._pager, self._tasks, state / "layers", self._tools.criu_version)
         quiet = asyncio.Event()
-        standbys = Standbys(workshop, catalog, lambda: self._pager, self._tasks, quiet)
-        starter = Starter(settings.node_name, workshop, catalog, standbys, lambda: self._pager, self._tasks, quiet)
-        checkpointer = Checkpointer(workshop, cache, store, lambda: self._pager, self._tasks, self._tools.criu_version)
-        node = Node(settings.node_name, workshop, catalog, starter, standbys, checkpointer, self._tasks, self._report)
+        standbys = Standbys(workshop, catalog, lambda: self._pager, quiet)
+        starter = Starter(settings.node_name, workshop, catalog, standbys, lambda: self._pager, quiet)
+        checkpointer = Checkpointer(workshop, cache, store, lambda: self._pager, self._tools.criu_version)
+        node = Node(settings.node_name, workshop, catalog, starter, standbys, checkpointer, self._report)
         node.adopt(instances)
         stack.push_async_callback(self._release_all, node)
         self._keeping = self._tasks.spawn(self._keep_pager(node), "watch of the pager", essential=True)

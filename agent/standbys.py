@@ -7,7 +7,7 @@ priority, while no start is in progress; they cost their resident pages and kern
 from __future__ import annotations
 
 import asyncio
-import logging
+import functools
 import time
 from collections.abc import Callable
 
@@ -18,11 +18,8 @@ from agent.catalog import Catalog
 from agent.errors import Refused
 from agent.instance import Instance, Workshop
 from agent.pager.client import PagerClient
-from agent.restore import restore
+from agent.restore import Restoration, restore
 from agent.store.cache import CachedImage
-from infra.tasks import TaskGroup
-
-logger = logging.getLogger(__name__)
 
 #: Longest wait for fresh memory to be in place, s.
 _PREFETCH_TIMEOUT_S = 10.0
@@ -31,19 +28,16 @@ _PREFETCH_TIMEOUT_S = 10.0
 class Standbys:
     """The standbys of one node."""
 
-    def __init__(
-        self, workshop: Workshop, catalog: Catalog, pager: Callable[[], PagerClient], tasks: TaskGroup, quiet: asyncio.Event
-    ) -> None:
+    def __init__(self, workshop: Workshop, catalog: Catalog, pager: Callable[[], PagerClient], quiet: asyncio.Event) -> None:
         """Prepare.
 
         Args:
-            workshop, catalog, pager, tasks: what the node works with.
+            workshop, catalog, pager: what the node works with.
             quiet: set while no start is in progress.
         """
         self._workshop = workshop
         self._catalog = catalog
         self._pager = pager
-        self._tasks = tasks
         self._quiet = quiet
         self._one = asyncio.Lock()
         self._held: dict[str, list[Instance]] = {}
@@ -62,11 +56,11 @@ class Standbys:
         async with self._one:
             with clock.phase("wait"):
                 await self._quiet.wait()
-            await self._catalog.open(image)
-            instance = await restore(
-                self._workshop, self._pager(), self._tasks, image, function, resolution.layers, instance_id, command.deadline_ns, clock,
+            what = Restoration(
+                image, function, resolution.layers, instance_id, command.deadline_ns, functools.partial(self._catalog.open, image),
                 background=True,
             )  # fmt: skip
+            instance = await restore(self._workshop, self._pager(), what, clock)
             try:
                 if instance.pager is not None:
                     with clock.phase("prefetch"):

@@ -25,12 +25,11 @@ from agent.errors import AgentError, CriuError, ImageInvalid, InstanceGone, NotR
 from agent.fetch import Fetched
 from agent.instance import Instance, Workshop
 from agent.pager.client import PagerClient
-from agent.restore import RestoreEvidence, evidence_of, resume, start_restored
+from agent.restore import Restoration, RestoreEvidence, evidence_of, resume, start_restored
 from agent.room import check_room
 from agent.sandbox.rootfs import RootLayers
 from agent.standbys import Standbys
 from agent.store.cache import CachedImage
-from infra.tasks import TaskGroup
 
 logger = logging.getLogger(__name__)
 #: Share of the time until the deadline that a restore may use; the rest is for the cold start after it.
@@ -63,7 +62,6 @@ class Starter:
         catalog: Catalog,
         standbys: Standbys,
         pager: Callable[[], PagerClient],
-        tasks: TaskGroup,
         quiet: asyncio.Event,
     ) -> None:
         self._node = node
@@ -71,7 +69,6 @@ class Starter:
         self._catalog = catalog
         self._standbys = standbys
         self._pager = pager
-        self._tasks = tasks
         self._quiet = quiet
         self._quiet.set()
         self._active = 0
@@ -177,10 +174,10 @@ class Starter:
 
     async def _restored(self, attempt: _Attempt, image: CachedImage, layers: RootLayers) -> tuple[Instance, PhaseClock]:
         clock, function = PhaseClock(), attempt.command.function
-        instance = await start_restored(
-            self._workshop, self._pager(), self._tasks, image, function, layers, instance_id(function), attempt.restore_deadline_ns, clock,
-            opened=functools.partial(self._catalog.open, image), place=self._restores.place(function.name),
-        )  # fmt: skip
+        what = Restoration(
+            image, function, layers, instance_id(function), attempt.restore_deadline_ns, functools.partial(self._catalog.open, image)
+        )
+        instance = await start_restored(self._workshop, self._pager(), what, clock, place=self._restores.place(function.name))
         return instance, clock
 
     def _record(self, attempt: _Attempt, instance: Instance | None, error: AgentError | None) -> StartRecord:

@@ -32,7 +32,8 @@ from scaler.events import (
     ShardReady,
     Tick,
 )
-from scaler.state import FunctionSnapshot, FunctionState, snapshot
+from scaler.snapshots import FunctionSnapshot, snapshot
+from scaler.state import FunctionState
 from scaler.timers import TimerKey
 from scaler.world import PlannerConfig, Shard, World
 

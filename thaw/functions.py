@@ -31,7 +31,7 @@ from scaler.edges import functions as table
 from scaler.edges import statefeed
 from scaler.edges.topics import TOPICS
 from scaler.events import FunctionApplied
-from scaler.state import FunctionSnapshot
+from scaler.snapshots import FunctionSnapshot
 
 _CLIENT = "thaw-cli"
 

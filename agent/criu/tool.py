@@ -90,10 +90,8 @@ async def start_worker(sandbox: Sandbox, criu_fd: int, images: Path, work_direct
             os.close(fd)
 
 
-async def restore(
-    worker: Worker, images: str, outputs: Sequence[str], work_directory: Path, *, lazy: bool, leave_stopped: bool, timeout_s: float
-) -> None:
-    """Have a waiting worker restore an image; the worker ends with it.
+async def restore(worker: Worker, images: str, outputs: Sequence[str], work_directory: Path, *, lazy: bool, timeout_s: float) -> None:
+    """Have a waiting worker restore an image, and leave its processes stopped; the worker ends with it.
 
     Args:
         worker: of :func:`start_worker`.
@@ -101,7 +99,6 @@ async def restore(
         outputs: names at dump time (``pipe:[123]``) of the descriptors that the worker's output takes the place of.
         work_directory: the worker's.
         lazy: leave lazy pages to the pager behind ``lazy-pages.socket`` in the work directory.
-        leave_stopped: do not let the restored processes run.
         timeout_s: longest wait.
 
     Raises:
@@ -110,7 +107,7 @@ async def restore(
     options: dict[str, protobuf.Scalar | list[protobuf.Scalar]] = {
         "images_dir_fd": -1, "images_dir": f"/proc/self/fd/{_IMAGES_FD}/{images}", "work_dir_fd": _WORK_FD, "log_level": LOG_LEVEL,
         "log_file": "restore.log", "tcp_close": True, "manage_cgroups_mode": 0, "network_lock": _NETWORK_LOCK_SKIP,
-        "file_locks": True, "link_remap": True, "ext_unix_sk": True, "lazy_pages": lazy, "leave_stopped": leave_stopped,
+        "file_locks": True, "link_remap": True, "ext_unix_sk": True, "lazy_pages": lazy, "leave_stopped": True,
         "inherit_fd": [protobuf.encode({1: name, 2: _OUTPUT_FD}) for name in outputs],
     }  # fmt: skip
     encoded = protobuf.encode({_OPTION[name]: value for name, value in options.items()})

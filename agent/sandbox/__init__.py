@@ -1,5 +1,6 @@
 """Where an instance lives: namespaces, root files, network, limits.
 
-:mod:`agent.sandbox.local` makes and drives one sandbox (its PID 1 is ``init.c``), :mod:`agent.sandbox.network` gives it an address,
-:mod:`agent.sandbox.cgroup` its limits, :mod:`agent.sandbox.rootfs` its files, and :mod:`agent.sandbox.pool` keeps some ready.
+:mod:`agent.sandbox.local` drives one sandbox (its PID 1 is ``init.c``), :mod:`agent.sandbox.factory` makes and takes over sandboxes,
+:mod:`agent.sandbox.network` gives them addresses, :mod:`agent.sandbox.cgroup` limits, :mod:`agent.sandbox.rootfs` and
+:mod:`agent.sandbox.mounts` files, and :mod:`agent.sandbox.pool` keeps some ready.
 """

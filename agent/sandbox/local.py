@@ -2,39 +2,30 @@
 
 In: orders of :mod:`agent.restore`, :mod:`agent.cold` and :mod:`agent.checkpoint`. Out: processes inside, their ends through
 :attr:`Sandbox.on_exit`, and nothing at all after :meth:`Sandbox.destroy`. The other side of the socket is ``init.c``. A sandbox outlives
-the agent: its folder holds the socket and a record by which the next agent finds it.
+the agent: its folder holds the socket and a record by which the next agent finds it. Made by :mod:`agent.sandbox.factory`.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import logging
 import os
 import shutil
 import signal
 import socket
-import subprocess
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import msgspec
-
 from agent.errors import SandboxError
 from agent.sandbox import mounts
-from agent.sandbox.cgroup import Cgroup, CgroupTree
+from agent.sandbox.cgroup import Cgroup
 from agent.sandbox.network import Link, Network, hardware_address
-
-logger = logging.getLogger(__name__)
 
 #: Longest wait for an answer of PID 1; it does nothing that takes long.
 ORDER_TIMEOUT_S = 10.0
 #: Open files that an instance may have.
 OPEN_FILES_MAX = 65536
-#: Files in a sandbox's folder.
-_CONTROL, _RECORD = "control", "sandbox"
 #: Mounts that one message to PID 1 carries (init.c: FDS_MAX).
 _MOUNTS_MAX = 30
 
@@ -61,16 +52,8 @@ class Worker:
         self.socket.close()
 
 
-class SandboxRecord(msgspec.Struct, frozen=True):
-    """What a later agent must know of a sandbox; ``init_started`` (clock ticks since boot) tells PID 1 from a process that took its pid."""
-
-    init_pid: int
-    init_started: int
-    link: Link
-
-
 class Sandbox:
-    """A live sandbox. Made by :class:`SandboxFactory`."""
+    """A live sandbox."""
 
     def __init__(self, folder: Path, init_pid: int, control: socket.socket, cgroup: Cgroup) -> None:
         self.id = folder.name
@@ -299,135 +282,3 @@ class Sandbox:
                 waiter.set_exception(SandboxError("the sandbox is gone", sandbox=self.id))
         if not self.gone.done():
             self.gone.set_result(None)
-
-
-class SandboxFactory:
-    """Makes the sandboxes of one agent, and takes over those of an agent that is gone."""
-
-    def __init__(self, init_path: Path, folders: Path, cgroups: CgroupTree, network: Network, orphan_s: float) -> None:
-        """Prepare.
-
-        Args:
-            init_path: the compiled ``init.c``.
-            folders: gets one folder per sandbox, and an empty one that is mounted over in each.
-            cgroups, network: what sandboxes get limits and addresses from.
-            orphan_s: sandboxes end when no agent came for so long.
-        """
-        self._init_path = init_path
-        self._folders = folders
-        self._mount_point = folders / "mount"
-        self._cgroups = cgroups
-        self.network = network
-        self._orphan_s = max(1, round(orphan_s))
-        self._serial = 0
-        self._prefix = f"{time.time_ns():x}"  # ids do not meet those of an earlier agent
-        self._mount_point.mkdir(parents=True, exist_ok=True)
-
-    async def create(self) -> Sandbox:
-        """A sandbox with namespaces, limits (open) and an address, but no root yet.
-
-        Raises:
-            SandboxError: the host refuses; nothing is left.
-        """
-        self._serial += 1
-        folder = self._folders / f"{self._prefix}-{self._serial}"
-        try:
-            cgroup, pid = await asyncio.to_thread(self._spawn, folder)
-        except (OSError, ValueError, subprocess.SubprocessError) as error:
-            raise SandboxError(f"cannot make a sandbox: {error}", stage="sandbox") from error
-        sandbox = Sandbox(folder, pid, _connect(folder), cgroup)
-        try:
-            await sandbox.ready()
-            sandbox.link = await self.network.attach(pid)
-            await sandbox.configure_network(sandbox.link, self.network.gateway)
-            record = SandboxRecord(pid, process_started(pid), sandbox.link)
-            (folder / _RECORD).write_bytes(msgspec.msgpack.encode(record))
-        except BaseException:
-            await sandbox.destroy(self.network)
-            raise
-        return sandbox
-
-    def left(self) -> list[Path]:
-        """Folders of sandboxes that an agent which is gone has left."""
-        return [path for path in sorted(self._folders.iterdir()) if path != self._mount_point]
-
-    async def adopt(self, folder: Path) -> Sandbox:
-        """Take over a sandbox.
-
-        Raises:
-            SandboxError: it does not live any more, or not rightly.
-        """
-        try:
-            record = msgspec.msgpack.decode((folder / _RECORD).read_bytes(), type=SandboxRecord)
-            if process_started(record.init_pid) != record.init_started:
-                raise SandboxError("its PID 1 has ended", sandbox=folder.name)
-            sandbox = Sandbox(folder, record.init_pid, _connect(folder), self._cgroups.existing(folder.name))
-        except (OSError, msgspec.MsgspecError) as error:
-            raise SandboxError(f"it cannot be taken over: {error}", sandbox=folder.name) from error
-        sandbox.link = record.link
-        self.network.adopt(record.link)
-        await sandbox.ready()
-        return sandbox
-
-    async def discard(self, folder: Path) -> None:
-        """End what is left of a sandbox that is not taken over."""
-        cgroup = self._cgroups.existing(folder.name)
-        for pid in cgroup.processes():
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-        with contextlib.suppress(OSError, msgspec.MsgspecError):
-            record = msgspec.msgpack.decode((folder / _RECORD).read_bytes(), type=SandboxRecord)
-            if process_started(record.init_pid) == record.init_started:
-                os.kill(record.init_pid, signal.SIGKILL)
-        await asyncio.to_thread(cgroup.remove)
-        await asyncio.to_thread(shutil.rmtree, folder, True)
-
-    def _spawn(self, folder: Path) -> tuple[Cgroup, int]:
-        folder.mkdir(mode=0o700)
-        cgroup = self._cgroups.create(folder.name)
-        try:
-            with _address(folder) as address, socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
-                listener.bind(address)
-                listener.listen(4)
-                arguments = [str(self._init_path), str(listener.fileno()), str(self._mount_point), str(self._orphan_s)]
-                done = subprocess.run(
-                    arguments, pass_fds=[listener.fileno()], stdin=subprocess.DEVNULL, capture_output=True, cwd="/", check=False
-                )
-            if done.returncode:
-                raise SandboxError(f"cannot make a sandbox: {done.stderr.decode(errors='replace').strip()}", stage="sandbox")
-            pid = int(done.stdout)
-            cgroup.join(pid)
-        except BaseException:
-            cgroup.remove()
-            shutil.rmtree(folder, ignore_errors=True)
-            raise
-        return cgroup, pid
-
-
-def process_started(pid: int) -> int:
-    """When a process was started, in clock ticks since boot (field 22 of /proc/PID/stat); 0 when there is none."""
-    try:
-        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19])
-    except (OSError, IndexError, ValueError):
-        return 0
-
-
-@contextlib.contextmanager
-def _address(folder: Path) -> Iterator[str]:
-    """The control socket's address by way of a descriptor: socket paths end at 107 bytes."""
-    directory = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        yield f"/proc/self/fd/{directory}/{_CONTROL}"
-    finally:
-        os.close(directory)
-
-
-def _connect(folder: Path) -> socket.socket:
-    control = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    try:
-        with _address(folder) as address:
-            control.connect(address)
-    except BaseException:
-        control.close()
-        raise
-    return control

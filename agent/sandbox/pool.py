@@ -14,7 +14,8 @@ from collections import OrderedDict, deque
 from collections.abc import Awaitable, Callable
 
 from agent.errors import SandboxError
-from agent.sandbox.local import Sandbox, SandboxFactory
+from agent.sandbox.factory import SandboxFactory
+from agent.sandbox.local import Sandbox
 from infra.tasks import TaskGroup
 
 logger = logging.getLogger(__name__)

@@ -16,7 +16,7 @@ from scaler.demand import STATE_TOPIC
 from scaler.edges.publisher import Outgoing, Publisher
 from scaler.levels import NS
 from scaler.planner import Planner
-from scaler.state import FunctionSnapshot
+from scaler.snapshots import FunctionSnapshot
 
 PER_FUNCTION_HZ = 5
 

@@ -18,7 +18,7 @@ import agent.sandbox
 from agent.api.messages import Release
 from agent.errors import SandboxError
 from agent.sandbox.cgroup import CgroupTree
-from agent.sandbox.local import SandboxFactory
+from agent.sandbox.factory import SandboxFactory
 from agent.sandbox.network import Link, Network
 from infra.local import native
 from infra.netlink import Netlink

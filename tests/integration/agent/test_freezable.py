@@ -16,7 +16,8 @@ import agent.sandbox
 from agent.criu import freezable
 from agent.errors import NotFreezable
 from agent.sandbox.cgroup import CgroupTree
-from agent.sandbox.local import Process, Sandbox, SandboxFactory
+from agent.sandbox.factory import SandboxFactory
+from agent.sandbox.local import Process, Sandbox
 from agent.sandbox.network import Network
 from infra.local import native
 from infra.settings import load
