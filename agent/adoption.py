@@ -23,6 +23,7 @@ from agent.restore import served_callbacks
 from agent.sandbox.factory import SandboxFactory
 from agent.sandbox.local import Sandbox
 from agent.store.cache import ImageCache
+from infra.local.processes import parse_stat
 
 logger = logging.getLogger(__name__)
 _RECORD = "instance"
@@ -132,6 +133,6 @@ def _instance(record: InstanceRecord, sandbox: Sandbox, cache: ImageCache, pager
 def _stopped(pid: int) -> bool:
     """Whether a process is stopped by a signal, or gone."""
     try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] in "TtZX"
-    except OSError:
+        return parse_stat(Path(f"/proc/{pid}/stat").read_text())[1] in "TtZX"
+    except (OSError, ValueError):
         return True

@@ -20,6 +20,7 @@ from agent.pager.client import PagerClient
 from agent.sandbox.local import Sandbox
 from agent.sandbox.pool import SandboxPool
 from agent.store.cache import CachedImage
+from infra import probe
 from infra.settings import AgentSettings
 from infra.tasks import TaskGroup
 
@@ -96,9 +97,7 @@ class Instance:
         total = 0
         for pid in self.sandbox.processes():
             with contextlib.suppress(OSError):
-                for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
-                    if line.startswith("Pss:"):
-                        total += int(line.split()[1]) << 10
+                total += probe.pss_bytes(Path(f"/proc/{pid}/smaps_rollup").read_text())
         return total
 
     async def stop(self, workshop: Workshop, grace_s: float = 0.0) -> None:

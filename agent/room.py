@@ -9,6 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from agent.errors import Refused
+from infra import probe
 
 #: Memory that functions never get, MB.
 _RESERVE_MB = 256
@@ -27,5 +28,4 @@ def check_room(wanted_mb: int) -> None:
 
 def memory_mb() -> tuple[int, int]:
     """Total and available memory of the machine."""
-    fields = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
-    return int(fields["MemTotal"].split()[0]) >> 10, int(fields["MemAvailable"].split()[0]) >> 10
+    return probe.memory_mb(Path("/proc/meminfo").read_text())

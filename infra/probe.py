@@ -148,10 +148,28 @@ def bridge() -> str:
     return trial("unshare", "--net", "sh", "-c", script)
 
 
+def memory_mb(meminfo: str) -> tuple[int, int]:
+    """Return ``MemTotal`` and ``MemAvailable`` of ``/proc/meminfo`` in MiB, 0 for what is not there."""
+    return _kb(meminfo, "MemTotal") // 1024, _kb(meminfo, "MemAvailable") // 1024
+
+
 def available_mb(meminfo: str) -> int:
     """Return ``MemAvailable`` of ``/proc/meminfo`` in MiB, 0 when it is not there."""
-    found = re.search(r"^MemAvailable:\s*(\d+) kB", meminfo, re.MULTILINE)
-    return int(found[1]) // 1024 if found else 0
+    return memory_mb(meminfo)[1]
+
+
+def pss_bytes(smaps_rollup: str) -> int:
+    """Return the proportional set size in ``/proc/PID/smaps_rollup``; 0 when there is none.
+
+    >>> pss_bytes("Rss:  100 kB\\nPss:   42 kB\\nPss_Anon: 1 kB\\n")
+    43008
+    """
+    return _kb(smaps_rollup, "Pss") * 1024
+
+
+def _kb(text: str, field: str) -> int:
+    found = re.search(rf"^{field}:\s*(\d+) kB", text, re.MULTILINE)
+    return int(found[1]) if found else 0
 
 
 def free_disk_mb(path: Path) -> int:

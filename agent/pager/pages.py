@@ -15,9 +15,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from agent.errors import PagerError
+from infra.local.processes import boot_id
 
 PAGE = 4096
-_BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.mmap.restype = ctypes.c_void_p
 _libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long]
@@ -160,7 +160,7 @@ class ImagePages:
 
 def _open_marks(path: Path, pages: int) -> mmap.mmap:
     """The marks: a page that names the boot they are of, then one byte a page."""
-    boot = _BOOT_ID.read_bytes().strip()
+    boot = boot_id().encode()
     fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
         if os.fstat(fd).st_size != PAGE + pages or os.pread(fd, len(boot), 0) != boot:

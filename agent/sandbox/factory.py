@@ -24,16 +24,16 @@ from agent.errors import SandboxError
 from agent.sandbox.cgroup import Cgroup, CgroupTree
 from agent.sandbox.local import Sandbox
 from agent.sandbox.network import Link, Network
+from infra.local.processes import Identity, identity_of
 
 #: Files in a sandbox's folder.
 _CONTROL, _RECORD = "control", "sandbox"
 
 
 class SandboxRecord(msgspec.Struct, frozen=True):
-    """What a later agent must know of a sandbox; ``init_started`` (clock ticks since boot) tells PID 1 from a process that took its pid."""
+    """What a later agent must know of a sandbox: its PID 1 and where it is reached."""
 
-    init_pid: int
-    init_started: int
+    init: Identity
     link: Link
 
 
@@ -76,8 +76,10 @@ class SandboxFactory:
             await sandbox.ready()
             sandbox.link = await self.network.attach(pid)
             await sandbox.configure_network(sandbox.link, self.network.gateway)
-            record = SandboxRecord(pid, process_started(pid), sandbox.link)
-            (folder / _RECORD).write_bytes(msgspec.msgpack.encode(record))
+            init = identity_of(pid)
+            if init is None:
+                raise SandboxError("its PID 1 has ended", sandbox=folder.name)
+            (folder / _RECORD).write_bytes(msgspec.msgpack.encode(SandboxRecord(init, sandbox.link)))
         except BaseException:
             await sandbox.destroy(self.network)
             raise
@@ -95,9 +97,9 @@ class SandboxFactory:
         """
         try:
             record = msgspec.msgpack.decode((folder / _RECORD).read_bytes(), type=SandboxRecord)
-            if process_started(record.init_pid) != record.init_started:
+            if not record.init.alive():
                 raise SandboxError("its PID 1 has ended", sandbox=folder.name)
-            sandbox = Sandbox(folder, record.init_pid, _connect(folder), self._cgroups.existing(folder.name))
+            sandbox = Sandbox(folder, record.init.pid, _connect(folder), self._cgroups.existing(folder.name))
         except (OSError, msgspec.MsgspecError) as error:
             raise SandboxError(f"it cannot be taken over: {error}", sandbox=folder.name) from error
         sandbox.link = record.link
@@ -113,8 +115,8 @@ class SandboxFactory:
                 os.kill(pid, signal.SIGKILL)
         with contextlib.suppress(OSError, msgspec.MsgspecError):
             record = msgspec.msgpack.decode((folder / _RECORD).read_bytes(), type=SandboxRecord)
-            if process_started(record.init_pid) == record.init_started:
-                os.kill(record.init_pid, signal.SIGKILL)
+            if record.init.alive():
+                os.kill(record.init.pid, signal.SIGKILL)
         await asyncio.to_thread(cgroup.remove)
         await asyncio.to_thread(shutil.rmtree, folder, True)
 
@@ -138,14 +140,6 @@ class SandboxFactory:
             shutil.rmtree(folder, ignore_errors=True)
             raise
         return cgroup, pid
-
-
-def process_started(pid: int) -> int:
-    """When a process was started, in clock ticks since boot (field 22 of /proc/PID/stat); 0 when there is none."""
-    try:
-        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19])
-    except (OSError, IndexError, ValueError):
-        return 0
 
 
 @contextlib.contextmanager

@@ -26,6 +26,7 @@ from pathlib import Path
 from agent.errors import ImageInvalid
 from agent.store import archive, chunks, manifest
 from agent.store.manifest import Manifest
+from infra.local.processes import boot_id
 
 logger = logging.getLogger(__name__)
 MANIFEST, ARCHIVE, LAYER, IMAGES, COMPLETE, BOOT = "manifest", "archive", "layer.tar", "img", "complete", "boot"
@@ -89,7 +90,7 @@ class ImageCache:
         What was written since the machine was started is what the earlier agent had verified. Of anything older each byte is verified
         again, because a machine that went down may have lost some of it; and what was only partly fetched then is not taken.
         """
-        boot = _boot()
+        boot = boot_id()
         for path in sorted(self._root.iterdir()):
             if path.name.startswith("."):
                 shutil.rmtree(path, ignore_errors=True)
@@ -126,7 +127,7 @@ class ImageCache:
         (building / MANIFEST).write_bytes(encoded_manifest)
         if complete:
             (building / COMPLETE).touch()
-        (building / BOOT).write_text(_boot())
+        (building / BOOT).write_text(boot_id())
         final = self._root / name
         building.rename(final)
         image = CachedImage(name, manifest.decode(encoded_manifest, name), final, complete)
@@ -181,7 +182,7 @@ class ImageCache:
 
     def add(self, image: CachedImage) -> None:
         """Take a whole image into the cache; only now an agent that comes later would."""
-        (image.directory / BOOT).write_text(_boot())
+        (image.directory / BOOT).write_text(boot_id())
         self._images[image.checkpoint] = image
 
     def abandon(self, image: CachedImage) -> None:
@@ -213,11 +214,6 @@ class ImageCache:
                 victims.append(image)
                 total -= image.manifest.image_bytes
         return victims
-
-
-def _boot() -> str:
-    """Names the time since this machine was started."""
-    return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
 
 
 def _write(fd: int, data: memoryview, offset: int) -> None:

@@ -35,13 +35,18 @@ class Identity:
 
     def alive(self) -> bool:
         """Tell whether this very process still runs; a zombie does not."""
-        if self.boot_id != _BOOT_ID.read_text().strip():
+        if self.boot_id != boot_id():
             return False
         try:
             found, state = parse_stat(Path(f"/proc/{self.pid}/stat").read_text())
         except (OSError, ValueError):
             return False
         return found == (self.pid, self.start_ticks) and state not in "ZX"
+
+
+def boot_id() -> str:
+    """Name the time since this machine was started."""
+    return _BOOT_ID.read_text().strip()
 
 
 def parse_stat(text: str) -> tuple[tuple[int, int], str]:
@@ -67,17 +72,17 @@ def identity_of(pid: int) -> Identity | None:
         (number, ticks), _ = parse_stat(Path(f"/proc/{pid}/stat").read_text())
     except (OSError, ValueError):
         return None
-    return Identity(number, ticks, _BOOT_ID.read_text().strip())
+    return Identity(number, ticks, boot_id())
 
 
 def read(record: Path) -> Identity | None:
     """Return the identity that :func:`start` recorded, None when there is none."""
     try:
-        stat, boot_id = record.read_text().splitlines()
+        stat, boot = record.read_text().splitlines()
         (pid, ticks), _ = parse_stat(stat)
     except (OSError, ValueError):
         return None
-    return Identity(pid, ticks, boot_id)
+    return Identity(pid, ticks, boot)
 
 
 def start(command: Sequence[str | Path], *, record: Path, output: Path, cwd: Path, environment: Mapping[str, str]) -> Identity:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import json
 import os
-import re
 import time
 from collections.abc import Iterable
 from pathlib import Path
@@ -29,18 +28,8 @@ def pss_bytes(node: str, instance: str, *, cgroups: Path = CGROUPS, proc: Path =
     for folder in _sandboxes(node, cgroups):
         pids = [line for line in _read(folder / "cgroup.procs").split() if line.isdigit()]
         if any(_identity(proc / pid) == instance for pid in pids):
-            return sum(pss_of(_read(proc / pid / "smaps_rollup")) for pid in pids)
+            return sum(probe.pss_bytes(_read(proc / pid / "smaps_rollup")) for pid in pids)
     return 0
-
-
-def pss_of(smaps_rollup: str) -> int:
-    """Bytes in the ``Pss:`` line of a ``smaps_rollup``; 0 when there is none.
-
-    >>> pss_of("Rss:  100 kB\\nPss:   42 kB\\nPss_Anon: 1 kB\\n")
-    43008
-    """
-    found = re.search(r"^Pss:\s*(\d+) kB", smaps_rollup, re.MULTILINE)
-    return int(found[1]) * 1024 if found else 0
 
 
 def cores() -> int:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import logging
 import os
-from pathlib import Path
 
 from aiokafka.client import AIOKafkaClient, ConnectionGroup, CoordinationType
 from aiokafka.errors import KafkaError
@@ -17,6 +16,7 @@ from aiokafka.protocol.group import LeaveGroupRequest
 
 from infra import kafka
 from infra.errors import KafkaUnavailable
+from infra.local.processes import identity_of
 from infra.settings import Settings
 
 logger = logging.getLogger(__name__)
@@ -81,7 +81,5 @@ class Membership:
 
 def _began(pid: int) -> str:
     """When a process began, in clock ticks since boot: with the pid it names a process for good. Empty when there is none."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
-    except (OSError, IndexError):
-        return ""
+    identity = identity_of(pid)
+    return str(identity.start_ticks) if identity else ""

@@ -43,7 +43,7 @@ def test_what_has_arrived_is_known_to_the_next_pager_of_the_same_boot(folder: Pa
     again = open_again()
     assert [again.available(at * PAGE, PAGE) for at in range(10)] == [0] * 4 + [PAGE] * 4 + [0] * 2
     (folder / "boot_id").write_text("another boot")
-    monkeypatch.setattr("agent.pager.pages._BOOT_ID", folder / "boot_id")
+    monkeypatch.setattr("infra.local.processes._BOOT_ID", folder / "boot_id")
     later = open_again()
     assert later.available(4 * PAGE, PAGE) == 0 and later.missing_chunks(CHUNK) == [0, 1, 2]
     for item in (file, again, later):

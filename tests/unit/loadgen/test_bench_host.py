@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from loadgen.bench.host import busy_of, pss_bytes, pss_of
+from infra import probe
+from loadgen.bench.host import busy_of, pss_bytes
 
 
 @pytest.fixture
@@ -43,5 +44,5 @@ def test_another_nodes_sandboxes_are_not_looked_at(node):
 
 
 def test_fields_of_proc():
-    assert pss_of("Rss: 1 kB\n") == 0
+    assert probe.pss_bytes("Rss: 1 kB\n") == 0
     assert busy_of("cpu  1 2 4 1000 1000 8 16 1000 1000 0\ncpu0 9 9 9 9 9 9 9 9\n", 100) == 310.0
