@@ -28,3 +28,11 @@ class ShardingChanged(ScalerError):
 
 class InvalidTransition(ScalerError):
     """An event that the planner's state does not allow."""
+
+
+class TraceUnreadable(ScalerError):
+    """A trace for the simulator is none of the known formats, or damaged."""
+
+
+class UnknownPolicy(ScalerError):
+    """The simulator has no policy of that name."""

@@ -1,0 +1,96 @@
+"""One slot's forecast and the plan that follows from it.
+
+In: each arrival that the slot served. Out: the :data:`~scaler.ladder.Plan` for the idle time after it, to the simulator
+(:mod:`scaler.simulate.policies`) and to the live planner. Pure.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from scaler import ladder
+from scaler.forecast import bins
+from scaler.forecast.idle import IdleTimes
+from scaler.forecast.periods import SHORTEST_S, Periods
+from scaler.ladder import RUM_PER_MB_S, Plan, Rung, RungCosts
+
+
+@dataclass(frozen=True, slots=True)
+class HoldingConfig:
+    """Constants of the choice. Fixed on the nested 100-function sample of azure2019-500f-8h (docs/decisions.md)."""
+
+    #: Price of one second of start delay, in RUM.
+    delay_weight: float = 1.0
+    #: How many idle times the population counts as.
+    prior_weight: float = 4.0
+    #: Price of a move up the ladder while nothing has arrived: it costs the node's processor what it saves the request.
+    up_price: float = 0.0003
+    #: A predicted arrival finds its instance this much earlier.
+    lead_s: float = 0.02
+    #: The plan is made anew when this share of observations is new.
+    replan_share: float = 0.05
+    #: The population's hazard per bin; a flat one is nearly as good as a learned one and transfers better.
+    prior: Sequence[float] = (0.02,) * bins.COUNT
+
+
+class SlotHolding:
+    """What one slot shall hold."""
+
+    __slots__ = ("_arrived_s", "_base", "_config", "_costs", "_count", "_idle", "_periods", "_replan_at")
+
+    def __init__(self, config: HoldingConfig, costs: RungCosts) -> None:
+        self._config = config
+        self._costs = costs
+        self._idle = IdleTimes()
+        self._periods = Periods()
+        self._arrived_s = 0.0
+        self._count = 0
+        self._replan_at = 0
+        self._base: Plan = ()
+
+    def plan(self, idle_s: float, arrived_s: float, busy_until_s: float) -> Plan:
+        """Learn from an arrival and say what to hold after it has been served.
+
+        Args:
+            idle_s: how long the slot was idle before; negative when it is new.
+            arrived_s: when the request came.
+            busy_until_s: when it was served.
+        """
+        config = self._config
+        if idle_s >= 0:
+            interval_s = arrived_s - self._arrived_s
+            chance = 1.0
+            if interval_s > SHORTEST_S / 2:
+                where = bins.bin_of(idle_s)
+                chance = self._periods.add(interval_s, self._idle.expected(idle_s), bins.EDGES[where + 1] - bins.EDGES[where])
+            else:
+                self._periods.missed()
+            self._idle.add(idle_s, chance)
+            self._count += 1
+        self._arrived_s = arrived_s
+        if self._count >= self._replan_at:
+            self._replan_at = self._count + 1 + min(int(self._count * config.replan_share), 25)
+            hazards = self._idle.hazards(config.prior, config.prior_weight)
+            self._base = ladder.descend(hazards, bins.EDGES, bins.WIDTHS, self._costs, config.delay_weight, config.up_price)
+        return self._with_windows(busy_until_s - arrived_s)
+
+    def _with_windows(self, busy_s: float) -> Plan:
+        plan, config, costs = self._base, self._config, self._costs
+        taken: list[tuple[float, float]] = []
+        for window in self._periods.windows():
+            end_s = window.end_s - busy_s
+            start_s = max(window.start_s - busy_s - config.lead_s, 0.0)
+            if end_s <= 0 or any(start_s < other_end and end_s > other_start for other_start, other_end in taken):
+                continue
+            held = ladder.rung_at(self._base, start_s)
+            best, least = held, window.chance * costs.delay_s[held] * config.delay_weight
+            for rung in range(held + 1, Rung.RUNNING + 1):
+                more_mb = costs.memory_mb[rung] - costs.memory_mb[held]
+                price = window.chance * costs.delay_s[rung] * config.delay_weight + (end_s - start_s) * more_mb * RUM_PER_MB_S
+                if price + config.up_price < least:
+                    best, least = rung, price + config.up_price
+            if best > held:
+                plan = ladder.overlay(plan, start_s, end_s, best)
+                taken.append((start_s, end_s))
+        return plan

@@ -1,0 +1,76 @@
+"""How long a slot stays idle: an ageing histogram, read as a hazard.
+
+In: idle times. Out: the hazard of each bin of :mod:`scaler.forecast.bins`, for :func:`scaler.ladder.descend`.
+
+An arrival that a period explains (:mod:`scaler.forecast.periods`) is a censored observation: the slot was idle until then
+and would have been for longer, so it counts among those at risk and not among those that ended by chance (competing
+risks). Without that the histogram and the period would each hold memory for the same arrival.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Sequence
+
+from scaler.forecast import bins
+
+#: Share of its weight that an observation keeps when the next one comes.
+KEEP = 1 - 1 / 500
+_RESCALE = 1e6
+
+
+class IdleTimes:
+    """The idle times of one slot. Only bins that were seen take memory.
+
+    Weights grow with each observation instead of all older ones shrinking: what counts is their ratio to :attr:`_unit`.
+    """
+
+    __slots__ = ("_bins", "_chance", "_seen", "_unit")
+
+    def __init__(self) -> None:
+        self._bins = bytearray()
+        self._seen = array("f")
+        self._chance = array("f")
+        self._unit = 1.0
+
+    def add(self, age_s: float, chance: float = 1.0) -> None:
+        """Take in one idle time; ``chance`` is the share of it that no period explains."""
+        where = bins.bin_of(age_s)
+        index = self._bins.find(where)
+        if index < 0:
+            index = len(self._bins)
+            self._bins.append(where)
+            self._seen.append(0.0)
+            self._chance.append(0.0)
+        self._unit /= KEEP
+        self._seen[index] += self._unit
+        self._chance[index] += self._unit * chance
+        if self._unit > _RESCALE:
+            for position in range(len(self._bins)):
+                self._seen[position] /= self._unit
+                self._chance[position] /= self._unit
+            self._unit = 1.0
+
+    def expected(self, age_s: float) -> float:
+        """How many idle times of that bin are remembered."""
+        index = self._bins.find(bins.bin_of(age_s))
+        return self._seen[index] / self._unit if index >= 0 else 0.0
+
+    def hazards(self, prior: Sequence[float], prior_weight: float) -> list[float]:
+        """The chance of an arrival within each bin, given that none came before it.
+
+        Args:
+            prior: the population's hazard per bin.
+            prior_weight: how many observations it counts as, in each bin.
+        """
+        result = [0.0] * bins.COUNT
+        at_risk = prior_weight
+        ended = dict(zip(self._bins, zip(self._seen, self._chance, strict=True), strict=True))
+        for where in range(bins.COUNT - 1, -1, -1):
+            here = ended.get(where)
+            if here is None:
+                result[where] = prior_weight * prior[where] / at_risk
+            else:
+                at_risk += here[0] / self._unit
+                result[where] = (here[1] / self._unit + prior_weight * prior[where]) / at_risk
+        return result

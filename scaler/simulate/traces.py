@@ -1,0 +1,188 @@
+"""Reads traces: Azure 2019 minute files, event files and ``.npz``.
+
+In: a path. Out: a :class:`~scaler.simulate.model.Trace`, for :mod:`scaler.simulate.run`; or the bare counts, for minute
+mode.
+
+Formats, told by what is there:
+
+- a folder with ``invocations.csv`` (HashOwner, HashApp, HashFunction, Trigger, then a column per minute),
+  ``durations.csv`` and ``memory.csv``, joined by HashFunction (Shahrad et al., ATC 2020; In-Vitro samples);
+- a folder with ``*_inv.csv``, ``*_run.csv`` and ``*_mem.csv``: the same from samples whose ids do not join, so that
+  durations and memory are paired with functions by a seeded shuffle;
+- a ``.csv`` of events: function, end time and duration in seconds;
+- a ``.npz`` with ``counts`` [functions, minutes] and ``memory_mb`` [functions].
+
+Any of the text files may be gzipped.
+"""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import io
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from scaler.errors import TraceUnreadable
+from scaler.simulate.arrivals import MINUTE_S, periodic, place
+from scaler.simulate.model import FunctionTrace, Trace
+
+#: Duration of a request where the trace has none: about the median over the functions of azure2019-500f-8h.
+DEFAULT_DURATION_S = 0.3
+#: Memory where the trace has none, MB: the flat figure of DESIGN's reference table.
+DEFAULT_MEMORY_MB = 170.0
+_SHORTEST_S, _LONGEST_S = 0.001, 60.0
+
+
+@dataclass(frozen=True)
+class MinuteTrace:
+    """Requests per minute, before they are placed.
+
+    Attributes:
+        names: functions.
+        counts: requests, [functions, minutes].
+        memory_mb: [functions].
+        durations_s: [functions].
+        triggers: the trace's word; empty strings when it has none.
+    """
+
+    name: str
+    names: list[str]
+    counts: NDArray[np.int64]
+    memory_mb: NDArray[np.float64]
+    durations_s: NDArray[np.float64]
+    triggers: list[str]
+
+
+def read(path: Path, *, seed: int = 1, jitter_s: float | None = 0.05, subset: str = "") -> Trace:
+    """The trace at ``path``, its requests placed within their minutes.
+
+    Args:
+        path: file or folder.
+        seed: of the placement.
+        jitter_s: of timers; None: uniform.
+        subset: name of a sample in the folder's ``subset_ids.json``; with a leading ``-``: all but it.
+
+    Raises:
+        TraceUnreadable: it is none of the known formats, or damaged.
+    """
+    try:
+        if path.is_file() and ".npz" not in path.suffixes:
+            return _events(path)
+        minutes = read_minutes(path, seed=seed)
+        keep = _subset(path, minutes.names, subset) if subset else None
+        has_triggers = any(minutes.triggers)
+        timers = np.array([word == "timer" for word in minutes.triggers]) if has_triggers else periodic(minutes.counts)
+        functions = place(
+            minutes.names,
+            minutes.counts,
+            timers,
+            minutes.durations_s,
+            minutes.memory_mb,
+            minutes.triggers if has_triggers else ["timer" if timer else "" for timer in timers],
+            seed=seed,
+            jitter_s=jitter_s,
+            keep=keep,
+        )
+    except (OSError, ValueError, KeyError, IndexError, StopIteration, EOFError) as error:
+        raise TraceUnreadable(f"{path} can't be read as a trace: {error!r}; see docs/simulator.md for the formats") from error
+    return Trace(minutes.name + (f" ({subset})" if subset else ""), minutes.counts.shape[1] * MINUTE_S, functions)
+
+
+def read_minutes(path: Path, *, seed: int = 1) -> MinuteTrace:
+    """A minute trace as it is in its files.
+
+    Raises:
+        OSError, ValueError, KeyError, IndexError, StopIteration: it is damaged; :func:`read` chains them.
+    """
+    if path.suffix == ".npz":
+        with np.load(path) as archive:
+            counts = archive["counts"].astype(np.int64)
+            memory_mb = archive["memory_mb"].astype(np.float64)
+        if counts.ndim != 2 or memory_mb.shape != counts.shape[:1]:
+            raise ValueError(f"counts is {counts.shape} and memory_mb {memory_mb.shape}")
+        names = [str(index) for index in range(len(counts))]
+        return MinuteTrace(path.stem, names, counts, memory_mb, np.full(len(counts), DEFAULT_DURATION_S), [""] * len(counts))
+    if (joined := _find(path, "invocations.csv")) is not None:
+        header, *rows = _rows(joined)
+        first = header.index("Trigger") + 1
+        names = [row[header.index("HashFunction")] for row in rows]
+        counts = np.array([[int(value) for value in row[first:]] for row in rows], np.int64)
+        memory = dict(_column(_required(path, "memory.csv"), "AverageAllocatedMb"))
+        median_ms = dict(_column(_required(path, "durations.csv"), "percentile_Average_50"))
+        memory_mb = np.array([memory[name] for name in names])
+        durations_s = np.array([median_ms[name] for name in names]) / 1000
+        triggers = [row[header.index("Trigger")] for row in rows]
+    else:
+        header, *rows = _rows(next(iter(sorted(path.glob("*_inv.csv*")))))
+        first = next(index for index, word in enumerate(header) if word.endswith("_minute"))
+        names = [row[header.index("HashFunction")] for row in rows]
+        counts = np.array([[int(value) for value in row[first:]] for row in rows], np.int64)
+        random = np.random.default_rng(seed)
+        memories = [value for _, value in _column(next(iter(path.glob("*_mem.csv*"))), "AverageAllocatedMb")]
+        medians_ms = [value for _, value in _column(next(iter(path.glob("*_run.csv*"))), "percentile_Average_50")]
+        memory_mb = random.permutation(np.resize(np.array(memories), len(names)))
+        durations_s = random.permutation(np.resize(np.array(medians_ms), len(names))) / 1000
+        triggers = [""] * len(names)
+    return MinuteTrace(path.name, names, counts, memory_mb, np.clip(durations_s, _SHORTEST_S, _LONGEST_S), triggers)
+
+
+def _events(path: Path) -> Trace:
+    header, *rows = _rows(path)
+    words = [word.strip().lower() for word in header]
+    function = next(index for index, word in enumerate(words) if word in ("func", "function"))
+    duration = words.index("duration")
+    at, ends = (words.index("end_timestamp"), True) if "end_timestamp" in words else (words.index("time"), False)
+    requests: dict[str, list[tuple[float, float]]] = {}
+    for row in rows:
+        seconds = float(row[duration])
+        requests.setdefault(row[function], []).append((float(row[at]) - (seconds if ends else 0.0), seconds))
+    begin_s = min((item[0][0] for item in map(sorted, requests.values())), default=0.0)
+    functions = []
+    span_s = 0.0
+    for name in sorted(requests):
+        table = np.array(sorted(requests[name]))
+        table[:, 0] -= begin_s
+        span_s = max(span_s, float((table[:, 0] + table[:, 1]).max()))
+        functions.append(FunctionTrace(name, table[:, 0].copy(), np.maximum(table[:, 1], _SHORTEST_S), DEFAULT_MEMORY_MB))
+    return Trace(path.name, span_s, functions)
+
+
+def _subset(path: Path, names: list[str], subset: str) -> NDArray[np.bool_]:
+    found = _required(path, "subset_ids.json")
+    with _open(found) as file:
+        chosen = set(json.load(file)[subset.removeprefix("-")])
+    inside = np.array([name in chosen for name in names])
+    return ~inside if subset.startswith("-") else inside
+
+
+def _column(path: Path, name: str) -> Iterator[tuple[str, float]]:
+    header, *rows = _rows(path)
+    key, value = header.index("HashFunction"), header.index(name)
+    for row in rows:
+        yield row[key], float(row[value])
+
+
+def _rows(path: Path) -> list[list[str]]:
+    with _open(path) as file:
+        return [row for row in csv.reader(file) if row]
+
+
+def _open(path: Path) -> io.TextIOBase:
+    return io.TextIOWrapper(gzip.open(path)) if path.suffix == ".gz" else path.open(encoding="utf-8", newline="")
+
+
+def _find(folder: Path, name: str) -> Path | None:
+    return next((found for found in (folder / name, folder / f"{name}.gz") if found.exists()), None)
+
+
+def _required(folder: Path, name: str) -> Path:
+    found = _find(folder, name)
+    if found is None:
+        raise FileNotFoundError(f"{name} or {name}.gz is not in {folder}")
+    return found
