@@ -29,6 +29,7 @@ COMMANDS = {
     "load": "thaw.load:load",
     "run": "thaw.run:command",
     "scaler": "thaw.scaler:scaler",
+    "simulate": "thaw.simulate:simulate",
     "stack": "thaw.stack:stack",
     "trace": "thaw.trace:trace",
 }

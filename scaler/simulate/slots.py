@@ -78,9 +78,7 @@ def run(function: FunctionTrace, policy: SlotPolicy, world: World, span_s: float
             slot = idle[position]
             plan = plans[slot]
             age_s = now_s - freed[slot]
-            for until_s, rung in plan:
-                if age_s < until_s:
-                    break
+            until_s, rung = next(segment for segment in plan if age_s < segment[0])
             if rung > best and not (rung <= Rung.CACHED and parked and parked[0] < slot):
                 best, chosen = rung, position
             if rung == Rung.RUNNING:

@@ -89,8 +89,8 @@ def read(path: Path, *, seed: int = 1, jitter_s: float | None = 0.05, subset: st
             jitter_s=jitter_s,
             keep=keep,
         )
-    except (OSError, ValueError, KeyError, IndexError, StopIteration, EOFError) as error:
-        raise TraceUnreadable(f"{path} can't be read as a trace: {error!r}; see docs/simulator.md for the formats") from error
+    except (OSError, ValueError, KeyError, IndexError, EOFError) as error:
+        raise TraceUnreadable(f"{path} can't be read as a trace: {error}; scaler/simulate/traces.py says which formats can") from error
     return Trace(minutes.name + (f" ({subset})" if subset else ""), minutes.counts.shape[1] * MINUTE_S, functions)
 
 
@@ -98,7 +98,7 @@ def read_minutes(path: Path, *, seed: int = 1) -> MinuteTrace:
     """A minute trace as it is in its files.
 
     Raises:
-        OSError, ValueError, KeyError, IndexError, StopIteration: it is damaged; :func:`read` chains them.
+        OSError, ValueError, KeyError, IndexError: it is damaged; :func:`read` chains them.
     """
     if path.suffix == ".npz":
         with np.load(path) as archive:
@@ -119,13 +119,13 @@ def read_minutes(path: Path, *, seed: int = 1) -> MinuteTrace:
         durations_s = np.array([median_ms[name] for name in names]) / 1000
         triggers = [row[header.index("Trigger")] for row in rows]
     else:
-        header, *rows = _rows(next(iter(sorted(path.glob("*_inv.csv*")))))
+        header, *rows = _rows(_only(path, "*_inv.csv*"))
         first = next(index for index, word in enumerate(header) if word.endswith("_minute"))
         names = [row[header.index("HashFunction")] for row in rows]
         counts = np.array([[int(value) for value in row[first:]] for row in rows], np.int64)
         random = np.random.default_rng(seed)
-        memories = [value for _, value in _column(next(iter(path.glob("*_mem.csv*"))), "AverageAllocatedMb")]
-        medians_ms = [value for _, value in _column(next(iter(path.glob("*_run.csv*"))), "percentile_Average_50")]
+        memories = _values(_only(path, "*_mem.csv*"), "AverageAllocatedMb")
+        medians_ms = _values(_only(path, "*_run.csv*"), "percentile_Average_50")
         memory_mb = random.permutation(np.resize(np.array(memories), len(names)))
         durations_s = random.permutation(np.resize(np.array(medians_ms), len(names))) / 1000
         triggers = [""] * len(names)
@@ -135,7 +135,7 @@ def read_minutes(path: Path, *, seed: int = 1) -> MinuteTrace:
 def _events(path: Path) -> Trace:
     header, *rows = _rows(path)
     words = [word.strip().lower() for word in header]
-    function = next(index for index, word in enumerate(words) if word in ("func", "function"))
+    function = words.index("func" if "func" in words else "function")
     duration = words.index("duration")
     at, ends = (words.index("end_timestamp"), True) if "end_timestamp" in words else (words.index("time"), False)
     requests: dict[str, list[tuple[float, float]]] = {}
@@ -161,6 +161,12 @@ def _subset(path: Path, names: list[str], subset: str) -> NDArray[np.bool_]:
     return ~inside if subset.startswith("-") else inside
 
 
+def _values(path: Path, name: str) -> list[float]:
+    header, *rows = _rows(path)
+    value = header.index(name)
+    return [float(row[value]) for row in rows]
+
+
 def _column(path: Path, name: str) -> Iterator[tuple[str, float]]:
     header, *rows = _rows(path)
     key, value = header.index("HashFunction"), header.index(name)
@@ -179,6 +185,13 @@ def _open(path: Path) -> io.TextIOBase:
 
 def _find(folder: Path, name: str) -> Path | None:
     return next((found for found in (folder / name, folder / f"{name}.gz") if found.exists()), None)
+
+
+def _only(folder: Path, pattern: str) -> Path:
+    found = sorted(folder.glob(pattern))
+    if len(found) != 1:
+        raise FileNotFoundError(f"there are {len(found)} files {pattern} in {folder}, and there should be one")
+    return found[0]
 
 
 def _required(folder: Path, name: str) -> Path:

@@ -1,0 +1,92 @@
+"""``thaw simulate``: what policies would have cost on a trace.
+
+In: a trace (:mod:`scaler.simulate.traces`). Out: a table or JSON on standard output; figures by
+:mod:`scaler.simulate.run`.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.console import Console
+from rich.table import Table
+
+from scaler.simulate import run, traces
+
+
+class _Jitter(click.ParamType[float | None]):
+    name = "seconds|uniform"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float | None:
+        """Seconds, or None for "uniform"."""
+        if value in (None, "uniform"):
+            return None
+        try:
+            jitter_s = float(value)
+        except ValueError:
+            jitter_s = -1.0
+        if not 0 <= jitter_s <= 60:
+            self.fail(f"{value!r} is neither 0 to 60 seconds nor 'uniform'", param, ctx)
+        return jitter_s
+
+
+@click.command()
+@click.option("--trace", "path", required=True, type=click.Path(exists=True, path_type=Path), help="Folder, .csv or .npz of a trace.")
+@click.option("--policy", "policies", multiple=True, metavar="NAME|all", help="May be repeated; default: all.")
+@click.option("--seed", type=int, default=1, show_default=True, help="Of the placement of requests within their minutes.")
+@click.option(
+    "--delay-weight", type=click.FloatRange(min=0), default=1.0, show_default=True, help="Price of a second of start delay, in RUM."
+)
+@click.option(
+    "--timer-jitter-s", "jitter_s", type=_Jitter(), default="0.05", show_default=True, help="± of timers, or 'uniform' in the minute."
+)
+@click.option("--subset", default="", help="A sample named in the trace's subset_ids.json; with a leading '-', all but it.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def simulate(
+    path: Path, policies: tuple[str, ...], seed: int, delay_weight: float, jitter_s: float | None, subset: str, as_json: bool
+) -> None:
+    """Run policies over a trace under a virtual clock and compare what each would have cost."""
+    trace = traces.read(path, seed=seed, jitter_s=jitter_s, subset=subset)
+    console = Console(stderr=True)
+    requests = sum(len(function.at_s) for function in trace.functions)
+    console.print(f"{trace.name}: {len(trace.functions):,} functions, {requests:,} requests in {trace.span_s / 3600:.1f} h")
+    names = list(dict.fromkeys(policies)) or ["all"]
+    wanted = names if "all" in names else [*names, *([] if run.REFERENCE in names else [run.REFERENCE])]
+    results: list[run.PolicyResult] = []
+    for result in run.run(trace, wanted, delay_weight=delay_weight):
+        results.append(result)
+        console.print(f"  {result.name}: RUM {result.summary['rum']:,.0f}", style="dim")
+    reference = next(result for result in results if result.name == run.REFERENCE)
+    shown = results if "all" in names else [result for result in results if result.name in names]
+    figures = {
+        result.name: result.summary if result.bound else {**result.summary, "worse_share": run.worse_share(result, reference)}
+        for result in shown
+    }
+    if as_json:
+        click.echo(json.dumps({"trace": trace.name, "seed": seed, "delay_weight": delay_weight, "policies": figures}, indent=1))
+    else:
+        Console().print(_table(figures))
+
+
+def _table(figures: dict[str, dict[str, Any]]) -> Table:
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    table.add_column("policy")
+    for name in ("RUM", "p50 ms", "p99 ms", "max ms", "wasted GB-s", "not warm, P75", f"worse than {run.REFERENCE}"):
+        table.add_column(name, justify="right")
+    for name, figure in sorted(figures.items(), key=lambda item: float(item[1]["rum"])):
+        if figure["bound"]:
+            table.add_row(name, f"{figure['rum']:,.0f}", style="dim")
+            continue
+        table.add_row(
+            name,
+            f"{figure['rum']:,.0f}",
+            *(f"{figure[key]:,.1f}" for key in ("delay_p50_ms", "delay_p99_ms", "delay_max_ms")),
+            f"{figure['wasted_gb_s']:,.0f}",
+            f"{figure['cold_rate_p75']:.1%}",
+            f"{figure['worse_share']:.1%}",
+            style="bold" if name == "thaw" else None,
+        )
+    return table
