@@ -16,9 +16,19 @@ EDGES = (0.0, *(0.1 * 10 ** (step / PER_DECADE) for step in range(COUNT - 1)), f
 LAST_WIDTH_S = 14_400.0
 WIDTHS = (*(EDGES[b + 1] - EDGES[b] for b in range(COUNT - 1)), LAST_WIDTH_S)
 
+#: The class of what there is no idle time of.
+NONE = -1
+
 
 def bin_of(age_s: float) -> int:
     """The bin that ``age_s`` is in."""
     if age_s < 0.1:
         return 0
     return min(1 + int(PER_DECADE * log10(age_s * 10)), COUNT - 1)
+
+
+def class_of(age_s: float) -> int:
+    """A coarse bin, two a decade, 0 to 10."""
+    if age_s < 0.1:
+        return 0
+    return min(1 + int(2 * log10(age_s * 10)), 10)

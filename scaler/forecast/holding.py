@@ -30,6 +30,8 @@ class HoldingConfig:
     lead_s: float = 0.02
     #: The plan is made anew when this share of observations is new.
     replan_share: float = 0.05
+    #: And at the latest after this many.
+    replan_most: int = 25
     #: The population's hazard per bin; a flat one is nearly as good as a learned one and transfers better.
     prior: Sequence[float] = (0.02,) * bins.COUNT
 
@@ -37,17 +39,19 @@ class HoldingConfig:
 class SlotHolding:
     """What one slot shall hold."""
 
-    __slots__ = ("_arrived_s", "_base", "_config", "_costs", "_count", "_idle", "_periods", "_replan_at")
+    __slots__ = ("_after", "_arrived_s", "_class", "_config", "_costs", "_idle", "_periods", "_plans")
 
     def __init__(self, config: HoldingConfig, costs: RungCosts) -> None:
         self._config = config
         self._costs = costs
         self._idle = IdleTimes()
+        #: Idle times by the class of the one before: a short one often follows a short one.
+        self._after: dict[int, IdleTimes] = {}
+        self._class = bins.NONE
         self._periods = Periods()
         self._arrived_s = 0.0
-        self._count = 0
-        self._replan_at = 0
-        self._base: Plan = ()
+        #: By class: the plan, and after how many more observations of the class it is made anew.
+        self._plans: dict[int, tuple[Plan, int]] = {}
 
     def plan(self, idle_s: float, arrived_s: float, busy_until_s: float) -> Plan:
         """Learn from an arrival and say what to hold after it has been served.
@@ -67,23 +71,37 @@ class SlotHolding:
             else:
                 self._periods.missed()
             self._idle.add(idle_s, chance)
-            self._count += 1
+            self._after.setdefault(self._class, IdleTimes()).add(idle_s, chance)
+            self._class = bins.class_of(idle_s)
+        else:
+            self._class = bins.NONE
         self._arrived_s = arrived_s
-        if self._count >= self._replan_at:
-            self._replan_at = self._count + 1 + min(int(self._count * config.replan_share), 25)
-            hazards = self._idle.hazards(config.prior, config.prior_weight)
-            self._base = ladder.descend(hazards, bins.EDGES, bins.WIDTHS, self._costs, config.delay_weight, config.up_price)
-        return self._with_windows(busy_until_s - arrived_s)
+        return self._with_windows(self._base(), busy_until_s - arrived_s)
 
-    def _with_windows(self, busy_s: float) -> Plan:
-        plan, config, costs = self._base, self._config, self._costs
+    def _base(self) -> Plan:
+        """The plan of the histograms."""
+        config = self._config
+        plan, remake_at = self._plans.get(self._class, ((), 0))
+        after = self._after.get(self._class)
+        count = after.count if after is not None else 0
+        if plan and count < remake_at:
+            return plan
+        hazards = self._idle.hazards(config.prior, config.prior_weight)
+        if after is not None:
+            hazards = after.hazards(hazards, config.prior_weight)
+        plan = ladder.descend(hazards, bins.EDGES, bins.WIDTHS, self._costs, config.delay_weight, config.up_price)
+        self._plans[self._class] = plan, count + 1 + min(int(count * config.replan_share), config.replan_most)
+        return plan
+
+    def _with_windows(self, base: Plan, busy_s: float) -> Plan:
+        plan, config, costs = base, self._config, self._costs
         taken: list[tuple[float, float]] = []
         for window in self._periods.windows():
             end_s = window.end_s - busy_s
             start_s = max(window.start_s - busy_s - config.lead_s, 0.0)
             if end_s <= 0 or any(start_s < other_end and end_s > other_start for other_start, other_end in taken):
                 continue
-            held = ladder.rung_at(self._base, start_s)
+            held = ladder.rung_at(base, start_s)
             best, least = held, window.chance * costs.delay_s[held] * config.delay_weight
             for rung in range(held + 1, Rung.RUNNING + 1):
                 more_mb = costs.memory_mb[rung] - costs.memory_mb[held]

@@ -25,16 +25,19 @@ class IdleTimes:
     Weights grow with each observation instead of all older ones shrinking: what counts is their ratio to :attr:`_unit`.
     """
 
-    __slots__ = ("_bins", "_chance", "_seen", "_unit")
+    __slots__ = ("_bins", "_chance", "_seen", "_unit", "count")
 
     def __init__(self) -> None:
         self._bins = bytearray()
         self._seen = array("f")
         self._chance = array("f")
         self._unit = 1.0
+        #: Observations so far.
+        self.count = 0
 
     def add(self, age_s: float, chance: float = 1.0) -> None:
         """Take in one idle time; ``chance`` is the share of it that no period explains."""
+        self.count += 1
         where = bins.bin_of(age_s)
         index = self._bins.find(where)
         if index < 0:

@@ -26,13 +26,13 @@ class SlotPolicy(Protocol):
     """Decides for the slots of one function."""
 
     def plan(self, slot: int, idle_s: float, arrived_s: float, busy_until_s: float) -> Plan:
-        """What the slot shall hold after ``busy_until_s``.
+        """What the slot shall hold from now on; called when it becomes idle.
 
         Args:
             slot: its number.
             idle_s: how long it was idle before the request; negative when it is new.
             arrived_s: when the request came.
-            busy_until_s: when it will have been served. The policy may not use it to learn of later arrivals.
+            busy_until_s: now.
         """
         ...
 
@@ -51,6 +51,8 @@ def run(function: FunctionTrace, policy: SlotPolicy, world: World, span_s: float
     modes = [StartMode.COLD] * 3 + [StartMode.WARM] if not world.rungs else [_MODES[rung] for rung in Rung]
     plans: list[Plan] = []
     freed: list[float] = []
+    idled: list[float] = []
+    arrived: list[float] = []
     serving: list[tuple[float, int]] = []
     idle: list[int] = []
     #: Idle slots that have come down to their last rung, which is not above cached: they need no looking at.
@@ -71,7 +73,9 @@ def run(function: FunctionTrace, policy: SlotPolicy, world: World, span_s: float
 
     for index, now_s in enumerate(arrivals):
         while serving and serving[0][0] <= now_s:
-            insort(idle, heappop(serving)[1])
+            slot = heappop(serving)[1]
+            insort(idle, slot)
+            plans[slot] = policy.plan(slot, idled[slot], arrived[slot], freed[slot])
         best, chosen = -1, -1
         position = 0
         while position < len(idle):
@@ -98,6 +102,8 @@ def run(function: FunctionTrace, policy: SlotPolicy, world: World, span_s: float
             slot, best = len(plans), int(Rung.CACHED)
             plans.append(())
             freed.append(0.0)
+            idled.append(0.0)
+            arrived.append(0.0)
         if plans[slot]:
             idle_s = now_s - freed[slot]
             hold(slot, now_s)
@@ -107,8 +113,12 @@ def run(function: FunctionTrace, policy: SlotPolicy, world: World, span_s: float
         starts[modes[rung]] += 1
         until = now_s + delay + durations[index]
         freed[slot] = until
-        plans[slot] = policy.plan(slot, idle_s, now_s, until)
+        idled[slot], arrived[slot] = idle_s, now_s
         heappush(serving, (until, slot))
+    while serving:
+        slot = heappop(serving)[1]
+        if freed[slot] < span_s:
+            plans[slot] = policy.plan(slot, idled[slot], arrived[slot], freed[slot])
     for slot in range(len(plans)):
         if freed[slot] < span_s:
             hold(slot, span_s)
