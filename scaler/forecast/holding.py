@@ -61,7 +61,6 @@ class SlotHolding:
             arrived_s: when the request came.
             busy_until_s: when it was served.
         """
-        config = self._config
         if idle_s >= 0:
             interval_s = arrived_s - self._arrived_s
             chance = 1.0
