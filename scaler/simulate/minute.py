@@ -11,6 +11,7 @@ zero or ``pre <= gap <= pre + ka``; the idle minutes charged are those of the wi
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -89,3 +90,117 @@ def keep_alive(minutes: float) -> Policy:
         return Windows(np.zeros(count), np.full(count, float(minutes)))
 
     return policy
+
+
+HEAD_SHARE = 0.05
+TAIL_SHARE = 0.99
+HISTOGRAM_MARGIN = 0.1
+FORECAST_MARGIN = 0.15
+RECENT_GAPS = 10
+"""The hybrid histogram's published constants; the forecast is a mean of the last gaps in place of ARIMA."""
+
+
+def hybrid(
+    range_minutes: int, variation: float = 2.0, out_of_bounds_share: float = 0.5, fewest_gaps: int = 5, count_zero_gaps: bool = False
+) -> Policy:
+    """The hybrid histogram of "Serverless in the Wild" (ATC 2020), one histogram per function in bins of a minute.
+
+    Too few gaps inside the range, or bin counts that vary too little (:func:`_varies`): keep for the whole range. Mostly gaps beyond
+    the range: a window of 15 % around the mean of the last ones. Otherwise: from the head to the tail of the histogram.
+
+    Args:
+        range_minutes: bins; longer gaps are out of bounds.
+        variation: the least coefficient of variation of the bin counts (empty bins too) that makes a histogram representative.
+        out_of_bounds_share: more than this share of gaps out of bounds makes the forecast decide.
+        fewest_gaps: fewer in the histogram decide nothing.
+        count_zero_gaps: neighbouring active minutes are a gap of zero, rather than no gap.
+    """
+
+    def policy(gaps: NDArray[np.int64], memory_mb: float) -> Windows:
+        pre = np.zeros(gaps.size + 1)
+        keep = np.full(gaps.size + 1, float(range_minutes))
+        histogram = np.zeros(range_minutes, dtype=np.int64)
+        recent: deque[int] = deque(maxlen=RECENT_GAPS)
+        inside = squares = outside = 0
+        for index, gap in enumerate(gaps.tolist(), start=1):
+            if gap == 0 and not count_zero_gaps:
+                pre[index], keep[index] = pre[index - 1], keep[index - 1]
+                continue
+            recent.append(gap)
+            if gap < range_minutes:
+                inside += 1
+                squares += 2 * int(histogram[gap]) + 1
+                histogram[gap] += 1
+            else:
+                outside += 1
+            if inside < fewest_gaps:
+                continue
+            if outside > out_of_bounds_share * (inside + outside):
+                forecast = sum(recent) / len(recent)
+                pre[index], keep[index] = forecast * (1 - FORECAST_MARGIN), forecast * 2 * FORECAST_MARGIN
+            elif _varies(inside, squares, range_minutes, variation):
+                pre[index], keep[index] = _head_to_tail(histogram, inside)
+        return Windows(pre, keep)
+
+    return policy
+
+
+def _varies(total: int, squares: int, bins: int, threshold: float) -> bool:
+    """The coefficient of variation of ``bins`` counts, which sum to ``total`` and whose squares to ``squares``, is at least ``threshold``."""
+    return squares * bins >= (1 + threshold**2) * total**2
+
+
+def _head_to_tail(histogram: NDArray[np.int64], total: int) -> tuple[float, float]:
+    """``(pre, keep)`` from the start of the head's bin to the end of the tail's, widened by the margin."""
+    cumulative = np.cumsum(histogram)
+    head = int(np.searchsorted(cumulative, HEAD_SHARE * total))
+    tail = int(np.searchsorted(cumulative, TAIL_SHARE * total)) + 1
+    pre = head * (1 - HISTOGRAM_MARGIN)
+    return pre, tail * (1 + HISTOGRAM_MARGIN) - pre
+
+
+def expected_cost(cold_gb_s: float, range_minutes: int, pre_warm: bool, fewest_gaps: int = 1, first_keep_minutes: float = 10.0) -> Policy:
+    """After each active minute, the window that would have been cheapest over the function's gaps so far.
+
+    The cost of a window is ``cold_gb_s`` x the share of gaps it misses + memory x its mean idle time.
+
+    Args:
+        cold_gb_s: a cold start's price in idle GB-seconds; 80.5 is RUM's own (0.808 x 99.69).
+        range_minutes: windows end before it; longer gaps are always missed.
+        pre_warm: windows may begin later than the last request.
+        fewest_gaps: fewer decide nothing, and ``first_keep_minutes`` holds.
+        first_keep_minutes: kept while too little is known.
+    """
+
+    def policy(gaps: NDArray[np.int64], memory_mb: float) -> Windows:
+        gb_s_per_minute = memory_mb * SECONDS_PER_MINUTE / MB_PER_GB
+        pre = np.zeros(gaps.size + 1)
+        keep = np.full(gaps.size + 1, first_keep_minutes)
+        histogram = np.zeros(range_minutes + 1, dtype=np.int64)
+        for index, gap in enumerate(gaps.tolist(), start=1):
+            histogram[min(gap, range_minutes)] += 1
+            if index >= fewest_gaps:
+                pre[index], keep[index] = _cheapest(histogram, index, cold_gb_s, gb_s_per_minute, pre_warm)
+        return Windows(pre, keep)
+
+    return policy
+
+
+def _cheapest(histogram: NDArray[np.int64], total: int, cold_gb_s: float, gb_s_per_minute: float, pre_warm: bool) -> tuple[float, float]:
+    """The ``(pre, keep)`` of the least cost over ``histogram``, whose last bin holds what no window reaches; earliest and shortest first.
+
+    A window [p, e] catches the gaps p..e and always gap 0. It idles for ``min(gap, e) - min(gap, p)`` minutes: with ``idle(k)`` the sum of
+    ``min(gap, k)`` its cost is ``-cold x caught(e) + minute x idle(e)`` plus a term of p alone, so the best p for each e is a running
+    minimum.
+    """
+    caught = np.cumsum(histogram[:-1])
+    idle = np.concatenate(([0], np.cumsum(total - caught)[:-1]))
+    end_cost = gb_s_per_minute * idle - cold_gb_s * caught
+    if not pre_warm:
+        return 0.0, float(np.argmin(end_cost))
+    begin_cost = cold_gb_s * (caught - histogram[:-1] - histogram[0]) - gb_s_per_minute * idle
+    begin_cost[0] = 0.0
+    best_begin = np.minimum.accumulate(begin_cost)
+    end = int(np.argmin(end_cost + best_begin))
+    begin = int(np.argmin(begin_cost[: end + 1]))
+    return float(begin), float(end - begin)
