@@ -11,6 +11,7 @@ zero or ``pre <= gap <= pre + ka``; the idle minutes charged are those of the wi
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -95,35 +96,36 @@ def keep_alive(minutes: float) -> Policy:
 HEAD_SHARE = 0.05
 TAIL_SHARE = 0.99
 HISTOGRAM_MARGIN = 0.1
-FORECAST_MARGIN = 0.15
-RECENT_GAPS = 10
-"""The hybrid histogram's published constants; the forecast is a mean of the last gaps in place of ARIMA."""
+OUT_OF_BOUNDS_SHARE = 0.5
+FORECAST_PRE = 0.85
+FORECAST_KEEP = 0.30
+FORECAST_GAPS = 10
+"""The hybrid histogram's published constants. The forecast is the mean of the last gaps, in place of ARIMA."""
+
+FEWEST_GAPS = 2
+"""With fewer, the hybrid histogram keeps for its whole range."""
 
 
-def hybrid(
-    range_minutes: int, variation: float = 2.0, out_of_bounds_share: float = 0.5, fewest_gaps: int = 5, count_zero_gaps: bool = False
-) -> Policy:
+def hybrid(range_minutes: int, variation: float = 2.0) -> Policy:
     """The hybrid histogram of "Serverless in the Wild" (ATC 2020), one histogram per function in bins of a minute.
 
-    Too few gaps inside the range, or bin counts that vary too little (:func:`_varies`): keep for the whole range. Mostly gaps beyond
-    the range: a window of 15 % around the mean of the last ones. Otherwise: from the head to the tail of the histogram.
+    Fewer than two gaps, or bin counts that vary too little: keep for the whole range. Mostly gaps beyond the range: a window of
+    15 % around the mean of the last ones. Otherwise: from the head to the tail of the histogram. Windows are whole minutes,
+    rounded outwards. Neighbouring active minutes are no gap: they teach nothing.
 
     Args:
-        range_minutes: bins; longer gaps are out of bounds.
-        variation: the least coefficient of variation of the bin counts (empty bins too) that makes a histogram representative.
-        out_of_bounds_share: more than this share of gaps out of bounds makes the forecast decide.
-        fewest_gaps: fewer in the histogram decide nothing.
-        count_zero_gaps: neighbouring active minutes are a gap of zero, rather than no gap.
+        range_minutes: bins; gaps this long or longer are out of bounds.
+        variation: a coefficient of variation of the bin counts, empty bins too, over this makes a histogram representative.
     """
 
     def policy(gaps: NDArray[np.int64], memory_mb: float) -> Windows:
         pre = np.zeros(gaps.size + 1)
         keep = np.full(gaps.size + 1, float(range_minutes))
         histogram = np.zeros(range_minutes, dtype=np.int64)
-        recent: deque[int] = deque(maxlen=RECENT_GAPS)
+        recent: deque[int] = deque(maxlen=FORECAST_GAPS)
         inside = squares = outside = 0
         for index, gap in enumerate(gaps.tolist(), start=1):
-            if gap == 0 and not count_zero_gaps:
+            if gap == 0:
                 pre[index], keep[index] = pre[index - 1], keep[index - 1]
                 continue
             recent.append(gap)
@@ -133,11 +135,11 @@ def hybrid(
                 histogram[gap] += 1
             else:
                 outside += 1
-            if inside < fewest_gaps:
+            if inside + outside < FEWEST_GAPS:
                 continue
-            if outside > out_of_bounds_share * (inside + outside):
-                forecast = sum(recent) / len(recent)
-                pre[index], keep[index] = forecast * (1 - FORECAST_MARGIN), forecast * 2 * FORECAST_MARGIN
+            if outside > OUT_OF_BOUNDS_SHARE * (inside + outside):
+                mean = sum(recent) / len(recent)
+                pre[index], keep[index] = math.floor(FORECAST_PRE * mean), math.ceil(FORECAST_KEEP * mean)
             elif _varies(inside, squares, range_minutes, variation):
                 pre[index], keep[index] = _head_to_tail(histogram, inside)
         return Windows(pre, keep)
@@ -146,8 +148,8 @@ def hybrid(
 
 
 def _varies(total: int, squares: int, bins: int, threshold: float) -> bool:
-    """The coefficient of variation of ``bins`` counts, which sum to ``total`` and whose squares to ``squares``, is at least ``threshold``."""
-    return squares * bins >= (1 + threshold**2) * total**2
+    """Whether ``bins`` counts with this sum and sum of squares have a coefficient of variation over ``threshold``; exact in whole numbers."""
+    return squares * bins > (1 + threshold**2) * total**2
 
 
 def _head_to_tail(histogram: NDArray[np.int64], total: int) -> tuple[float, float]:
@@ -155,8 +157,8 @@ def _head_to_tail(histogram: NDArray[np.int64], total: int) -> tuple[float, floa
     cumulative = np.cumsum(histogram)
     head = int(np.searchsorted(cumulative, HEAD_SHARE * total))
     tail = int(np.searchsorted(cumulative, TAIL_SHARE * total)) + 1
-    pre = head * (1 - HISTOGRAM_MARGIN)
-    return pre, tail * (1 + HISTOGRAM_MARGIN) - pre
+    pre = math.floor(head * (1 - HISTOGRAM_MARGIN))
+    return pre, math.ceil(tail * (1 + HISTOGRAM_MARGIN)) - pre
 
 
 def expected_cost(cold_gb_s: float, range_minutes: int, pre_warm: bool, fewest_gaps: int = 1, first_keep_minutes: float = 10.0) -> Policy:
@@ -177,10 +179,15 @@ def expected_cost(cold_gb_s: float, range_minutes: int, pre_warm: bool, fewest_g
         pre = np.zeros(gaps.size + 1)
         keep = np.full(gaps.size + 1, first_keep_minutes)
         histogram = np.zeros(range_minutes + 1, dtype=np.int64)
+        total = 0
         for index, gap in enumerate(gaps.tolist(), start=1):
+            if gap == 0:
+                pre[index], keep[index] = pre[index - 1], keep[index - 1]
+                continue
             histogram[min(gap, range_minutes)] += 1
-            if index >= fewest_gaps:
-                pre[index], keep[index] = _cheapest(histogram, index, cold_gb_s, gb_s_per_minute, pre_warm)
+            total += 1
+            if total >= fewest_gaps:
+                pre[index], keep[index] = _cheapest(histogram, total, cold_gb_s, gb_s_per_minute, pre_warm)
         return Windows(pre, keep)
 
     return policy
@@ -189,17 +196,16 @@ def expected_cost(cold_gb_s: float, range_minutes: int, pre_warm: bool, fewest_g
 def _cheapest(histogram: NDArray[np.int64], total: int, cold_gb_s: float, gb_s_per_minute: float, pre_warm: bool) -> tuple[float, float]:
     """The ``(pre, keep)`` of the least cost over ``histogram``, whose last bin holds what no window reaches; earliest and shortest first.
 
-    A window [p, e] catches the gaps p..e and always gap 0. It idles for ``min(gap, e) - min(gap, p)`` minutes: with ``idle(k)`` the sum of
-    ``min(gap, k)`` its cost is ``-cold x caught(e) + minute x idle(e)`` plus a term of p alone, so the best p for each e is a running
-    minimum.
+    A window [p, e] catches the gaps p..e (the histogram has none of 0). It idles for ``min(gap, e) - min(gap, p)`` minutes: with
+    ``idle(k)`` the sum of ``min(gap, k)`` its cost is ``-cold x caught(e) + minute x idle(e)`` plus a term of p alone, so the best
+    p for each e is a running minimum.
     """
     caught = np.cumsum(histogram[:-1])
     idle = np.concatenate(([0], np.cumsum(total - caught)[:-1]))
     end_cost = gb_s_per_minute * idle - cold_gb_s * caught
     if not pre_warm:
         return 0.0, float(np.argmin(end_cost))
-    begin_cost = cold_gb_s * (caught - histogram[:-1] - histogram[0]) - gb_s_per_minute * idle
-    begin_cost[0] = 0.0
+    begin_cost = cold_gb_s * (caught - histogram[:-1]) - gb_s_per_minute * idle
     best_begin = np.minimum.accumulate(begin_cost)
     end = int(np.argmin(end_cost + best_begin))
     begin = int(np.argmin(begin_cost[: end + 1]))

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from scaler.simulate.minute import MinuteFigures, account, keep_alive
+from scaler.simulate.minute import MinuteFigures, account, expected_cost, hybrid, keep_alive
 
 MEMORY_MB = np.array([1024.0])
 """One GB, so that an idle minute is 60 GB-s."""
@@ -50,6 +50,53 @@ def test_functions_are_charged_their_own_memory() -> None:
 
 def test_rum_weighs_cold_starts_and_idle_memory() -> None:
     assert MinuteFigures(cold=10, idle_gb_s=996.9).rum == pytest.approx(10 * 0.808 + 10)
+
+
+def test_hybrid_keeps_the_whole_range_until_two_gaps_are_known() -> None:
+    # Gaps 5, 5, 5, 5; range 20. After minutes 0 and 6 the range is kept: two gaps of 5, warm, 10 minutes idle. Then two equal gaps in 20
+    # bins vary enough (CV 4.4): bins 5 to 5, pre floor(0.9 * 5) = 4, end ceil(1.1 * 6) = 7: two gaps of 5 idle one minute each, and
+    # the tail of 2 none.
+    assert account(counts("1.....1.....1.....1.....1.."), MEMORY_MB, hybrid(20)) == MinuteFigures(cold=1, idle_gb_s=12 * 60)
+
+
+def test_hybrid_with_even_bins_keeps_the_whole_range() -> None:
+    # Range 4, gaps 1, 2, 3 and tail 6. Counts 0 1 1 0 (CV 1.0), then 0 1 1 1 (CV 0.6) are below 2: kept 4 minutes each time,
+    # 1 + 2 + 3 + 4 idle.
+    assert account(counts("1.1..1...1......"), MEMORY_MB, hybrid(4)) == MinuteFigures(cold=1, idle_gb_s=10 * 60)
+
+
+def test_hybrid_wants_more_variation_than_its_threshold() -> None:
+    # Range 5, gaps 2, 2, tail 4: counts 0 0 2 0 0 have a CV of exactly 2. Not over it: the range, 2 + 2 + 4 idle.
+    assert account(counts("1..1..1...."), MEMORY_MB, hybrid(5)) == MinuteFigures(cold=1, idle_gb_s=8 * 60)
+    # Over 1.9: pre floor(1.8) = 1, end ceil(3.3) = 4: only the tail is charged by it, 2 + 2 + 3.
+    assert account(counts("1..1..1...."), MEMORY_MB, hybrid(5, variation=1.9)) == MinuteFigures(cold=1, idle_gb_s=7 * 60)
+
+
+def test_hybrid_forecasts_gaps_beyond_its_range() -> None:
+    # Range 4, gaps 10, 10, 10, tail 0. The first two outlast the range: cold, 4 minutes each. Then the forecast is 10: pre
+    # floor(8.5) = 8, keep ceil(3) = 3: warm after 2 idle minutes.
+    assert account(counts("1..........1..........1..........1"), MEMORY_MB, hybrid(4)) == MinuteFigures(cold=3, idle_gb_s=10 * 60)
+
+
+def test_hybrid_learns_nothing_from_neighbouring_minutes() -> None:
+    # Gaps 0, 0, 3 and tail 4: one gap is too few, so the range of 5 is kept.
+    assert account(counts("111...1...."), MEMORY_MB, hybrid(5)) == MinuteFigures(cold=1, idle_gb_s=7 * 60)
+
+
+@pytest.mark.parametrize(
+    ("cold_gb_s", "pre_warm", "cold", "idle_minutes"),
+    [
+        # Gaps 3, 3, tail 5; the first 10 minutes are kept: 3 idle. A cold start at 200 GB-s is dearer than 3 minutes at 60: keep 3, 3 + 3 more.
+        (200.0, False, 1, 9),
+        # At 100 GB-s it is not: leave at once; the second gap of 3 is cold.
+        (100.0, False, 2, 3),
+        # With a later begin the window is minute 3 alone: warm for no idle time at all.
+        (100.0, True, 1, 3),
+    ],
+)
+def test_expected_cost_weighs_a_cold_start_against_idle_memory(cold_gb_s: float, pre_warm: bool, cold: int, idle_minutes: int) -> None:
+    figures = account(counts("1...1...1....."), MEMORY_MB, expected_cost(cold_gb_s, range_minutes=60, pre_warm=pre_warm))
+    assert figures == MinuteFigures(cold=cold, idle_gb_s=idle_minutes * 60)
 
 
 @given(st.lists(st.lists(st.integers(0, 2), min_size=30, max_size=30), min_size=1, max_size=4), st.integers(0, 30), st.integers(0, 30))
@@ -95,4 +142,22 @@ def test_keep_alive_on_1350_functions(
     azure_1350: tuple[NDArray[np.int64], NDArray[np.float64]], minutes: int, cold: int, idle_gb_s: int
 ) -> None:
     figures = account(*azure_1350, keep_alive(minutes))
+    assert (figures.cold, round(figures.idle_gb_s)) == (cold, idle_gb_s)
+
+
+@needs_traces
+@pytest.mark.parametrize(("range_minutes", "cold", "idle_gb_s"), [(60, 782, 276_599), (240, 674, 358_731)])
+def test_hybrid_on_500_functions(
+    azure_500: tuple[NDArray[np.int64], NDArray[np.float64]], range_minutes: int, cold: int, idle_gb_s: int
+) -> None:
+    figures = account(*azure_500, hybrid(range_minutes))
+    assert (figures.cold, round(figures.idle_gb_s)) == (cold, idle_gb_s)
+
+
+@needs_traces
+@pytest.mark.parametrize(("range_minutes", "cold", "idle_gb_s"), [(60, 4_469, 3_753_371), (240, 3_318, 5_771_696)])
+def test_hybrid_on_1350_functions(
+    azure_1350: tuple[NDArray[np.int64], NDArray[np.float64]], range_minutes: int, cold: int, idle_gb_s: int
+) -> None:
+    figures = account(*azure_1350, hybrid(range_minutes))
     assert (figures.cold, round(figures.idle_gb_s)) == (cold, idle_gb_s)
