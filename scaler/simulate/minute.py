@@ -148,7 +148,7 @@ def hybrid(range_minutes: int, variation: float = 2.0) -> Policy:
 
 
 def _varies(total: int, squares: int, bins: int, threshold: float) -> bool:
-    """Whether ``bins`` counts with this sum and sum of squares have a coefficient of variation over ``threshold``; exact in whole numbers."""
+    """Whether ``bins`` counts with this sum and sum of squares vary (coefficient of variation) by more than ``threshold``."""
     return squares * bins > (1 + threshold**2) * total**2
 
 
