@@ -1,47 +1,58 @@
-"""Minute mode: one slot per function, whole minutes, no concurrency. For checking against published figures only.
+"""Minute mode: what a keep-alive policy would have cost, from counts per minute alone.
 
-In: requests per minute and memory. Out: :class:`MinuteFigures`. Pure.
+This is the accounting of the published studies (Shahrad et al., "Serverless in the Wild", USENIX ATC 2020), kept to check
+this project's baselines against their figures: one instance per function, no concurrency, time in whole minutes. It
+flatters policies that are slow on every request, so decisions are judged at event level, not here.
 
-The accounting of the reference table (DESIGN, "Judging a policy"): the gap is the number of idle minutes between two
-active ones. After each active minute a policy gives ``(pre, keep)``; the next is warm if the gap is 0 or within ``pre ..
-pre + keep``, and what was kept is charged. The first is always cold. At event level (:mod:`scaler.simulate.slots`) every
-request pays its own start, which changes which policy is best.
+A *gap* is the number of idle minutes between two neighbouring active ones. After each active minute a policy names a
+:class:`Windows` entry: the instance is away for ``pre`` minutes and then warm for ``ka`` minutes. A gap is warm when it is
+zero or ``pre <= gap <= pre + ka``; the idle minutes charged are those of the window that the gap (or the trace's end) reached.
 """
 
 from __future__ import annotations
 
-import itertools
+import math
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-_MINUTE_S = 60
-#: RUM (FeMux, EuroSys'26): seconds per cold start, and GB-s that weigh as much as a second.
-COLD_S, GB_S_PER_SECOND = 0.808, 99.69
+RUM_COLD_S = 0.808
+"""Seconds of delay that a cold start counts for in RUM (FeMux, EuroSys 2026)."""
+
+RUM_IDLE_GB_S = 99.69
+"""Idle GB-seconds that RUM weighs like one second of delay (FeMux, EuroSys 2026)."""
+
+SECONDS_PER_MINUTE = 60
+MB_PER_GB = 1024
 
 
-class MinutePolicy(Protocol):
-    """Decides for one function."""
+@dataclass(frozen=True)
+class Windows:
+    """What a policy decided after each active minute of one function.
 
-    def next_window(self, gap: int | None) -> tuple[float, float]:
-        """``(pre, keep)`` in minutes after an active minute.
+    Attributes:
+        pre_minutes: idle minutes until the instance is there again; 0: it stays.
+        keep_minutes: minutes that it is then kept, when nothing arrives.
+    """
 
-        Args:
-            gap: idle minutes before it; None: it is the first.
-        """
-        ...
+    pre_minutes: NDArray[np.float64]
+    keep_minutes: NDArray[np.float64]
+
+
+Policy = Callable[[NDArray[np.int64], float], Windows]
+"""From one function's gaps (in order) and its memory in MB to ``len(gaps) + 1`` windows; entry ``i`` may know only ``gaps[:i]``."""
 
 
 @dataclass(frozen=True)
 class MinuteFigures:
-    """What a policy would have cost.
+    """A policy's costs on a trace.
 
     Attributes:
-        cold: cold starts.
-        idle_gb_s: memory held in idle minutes, GB-s.
+        cold: cold starts; each function's first active minute is one.
+        idle_gb_s: memory held by idle instances over time.
     """
 
     cold: int
@@ -49,44 +60,153 @@ class MinuteFigures:
 
     @property
     def rum(self) -> float:
-        """Seconds of delay and memory in one number."""
-        return COLD_S * self.cold + self.idle_gb_s / GB_S_PER_SECOND
+        """Both costs in seconds of delay (RUM)."""
+        return RUM_COLD_S * self.cold + self.idle_gb_s / RUM_IDLE_GB_S
 
 
-class KeepAlive:
-    """Warm for the same number of minutes after each."""
+def account(counts: NDArray[np.int64], memory_mb: NDArray[np.float64], policy: Policy) -> MinuteFigures:
+    """The figures of ``policy`` on ``counts`` (functions x minutes) with ``memory_mb`` per function."""
+    cold = 0
+    idle_mb_minutes = 0.0
+    minutes = counts.shape[1]
+    for row, memory in zip(counts, memory_mb.tolist(), strict=True):
+        active = np.flatnonzero(row)
+        if not active.size:
+            continue
+        gaps = (np.diff(active) - 1).astype(np.int64)
+        windows = policy(gaps, memory)
+        pre, keep = windows.pre_minutes, windows.keep_minutes
+        warm = (gaps == 0) | ((pre[:-1] <= gaps) & (gaps <= pre[:-1] + keep[:-1]))
+        cold += 1 + int(np.count_nonzero(~warm))
+        until_next = np.append(gaps, minutes - 1 - active[-1])
+        idle_mb_minutes += float(np.clip(until_next - pre, 0, keep).sum()) * memory
+    return MinuteFigures(cold, idle_mb_minutes * SECONDS_PER_MINUTE / MB_PER_GB)
 
-    def __init__(self, minutes: float) -> None:
-        self._window = (0.0, minutes)
 
-    def next_window(self, gap: int | None) -> tuple[float, float]:
-        """See :class:`MinutePolicy`."""
-        return self._window
+def keep_alive(minutes: float) -> Policy:
+    """Keep every instance for ``minutes`` after its last request."""
+
+    def policy(gaps: NDArray[np.int64], memory_mb: float) -> Windows:
+        count = gaps.size + 1
+        return Windows(np.zeros(count), np.full(count, float(minutes)))
+
+    return policy
 
 
-def account(counts: NDArray[np.int64], memory_mb: NDArray[np.float64], policy: Callable[[], MinutePolicy]) -> MinuteFigures:
-    """Run a policy over all functions.
+HEAD_SHARE = 0.05
+TAIL_SHARE = 0.99
+HISTOGRAM_MARGIN = 0.1
+OUT_OF_BOUNDS_SHARE = 0.5
+FORECAST_PRE = 0.85
+FORECAST_KEEP = 0.30
+FORECAST_GAPS = 10
+"""The hybrid histogram's published constants. The forecast is the mean of the last gaps, in place of ARIMA."""
+
+FEWEST_GAPS = 2
+"""With fewer, the hybrid histogram keeps for its whole range."""
+
+
+def hybrid(range_minutes: int, variation: float = 2.0) -> Policy:
+    """The hybrid histogram of "Serverless in the Wild" (ATC 2020), one histogram per function in bins of a minute.
+
+    Fewer than two gaps, or bin counts that vary too little: keep for the whole range. Mostly gaps beyond the range: a window of
+    15 % around the mean of the last ones. Otherwise: from the head to the tail of the histogram. Windows are whole minutes,
+    rounded outwards. Neighbouring active minutes are no gap: they teach nothing.
 
     Args:
-        counts: requests, [functions, minutes].
-        memory_mb: [functions].
-        policy: makes one for each function.
+        range_minutes: bins; gaps this long or longer are out of bounds.
+        variation: a coefficient of variation of the bin counts, empty bins too, over this makes a histogram representative.
     """
-    cold, idle_gb_s = 0, 0.0
-    for row, memory in zip(counts, memory_mb.tolist(), strict=True):
-        active: list[int] = np.flatnonzero(row).tolist()
-        if not active:
-            continue
-        decides = policy()
-        cold += 1
-        held = 0.0
-        pre, keep = decides.next_window(None)
-        for before, now in itertools.pairwise(active):
-            gap = now - before - 1
-            if gap:
-                cold += not pre <= gap <= pre + keep
-                held += min(max(gap - pre, 0.0), keep)
-            pre, keep = decides.next_window(gap)
-        held += min(max(len(row) - 1 - active[-1] - pre, 0.0), keep)
-        idle_gb_s += held * _MINUTE_S * memory / 1024
-    return MinuteFigures(cold, idle_gb_s)
+
+    def policy(gaps: NDArray[np.int64], memory_mb: float) -> Windows:
+        pre = np.zeros(gaps.size + 1)
+        keep = np.full(gaps.size + 1, float(range_minutes))
+        histogram = np.zeros(range_minutes, dtype=np.int64)
+        recent: deque[int] = deque(maxlen=FORECAST_GAPS)
+        inside = squares = outside = 0
+        for index, gap in enumerate(gaps.tolist(), start=1):
+            if gap == 0:
+                pre[index], keep[index] = pre[index - 1], keep[index - 1]
+                continue
+            recent.append(gap)
+            if gap < range_minutes:
+                inside += 1
+                squares += 2 * int(histogram[gap]) + 1
+                histogram[gap] += 1
+            else:
+                outside += 1
+            if inside + outside < FEWEST_GAPS:
+                continue
+            if outside > OUT_OF_BOUNDS_SHARE * (inside + outside):
+                mean = sum(recent) / len(recent)
+                pre[index], keep[index] = math.floor(FORECAST_PRE * mean), math.ceil(FORECAST_KEEP * mean)
+            elif _varies(inside, squares, range_minutes, variation):
+                pre[index], keep[index] = _head_to_tail(histogram, inside)
+        return Windows(pre, keep)
+
+    return policy
+
+
+def _varies(total: int, squares: int, bins: int, threshold: float) -> bool:
+    """Whether ``bins`` counts with this sum and sum of squares vary (coefficient of variation) by more than ``threshold``."""
+    return squares * bins > (1 + threshold**2) * total**2
+
+
+def _head_to_tail(histogram: NDArray[np.int64], total: int) -> tuple[float, float]:
+    """``(pre, keep)`` from the start of the head's bin to the end of the tail's, widened by the margin."""
+    cumulative = np.cumsum(histogram)
+    head = int(np.searchsorted(cumulative, HEAD_SHARE * total))
+    tail = int(np.searchsorted(cumulative, TAIL_SHARE * total)) + 1
+    pre = math.floor(head * (1 - HISTOGRAM_MARGIN))
+    return pre, math.ceil(tail * (1 + HISTOGRAM_MARGIN)) - pre
+
+
+def expected_cost(cold_gb_s: float, range_minutes: int, pre_warm: bool, fewest_gaps: int = 1, first_keep_minutes: float = 10.0) -> Policy:
+    """After each active minute, the window that would have been cheapest over the function's gaps so far.
+
+    The cost of a window is ``cold_gb_s`` x the share of gaps it misses + memory x its mean idle time.
+
+    Args:
+        cold_gb_s: a cold start's price in idle GB-seconds; 80.5 is RUM's own (0.808 x 99.69).
+        range_minutes: windows end before it; longer gaps are always missed.
+        pre_warm: windows may begin later than the last request.
+        fewest_gaps: fewer decide nothing, and ``first_keep_minutes`` holds.
+        first_keep_minutes: kept while too little is known.
+    """
+
+    def policy(gaps: NDArray[np.int64], memory_mb: float) -> Windows:
+        gb_s_per_minute = memory_mb * SECONDS_PER_MINUTE / MB_PER_GB
+        pre = np.zeros(gaps.size + 1)
+        keep = np.full(gaps.size + 1, first_keep_minutes)
+        histogram = np.zeros(range_minutes + 1, dtype=np.int64)
+        total = 0
+        for index, gap in enumerate(gaps.tolist(), start=1):
+            if gap == 0:
+                pre[index], keep[index] = pre[index - 1], keep[index - 1]
+                continue
+            histogram[min(gap, range_minutes)] += 1
+            total += 1
+            if total >= fewest_gaps:
+                pre[index], keep[index] = _cheapest(histogram, total, cold_gb_s, gb_s_per_minute, pre_warm)
+        return Windows(pre, keep)
+
+    return policy
+
+
+def _cheapest(histogram: NDArray[np.int64], total: int, cold_gb_s: float, gb_s_per_minute: float, pre_warm: bool) -> tuple[float, float]:
+    """The ``(pre, keep)`` of the least cost over ``histogram``, whose last bin holds what no window reaches; earliest and shortest first.
+
+    A window [p, e] catches the gaps p..e (the histogram has none of 0). It idles for ``min(gap, e) - min(gap, p)`` minutes: with
+    ``idle(k)`` the sum of ``min(gap, k)`` its cost is ``-cold x caught(e) + minute x idle(e)`` plus a term of p alone, so the best
+    p for each e is a running minimum.
+    """
+    caught = np.cumsum(histogram[:-1])
+    idle = np.concatenate(([0], np.cumsum(total - caught)[:-1]))
+    end_cost = gb_s_per_minute * idle - cold_gb_s * caught
+    if not pre_warm:
+        return 0.0, float(np.argmin(end_cost))
+    begin_cost = cold_gb_s * (caught - histogram[:-1]) - gb_s_per_minute * idle
+    best_begin = np.minimum.accumulate(begin_cost)
+    end = int(np.argmin(end_cost + best_begin))
+    begin = int(np.argmin(begin_cost[: end + 1]))
+    return float(begin), float(end - begin)
