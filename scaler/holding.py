@@ -76,12 +76,14 @@ class Holding:
         policy: decides what they hold.
     """
 
-    __slots__ = ("_changes", "_policy", "_slots", "held", "idle_s", "moves_up", "need")
+    __slots__ = ("_changes", "_policy", "_slots", "held", "idle_s", "moves_up", "need", "now_s")
 
     def __init__(self, policy: HoldingPolicy) -> None:
         self._policy = policy
         self._slots: list[Slot] = []
         self._changes: list[tuple[float, int]] = []
+        #: The time of the last event.
+        self.now_s = 0.0
         #: Busy slots.
         self.need = 0
         #: Idle slots by rung.
@@ -97,7 +99,8 @@ class Holding:
         return self._changes[0][0] if self._changes else FOREVER
 
     def advance(self, now_s: float) -> None:
-        """Carry out the changes that are due."""
+        """Carry out the changes that are due. Time does not go back."""
+        self.now_s = now_s
         changes = self._changes
         while changes and changes[0][0] <= now_s:
             due_s, number = heappop(changes)

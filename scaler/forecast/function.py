@@ -13,18 +13,17 @@ from __future__ import annotations
 from scaler import ladder
 from scaler.forecast import bins
 from scaler.forecast.idle import IdleTimes
-from scaler.forecast.slot import ForecastConfig, SlotForecast
+from scaler.forecast.slot import ForecastConfig, SlotForecast, Terms
 from scaler.ladder import Plan, Rung, RungCosts
 
 
 class FunctionForecast:
     """Decides what the idle slots of one function hold; a :class:`scaler.holding.HoldingPolicy`."""
 
-    __slots__ = ("_config", "_costs", "_rises", "_rising", "_rising_until", "_slots")
+    __slots__ = ("_rises", "_rising", "_rising_until", "_slots", "terms")
 
     def __init__(self, config: ForecastConfig, costs: RungCosts) -> None:
-        self._config = config
-        self._costs = costs
+        self.terms = Terms(config, costs)
         self._slots: list[SlotForecast] = []
         self._rises = IdleTimes()
         self._rising: Plan = ()
@@ -33,17 +32,17 @@ class FunctionForecast:
     def released(self, slot: int, idle_s: float, arrived_s: float, now_s: float) -> Plan:
         """See :class:`scaler.holding.HoldingPolicy`."""
         while slot >= len(self._slots):
-            self._slots.append(SlotForecast(self._config, self._costs))
+            self._slots.append(SlotForecast(self.terms))
         return self._slots[slot].plan(idle_s, arrived_s, now_s)
 
     def rising(self) -> Plan:
         """See :class:`scaler.holding.HoldingPolicy`."""
-        rises, config = self._rises, self._config
+        rises, config = self._rises, self.terms.config
         if not self._rising or rises.count >= self._rising_until:
             self._rising_until = config.replan_at(rises.count)
             hazards = rises.hazards(config.rise_prior, config.prior_weight)
             self._rising = ladder.descend(
-                hazards, bins.EDGES, bins.WIDTHS, self._costs, config.delay_weight, config.up_price, start=Rung.CACHED
+                hazards, bins.EDGES, bins.WIDTHS, self.terms.costs, config.delay_weight, config.up_price, start=Rung.CACHED
             )
         return self._rising
 

@@ -42,14 +42,21 @@ class ForecastConfig:
         return count + 1 + min(int(count * self.replan_share), self.replan_most)
 
 
+@dataclass(slots=True)
+class Terms:
+    """What a function's forecasts are priced with. The costs are replaced when they are measured."""
+
+    config: ForecastConfig
+    costs: RungCosts
+
+
 class SlotForecast:
     """What one slot shall hold."""
 
-    __slots__ = ("_after", "_arrived_s", "_class", "_config", "_costs", "_idle", "_periods", "_plans")
+    __slots__ = ("_after", "_arrived_s", "_class", "_idle", "_periods", "_plans", "_terms")
 
-    def __init__(self, config: ForecastConfig, costs: RungCosts) -> None:
-        self._config = config
-        self._costs = costs
+    def __init__(self, terms: Terms) -> None:
+        self._terms = terms
         self._idle = IdleTimes()
         #: Idle times by the class of the one before: a short one often follows a short one.
         self._after: dict[int, IdleTimes] = {}
@@ -85,7 +92,7 @@ class SlotForecast:
 
     def _base(self) -> Plan:
         """The plan of the histograms."""
-        config = self._config
+        config = self._terms.config
         plan, remake_at = self._plans.get(self._class, ((), 0))
         after = self._after.get(self._class)
         count = after.count if after is not None else 0
@@ -94,12 +101,12 @@ class SlotForecast:
         hazards = self._idle.hazards(config.prior, config.prior_weight)
         if after is not None:
             hazards = after.hazards(hazards, config.prior_weight)
-        plan = ladder.descend(hazards, bins.EDGES, bins.WIDTHS, self._costs, config.delay_weight, config.up_price)
+        plan = ladder.descend(hazards, bins.EDGES, bins.WIDTHS, self._terms.costs, config.delay_weight, config.up_price)
         self._plans[self._class] = plan, config.replan_at(count)
         return plan
 
     def _with_windows(self, base: Plan, busy_s: float) -> Plan:
-        plan, config, costs = base, self._config, self._costs
+        plan, config, costs = base, self._terms.config, self._terms.costs
         taken: list[tuple[float, float]] = []
         for window in self._periods.windows():
             end_s = window.end_s - busy_s
