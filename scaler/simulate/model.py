@@ -102,9 +102,11 @@ class Outcome:
         starts: requests by :class:`StartMode`.
         wasted_mb_s: memory held while idle, by :class:`~scaler.ladder.Rung`, MB-s.
         wasted_second_half_mb_s: of these, in the second half of the trace's span.
+        moves_up: moves up the ladder that no request asked for.
     """
 
     delays_s: NDArray[np.float64]
     starts: list[int] = field(default_factory=lambda: [0] * len(StartMode))
     wasted_mb_s: list[float] = field(default_factory=lambda: [0.0] * 4)
     wasted_second_half_mb_s: float = 0.0
+    moves_up: int = 0

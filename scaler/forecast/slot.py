@@ -1,7 +1,7 @@
 """One slot's forecast and the plan that follows from it.
 
-In: each arrival that the slot served. Out: the :data:`~scaler.ladder.Plan` for the idle time after it, to the simulator
-(:mod:`scaler.simulate.policies`) and to the live planner. Pure.
+In: each arrival that the slot served. Out: the :data:`~scaler.ladder.Plan` for the idle time after it, to
+:mod:`scaler.forecast.function`. Pure.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from scaler.ladder import RUM_PER_MB_S, Plan, Rung, RungCosts
 
 
 @dataclass(frozen=True, slots=True)
-class HoldingConfig:
+class ForecastConfig:
     """Constants of the choice. Fixed on the nested 100-function sample of azure2019-500f-8h (docs/decisions.md)."""
 
     #: Price of one second of start delay, in RUM.
@@ -34,14 +34,20 @@ class HoldingConfig:
     replan_most: int = 25
     #: The population's hazard per bin; a flat one is nearly as good as a learned one and transfers better.
     prior: Sequence[float] = (0.02,) * bins.COUNT
+    #: The same for the next rise after a rise: most functions never serve two requests at once.
+    rise_prior: Sequence[float] = (0.001,) * bins.COUNT
+
+    def replan_at(self, count: int) -> int:
+        """After how many observations a plan made after ``count`` of them is made anew."""
+        return count + 1 + min(int(count * self.replan_share), self.replan_most)
 
 
-class SlotHolding:
+class SlotForecast:
     """What one slot shall hold."""
 
     __slots__ = ("_after", "_arrived_s", "_class", "_config", "_costs", "_idle", "_periods", "_plans")
 
-    def __init__(self, config: HoldingConfig, costs: RungCosts) -> None:
+    def __init__(self, config: ForecastConfig, costs: RungCosts) -> None:
         self._config = config
         self._costs = costs
         self._idle = IdleTimes()
@@ -89,7 +95,7 @@ class SlotHolding:
         if after is not None:
             hazards = after.hazards(hazards, config.prior_weight)
         plan = ladder.descend(hazards, bins.EDGES, bins.WIDTHS, self._costs, config.delay_weight, config.up_price)
-        self._plans[self._class] = plan, count + 1 + min(int(count * config.replan_share), config.replan_most)
+        self._plans[self._class] = plan, config.replan_at(count)
         return plan
 
     def _with_windows(self, base: Plan, busy_s: float) -> Plan:
