@@ -76,7 +76,7 @@ def read(path: Path, *, seed: int = 1, jitter_s: float | None = 0.05, subset: st
         TraceUnreadable: it is none of the known formats, or damaged.
     """
     with _readable(path):
-        if _has_events(path):
+        if has_own_times(path):
             return _events(path, DEFAULT_MEMORY_MB if memory_mb is None else memory_mb)
         minutes = _minutes(path, seed, memory_mb)
         keep = _subset(path, minutes.names, subset) if subset else None
@@ -96,6 +96,11 @@ def read(path: Path, *, seed: int = 1, jitter_s: float | None = 0.05, subset: st
     return Trace(_title(minutes.name, subset), minutes.counts.shape[1] * MINUTE_S, functions)
 
 
+def has_own_times(path: Path) -> bool:
+    """The trace says when each request came; nothing has to be placed."""
+    return path.is_file() and ".npz" not in path.suffixes
+
+
 def read_minutes(path: Path, *, seed: int = 1, subset: str = "", memory_mb: float | None = None) -> MinuteTrace:
     """The trace at ``path`` as requests per minute.
 
@@ -109,7 +114,7 @@ def read_minutes(path: Path, *, seed: int = 1, subset: str = "", memory_mb: floa
         TraceUnreadable: it is none of the known formats, or damaged, or has single events.
     """
     with _readable(path):
-        if _has_events(path):
+        if has_own_times(path):
             raise ValueError("it has single events, and minute mode wants requests per minute")
         minutes = _minutes(path, seed, memory_mb)
         if not subset:
@@ -135,10 +140,6 @@ def _readable(path: Path) -> Iterator[None]:
 
 def _title(name: str, subset: str) -> str:
     return name + (f" ({subset})" if subset else "")
-
-
-def _has_events(path: Path) -> bool:
-    return path.is_file() and ".npz" not in path.suffixes
 
 
 def _minutes(path: Path, seed: int, memory_mb: float | None) -> MinuteTrace:
