@@ -4,8 +4,8 @@ In: a forecast of the next arrival as a hazard per age bin (:mod:`scaler.forecas
 :data:`Plan` for the idle time that has just begun: which rung until when. Used by :mod:`scaler.forecast.slot` and, for
 every policy, by :mod:`scaler.simulate`. Pure.
 
-Costs are in one currency, seconds of start delay: a second of delay costs ``delay_weight``, and holding memory costs
-1/99.69 per GB-s (RUM: FeMux, EuroSys'26, ``forecasting_sim_utils.py``).
+Costs are in one currency, seconds of start delay (RUM: FeMux, EuroSys'26, ``forecasting_sim_utils.py``): a second of delay
+costs ``delay_weight``, and holding memory as below.
 """
 
 from __future__ import annotations
@@ -14,8 +14,12 @@ import enum
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+#: RUM of a start without a checkpoint: seconds of delay that a cold start counts for.
+RUM_COLD_S = 0.808
+#: GB-seconds that cost as much as one second of delay.
+RUM_GB_S = 99.69
 #: RUM of one MB held for one second.
-RUM_PER_MB_S = 1 / 1024 / 99.69
+RUM_PER_MB_S = 1 / 1024 / RUM_GB_S
 
 
 class Rung(enum.IntEnum):

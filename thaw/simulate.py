@@ -1,7 +1,7 @@
 """``thaw simulate``: what policies would have cost on a trace.
 
 In: a trace (:mod:`scaler.simulate.traces`). Out: a table or JSON on standard output; figures by
-:mod:`scaler.simulate.run`.
+:mod:`scaler.simulate.run`, or :mod:`thaw.simulate_minute` with ``--resolution minute``.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from scaler.simulate import run, traces
+from thaw import simulate_minute
 
 
 class _Jitter(click.ParamType[float | None]):
@@ -44,12 +45,26 @@ class _Jitter(click.ParamType[float | None]):
     "--timer-jitter-s", "jitter_s", type=_Jitter(), default="0.05", show_default=True, help="± of timers, or 'uniform' in the minute."
 )
 @click.option("--subset", default="", help="A sample named in the trace's subset_ids.json; with a leading '-', all but it.")
+@click.option("--memory-mb", type=click.FloatRange(min=0, min_open=True), help="Of every function, in place of the trace's.")
+@simulate_minute.options
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def simulate(
-    path: Path, policies: tuple[str, ...], seed: int, delay_weight: float, jitter_s: float | None, subset: str, as_json: bool
+    path: Path,
+    policies: tuple[str, ...],
+    seed: int,
+    delay_weight: float,
+    jitter_s: float | None,
+    subset: str,
+    memory_mb: float | None,
+    resolution: str,
+    concurrency: str | None,
+    as_json: bool,
 ) -> None:
     """Run policies over a trace under a virtual clock and compare what each would have cost."""
-    trace = traces.read(path, seed=seed, jitter_s=jitter_s, subset=subset)
+    if simulate_minute.asked(resolution, concurrency):
+        simulate_minute.simulate(path, policies, seed=seed, subset=subset, memory_mb=memory_mb, as_json=as_json)
+        return
+    trace = traces.read(path, seed=seed, jitter_s=jitter_s, subset=subset, memory_mb=memory_mb)
     console = Console(stderr=True)
     requests = sum(len(function.at_s) for function in trace.functions)
     console.print(f"{trace.name}: {len(trace.functions):,} functions, {requests:,} requests in {trace.span_s / 3600:.1f} h")

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from scaler.ladder import RungCosts
+from scaler.ladder import RUM_COLD_S, RungCosts
 
 
 class StartMode(enum.IntEnum):
@@ -65,7 +65,7 @@ class World:
         thaw_s: start from standby.
         restore_s: start from the node's cache.
         remote_s: first start of a function.
-        cold_s: start without a checkpoint (RUM's published 0.808 s).
+        cold_s: start without a checkpoint.
         standby_mb: memory of a standby.
         running_share: memory of an idle running instance, as a share of the function's.
         running_floor_mb: the least it holds.
@@ -75,7 +75,7 @@ class World:
     thaw_s: float = 0.0017
     restore_s: float = 0.010
     remote_s: float = 0.040
-    cold_s: float = 0.808
+    cold_s: float = RUM_COLD_S
     standby_mb: float = 4.1
     running_share: float = 0.06
     running_floor_mb: float = 8.0
