@@ -1,12 +1,13 @@
 """``thaw simulate``: what policies would have cost on a trace.
 
-In: a trace (:mod:`scaler.simulate.traces`). Out: a table or JSON on standard output; figures by
-:mod:`scaler.simulate.run`.
+In: a trace (:mod:`scaler.simulate.traces`). Out: a table or JSON on standard output, with ``--report`` a page
+(:mod:`loadgen.simulation`); figures by :mod:`scaler.simulate.run`.
 """
 
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import click
 from rich.console import Console
 from rich.table import Table
 
+from loadgen import simulation
 from scaler.simulate import run, traces
 
 
@@ -45,10 +47,22 @@ class _Jitter(click.ParamType[float | None]):
 )
 @click.option("--subset", default="", help="A sample named in the trace's subset_ids.json; with a leading '-', all but it.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@click.option("--report", type=click.Path(dir_okay=False, path_type=Path), help="HTML file to write; its figures go beside it as .json.")
+@click.pass_context
 def simulate(
-    path: Path, policies: tuple[str, ...], seed: int, delay_weight: float, jitter_s: float | None, subset: str, as_json: bool
+    context: click.Context,
+    path: Path,
+    policies: tuple[str, ...],
+    seed: int,
+    delay_weight: float,
+    jitter_s: float | None,
+    subset: str,
+    as_json: bool,
+    report: Path | None,
 ) -> None:
     """Run policies over a trace under a virtual clock and compare what each would have cost."""
+    if report is not None and report.suffix == ".json":
+        raise click.BadParameter("the page can't have the name of its figures; call it .html", param_hint="--report")
     trace = traces.read(path, seed=seed, jitter_s=jitter_s, subset=subset)
     console = Console(stderr=True)
     requests = sum(len(function.at_s) for function in trace.functions)
@@ -65,10 +79,26 @@ def simulate(
         result.name: result.summary if result.bound else {**result.summary, "worse_share": run.worse_share(result, reference)}
         for result in shown
     }
+    if report is not None:
+        asked = simulation.Asked(repeat(context), seed, delay_weight, jitter_s, own_times=traces.has_own_times(path))
+        simulation.write(report, trace, results, asked)
+        console.print(f"report: {report}")
     if as_json:
         click.echo(json.dumps({"trace": trace.name, "seed": seed, "delay_weight": delay_weight, "policies": figures}, indent=1))
     else:
         Console().print(_table(figures))
+
+
+def repeat(context: click.Context) -> str:
+    """The command with every argument that is not the default, for a shell."""
+    words = context.command_path.split()
+    for option in context.command.params:
+        value = context.params.get(option.name or "")
+        if value == option.get_default(context) or value in ((), ""):
+            continue
+        for item in value if isinstance(value, tuple) else (value,):
+            words += [option.opts[0]] if item is True else [option.opts[0], str(item)]
+    return shlex.join(words)
 
 
 def _table(figures: dict[str, dict[str, Any]]) -> Table:

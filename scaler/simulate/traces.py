@@ -72,7 +72,7 @@ def read(path: Path, *, seed: int = 1, jitter_s: float | None = 0.05, subset: st
         TraceUnreadable: it is none of the known formats, or damaged.
     """
     try:
-        if path.is_file() and ".npz" not in path.suffixes:
+        if has_own_times(path):
             return _events(path)
         minutes = read_minutes(path, seed=seed)
         keep = _subset(path, minutes.names, subset) if subset else None
@@ -92,6 +92,11 @@ def read(path: Path, *, seed: int = 1, jitter_s: float | None = 0.05, subset: st
     except (OSError, ValueError, KeyError, IndexError, EOFError) as error:
         raise TraceUnreadable(f"{path} can't be read as a trace: {error}; scaler/simulate/traces.py says which formats can") from error
     return Trace(minutes.name + (f" ({subset})" if subset else ""), minutes.counts.shape[1] * MINUTE_S, functions)
+
+
+def has_own_times(path: Path) -> bool:
+    """The trace says when each request came; nothing has to be placed."""
+    return path.is_file() and ".npz" not in path.suffixes
 
 
 def read_minutes(path: Path, *, seed: int = 1) -> MinuteTrace:
