@@ -26,6 +26,7 @@ svg { display: block; width: 100%; height: auto; }
 .tile span { display: block; font-weight: 600; }
 .tile small { display: block; margin-top: 4px; color: #6c757d; font-size: 12.5px; line-height: 1.4; }
 .scroll { overflow-x: auto; }
+.scroll + .scroll { margin-top: 16px; }
 table { border-collapse: collapse; font-size: 13.5px; font-variant-numeric: tabular-nums; }
 th, td { padding: 4px 14px 4px 0; text-align: left; border-bottom: 1px solid #f1f3f5; white-space: nowrap; }
 th { color: #868e96; font-weight: 600; white-space: normal; vertical-align: bottom; line-height: 1.25; border-bottom-color: #dee2e6; }

@@ -181,15 +181,14 @@ def _equal_rum(axes: Axes, rum_per_gb_s: float, delay_weight: float, rums: Seque
         lines.append((bound_rum, _BOUND, f"bound: RUM {bound_rum:,.3g}"))
     (x_low, x_high), (y_low, y_high) = axes.get_xlim(), axes.get_ylim()
     for rum, colour, text in lines:
-        wasted = np.geomspace(x_low, min(x_high, rum / rum_per_gb_s * (1 - 1e-6)), 400) if rum / rum_per_gb_s > x_low else np.empty(0)
+        wasted = np.geomspace(x_low, x_high, 500)
         delay = (rum - wasted * rum_per_gb_s) / delay_weight
         inside = delay > y_low
         axes.plot(wasted[inside], delay[inside], linestyle="--", linewidth=1.1, color=colour, zorder=1)
-        at_edge = (rum - x_low * rum_per_gb_s) / delay_weight
-        if y_low * 1.05 < at_edge < y_high / 1.25:
-            axes.annotate(
-                text, (x_low, at_edge), (26, 3), textcoords="offset points", fontsize=8.5, color="#868e96" if colour != _BOUND else colour
-            )
+        begin = wasted[15], delay[15]
+        if y_low * 1.05 < begin[1] < y_high / 1.25:
+            ink = _BOUND if colour == _BOUND else "#868e96"
+            axes.annotate(text, begin, (0, 3), textcoords="offset points", fontsize=8.5, color=ink)
 
 
 def _label(figure: Figure, axes: Axes, points: Sequence[Point], labelled: Sequence[str]) -> None:
@@ -214,6 +213,7 @@ def _label(figure: Figure, axes: Axes, points: Sequence[Point], labelled: Sequen
                 fontsize=9,
                 fontweight="bold" if name == labelled[0] else "normal",
             )
+            text.get_window_extent()  # puts it where it belongs
             box = Text.get_window_extent(text)  # without its line
             if frame.contains(*box.min) and frame.contains(*box.max) and not any(box.overlaps(other) for other in taken):
                 taken.append(box)
