@@ -10,7 +10,7 @@ import html
 import json
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,8 @@ from scaler.simulate.model import StartMode, Trace, World
 from scaler.simulate.run import PolicyResult
 
 PRODUCT, BOUND = "thaw", "bound-pre-thaw"
+#: The product's forecasts in the classic world.
+UNLADDERED = "thaw-rungs"
 #: Policies with a curve of their own in the distributions, beside the product and the best of each kind.
 _KNOWN = (run.REFERENCE, "hybrid-240")
 _RUM_PER_GB_S = RUM_PER_MB_S * 1024
@@ -50,7 +52,7 @@ class Asked:
     delay_weight: float
     jitter_s: float | None
     own_times: bool = False
-    world: World = World()
+    world: World = field(default_factory=World)
 
 
 class Comparison:
@@ -66,6 +68,7 @@ class Comparison:
         self.policies = [result for result in self.by_rum if not result.bound]
         self.product = self.by_name.get(PRODUCT)
         self.best_classic = next((result for result in self.policies if not result.rungs), None)
+        self.best_published = next((result for result in self.policies if not result.rungs and result.name != UNLADDERED), None)
         self.best_static = next((result for result in self.policies if group(result) == "static ladder"), None)
         self.bound = self.by_name.get(BOUND)
 
@@ -82,6 +85,8 @@ class Comparison:
             "rum": self.product.summary["rum"] if self.product else None,
             "best_classic": self.best_classic.name if self.best_classic else None,
             "best_classic_times": self.times(self.best_classic),
+            "best_published": self.best_published.name if self.best_published else None,
+            "best_published_times": self.times(self.best_published),
             "best_static": self.best_static.name if self.best_static else None,
             "best_static_times": self.times(self.best_static),
             "times_of_bound": 1 / to_bound if to_bound else None,
@@ -121,11 +126,11 @@ def write(path: Path, trace: Trace, results: Sequence[PolicyResult], asked: Aske
     data.write_text(json.dumps(_figures(trace, found, asked), indent=1, allow_nan=False) + "\n", encoding="utf-8")
     body = [
         tiles(_headline(found)),
+        _pareto(found, asked),
         section("The workload", table(("", ""), _workload(trace, asked)), table(*_triggers(trace)), _arrivals(asked)),
         section("Policies: cost and delay", table(*_costs(found), marked=(PRODUCT,)), _COSTS_NOTE),
         section("Policies: starts and memory", table(*_starts(found), marked=(PRODUCT,)), _STARTS_NOTE),
         *_optional(found),
-        _pareto(found, asked),
         section("Functions: how often no running instance was found", *_cold_rates(found)),
         section("Functions: cost under thaw against others", *_ratios(found)),
         section("How to read it", _reading(asked)),
@@ -139,8 +144,7 @@ def write(path: Path, trace: Trace, results: Sequence[PolicyResult], asked: Aske
 
 _COSTS_NOTE = (
     "By RUM. Times: RUM in times of thaw's. Second half: RUM of the second half of the trace, when a policy that learns has learned. "
-    "Delay: start delay over all requests; a request that finds a running instance has none. Not warm: share of a function's requests that "
-    "found no running instance, percentiles over functions; always: functions for which none did. Worse: share of functions that cost more "
+    "Delay: start delay over all requests; a request that finds a running instance has none. Worse: share of functions that cost more "
     f"than under {run.REFERENCE}. Bounds know the future and have a cost only."
 )
 _STARTS_NOTE = (
@@ -151,12 +155,14 @@ _STARTS_NOTE = (
 
 def _headline(found: Comparison) -> list[tuple[str, str, str]]:
     figures = found.headline()
-    share = figures["times_of_bound"]
+    classic = _named(found.best_classic)
+    if found.best_classic is not None and found.best_classic.name == UNLADDERED and found.best_published is not None:
+        classic = f"{classic}, thaw's own forecasts; than {_named(found.best_published)}: {_times(found.times(found.best_published))}"
     return [
         (_amount(figures["rum"]), "RUM of thaw", "seconds of delay and memory in one currency; lower is better"),
-        (_times(figures["best_classic_times"]), "lower than the best classic policy", _named(found.best_classic)),
+        (_times(figures["best_classic_times"]), "lower than the best classic policy", classic),
         (_times(figures["best_static_times"]), "lower than the best static ladder", _named(found.best_static, "chosen in hindsight")),
-        (_times(share, 3), "of the bound", _named(found.bound, "perfect pre-thaw, knows the future")),
+        (_times(figures["times_of_bound"]), "the bound", _named(found.bound, "perfect pre-thaw, knows the future")),
     ]
 
 
@@ -193,7 +199,9 @@ def _triggers(trace: Trace) -> tuple[Sequence[str], list[Sequence[str]]]:
         functions[word] += 1
         requests[word] += len(function.at_s)
     total = max(1, sum(requests.values()))
-    rows = [(word, f"{number:,}", f"{requests[word]:,}", f"{requests[word] / total:.1%}") for word, number in functions.most_common()]
+    rows: list[Sequence[str]] = [
+        [word, f"{number:,}", f"{requests[word]:,}", f"{requests[word] / total:.1%}"] for word, number in functions.most_common()
+    ]
     return ("trigger", "functions", "requests", "share of requests"), rows
 
 
@@ -204,25 +212,23 @@ def _arrivals(asked: Asked) -> str:
     if asked.jitter_s is None:
         return f"Arrivals: all requests, those of timers too, come {others}. Open loop: no request waits for another."
     return (
-        f"Arrivals: a timer fires at an offset in its minute that is its own and stays, ± {asked.jitter_s:g} s; several firings in one minute "
-        f"are spread evenly over it. All other requests come {others}. Open loop: no request waits for another."
+        f"Arrivals: a timer fires at an offset in its minute that is its own and stays, ± {asked.jitter_s:g} s; several firings in one "
+        f"minute are spread evenly over it. All other requests come {others}. Open loop: no request waits for another."
     )
 
 
 def _costs(found: Comparison) -> tuple[Sequence[str], list[Sequence[str]]]:
-    header = ("policy", "kind", "RUM", "times", "second half", "p50 ms", "p90 ms", "p99 ms", "max ms",
-              "not warm P50", "P75", "P90", "always", "worse")  # fmt: skip
     rows: list[Sequence[str]] = []
     for result in found.by_rum:
         summary, times = result.summary, found.times(result)
-        row = [result.name, group(result), _amount(summary["rum"]), _times(times, 3) if times is not None else ""]
+        row = [result.name, group(result), _amount(summary["rum"]), _times(times) if times is not None else ""]
         if not result.bound:
+            worse = _worse(result, found)
             row.append(_amount(summary["rum_second_half"]))
             row += [f"{summary[f'delay_{which}_ms']:,.1f}" for which in ("p50", "p90", "p99", "max")]
-            row += [f"{summary[f'cold_rate_{which}']:.1%}" for which in ("p50", "p75", "p90")]
-            row += [f"{_always(result):.1%}", f"{worse:.1%}" if (worse := _worse(result, found)) is not None else ""]
+            row.append("" if worse is None else f"{worse:.1%}")
         rows.append(row)
-    return header, rows
+    return ("policy", "kind", "RUM", "times", "second half", "p50 ms", "p90 ms", "p99 ms", "max ms", "worse"), rows
 
 
 def _starts(found: Comparison) -> tuple[Sequence[str], list[Sequence[str]]]:
@@ -234,7 +240,7 @@ def _starts(found: Comparison) -> tuple[Sequence[str], list[Sequence[str]]]:
         summary = result.summary
         starts = [f"{summary['starts'][mode]:,}" if mode in summary["starts"] else "" for mode in modes]
         memory = [f"{summary['wasted_gb_s_by_rung'].get(rung, 0):,.0f}" for rung in held]
-        rows.append((result.name, *starts, f"{summary['wasted_gb_s']:,.0f}", *memory))
+        rows.append([result.name, *starts, f"{summary['wasted_gb_s']:,.0f}", *memory])
     return ("policy", *modes, "idle GB-s", *(f"{rung} GB-s" for rung in held)), rows
 
 
@@ -299,11 +305,18 @@ def delay_s(result: PolicyResult, delay_weight: float) -> float:
 
 
 def _cold_rates(found: Comparison) -> list[str]:
+    rows = [
+        [result.name, *(f"{result.summary[f'cold_rate_{which}']:.1%}" for which in ("p50", "p75", "p90")), f"{_always(result):.1%}"]
+        for result in found.policies
+    ]
     return [
         plots.cold_rates({result.name: result.function_cold_rate for result in found.drawn()}),
-        "The distribution that Shahrad et al. (USENIX ATC 2020) compare keep-alive policies by, per function; up and to the left is better. "
-        "It counts every start alike: with rungs most of them are thaws and restores of some milliseconds, in the classic world each is a "
-        "cold start. A policy that lets go of instances because they come back cheaply is to the right here and still ahead in cost.",
+        "The distribution by which Shahrad et al. (USENIX ATC 2020) compare keep-alive policies, per function; up and to the left is "
+        "better. It counts every start alike: with rungs they are thaws and restores of some milliseconds, in the classic world each is "
+        "a cold start. A policy that lets go of instances because they come back cheaply is to the right here and can be ahead in cost.",
+        table(("policy", "cold rate P50", "P75", "P90", "never found one"), rows, marked=(PRODUCT,)),
+        "Cold rate: share of a function's requests that found no running instance, percentiles over functions. Last: functions of which "
+        "no request found one.",
     ]
 
 
@@ -326,14 +339,14 @@ def _ratio(result: PolicyResult, other: PolicyResult) -> NDArray[np.float64]:
 
 def _reading(asked: Asked) -> list[str]:
     return [
-        f"RUM adds up what users and operators pay: {asked.delay_weight:g} per second of start delay, and 1 per {1 / _RUM_PER_GB_S:,.2f} GB-s of memory "
-        "held while idle (RUM of FeMux, EuroSys 2026).",
-        "classic: no checkpoints. A request that finds no running instance waits for a cold start, and an idle instance holds all its memory. "
-        "thaw-rungs is thaw's policy in this world.",
-        "classic with rungs: the same policies, given checkpoints and standbys: against classic it shows what the ladder alone is worth.",
-        "static ladder: the same way down the ladder for every function, whatever comes. Against the best of them, which only hindsight knows, "
-        "thaw shows what its forecasts are worth.",
-        "bound-pre-thaw: a standby stands ready just before each request and costs nothing, or the instance runs on, whichever is cheaper. "
+        f"RUM adds up what users and operators pay: {asked.delay_weight:g} per second of start delay, and 1 per {1 / _RUM_PER_GB_S:,.2f} GB-s "
+        "of memory held while idle (RUM of FeMux, EuroSys 2026).",
+        "classic: no checkpoints. A request that finds no running instance waits for a cold start, and an idle instance holds all its "
+        f"memory. {UNLADDERED} is thaw's policy in this world.",
+        "classic with rungs: the same policies, given checkpoints and standbys. Against classic they show what the ladder alone is worth.",
+        "static ladder: the same way down the ladder for every function, whatever comes. Against the best of them, which only hindsight "
+        "knows, thaw shows what its forecasts are worth.",
+        f"{BOUND}: a standby stands ready just before each request and costs nothing, or the instance runs on, whichever is cheaper. "
         "bound-per-gap: the best rung for each idle time, known beforehand, without moves before the request.",
     ]
 
@@ -342,14 +355,14 @@ def _method(asked: Asked) -> list[str]:
     world = asked.world
     return [
         f"Repeat it with: {asked.command}",
-        "It is a simulation: requests are the trace's, decisions are the product's own code under a virtual clock, and costs of starts and "
-        "rungs are the constants below. Functions do not compete: each is run by itself, and memory is priced instead of being limited.",
-        f"With rungs a start takes {_ms(world.thaw_s)} from standby, {_ms(world.restore_s)} from the node's cache and {_ms(world.remote_s)} for a "
-        f"function's first; a standby holds {world.standby_mb:g} MB, an idle running instance {world.running_share:.0%} of the function's "
-        f"memory and at least {world.running_floor_mb:g} MB.",
+        "It is a simulation: requests are the trace's, decisions are the product's own code under a virtual clock, and costs of starts "
+        "and rungs are the constants below. Functions do not compete: each is run by itself, and memory is priced, not limited.",
+        f"With rungs a start takes {_ms(world.thaw_s)} from standby, {_ms(world.restore_s)} from the node's cache and "
+        f"{_ms(world.remote_s)} for a function's first; a standby holds {world.standby_mb:g} MB, an idle running instance "
+        f"{world.running_share:.0%} of the function's memory and at least {world.running_floor_mb:g} MB.",
         f"In the classic world a start takes {_ms(world.cold_s)}, and an idle instance holds all of the function's memory.",
-        "Policies are causal: they see a request when it comes, not before. Everything is deterministic: the same trace, seed and weight "
-        "give the same figures.",
+        "Policies see a request when it comes, not before. Everything is deterministic: the same trace, seed and weight give the same "
+        "figures, but for times of decisions (handle us), if there are any.",
     ]
 
 
@@ -398,11 +411,8 @@ def _amount(value: float | None) -> str:
     return "–" if value is None else f"{value:,.1f}" if abs(value) < 100 else f"{value:,.0f}"
 
 
-def _times(value: float | None, digits: int = 2) -> str:
-    """Significant digits below 100, whole numbers above; no power notation."""
-    if value is None:
-        return "–"
-    return f"{value:,.0f}x" if value >= 100 else f"{value:.{digits}g}x"
+def _times(value: float | None) -> str:
+    return "–" if value is None else f"{value:.2f}x" if value < 10 else f"{value:.1f}x" if value < 100 else f"{value:,.0f}x"
 
 
 def _ms(seconds: float) -> str:
