@@ -339,8 +339,8 @@ def _ratio(result: PolicyResult, other: PolicyResult) -> NDArray[np.float64]:
 
 def _reading(asked: Asked) -> list[str]:
     return [
-        f"RUM adds up what users and operators pay: {asked.delay_weight:g} per second of start delay, and 1 per {1 / _RUM_PER_GB_S:,.2f} GB-s "
-        "of memory held while idle (RUM of FeMux, EuroSys 2026).",
+        f"RUM adds up what users and operators pay: {asked.delay_weight:g} per second of start delay, and 1 per "
+        f"{1 / _RUM_PER_GB_S:,.2f} GB-s of memory held while idle (RUM of FeMux, EuroSys 2026).",
         "classic: no checkpoints. A request that finds no running instance waits for a cold start, and an idle instance holds all its "
         f"memory. {UNLADDERED} is thaw's policy in this world.",
         "classic with rungs: the same policies, given checkpoints and standbys. Against classic they show what the ladder alone is worth.",

@@ -210,6 +210,7 @@ def _label(figure: Figure, axes: Axes, points: Sequence[Point], labelled: Sequen
                 va=("center", "bottom", "top")[up],
                 arrowprops={"arrowstyle": "-", "color": "#868e96", "linewidth": 0.6} if distance > 8 else None,
                 zorder=5,
+                bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.6, "alpha": 0.85},  # lines of equal RUM pass behind it
                 fontsize=9,
                 fontweight="bold" if name == labelled[0] else "normal",
             )

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+from click.core import ParameterSource
 from rich.console import Console
 from rich.table import Table
 
@@ -90,14 +91,16 @@ def simulate(
 
 
 def repeat(context: click.Context) -> str:
-    """The command with every argument that is not the default, for a shell."""
+    """The command with what was given on the command line, for a shell."""
     words = context.command_path.split()
     for option in context.command.params:
-        value = context.params.get(option.name or "")
-        if value == option.get_default(context) or value in ((), ""):
+        name = option.name or ""
+        if context.get_parameter_source(name) is not ParameterSource.COMMANDLINE:
             continue
+        value = context.params[name]
         for item in value if isinstance(value, tuple) else (value,):
-            words += [option.opts[0]] if item is True else [option.opts[0], str(item)]
+            # Only the jitter can be given and be None.
+            words += [option.opts[0]] if item is True else [option.opts[0], "uniform" if item is None else str(item)]
     return shlex.join(words)
 
 
