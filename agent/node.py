@@ -14,6 +14,8 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import msgspec
+
 from agent.adoption import write_down
 from agent.api.function import Function
 from agent.api.messages import (
@@ -301,6 +303,8 @@ class Node:
         if not instance.standby:
             # Watchers learn of the end before it happens, so that no new request is sent there.
             self._report(EndpointDown(function=instance.function.name, instance=instance.id))
+            if reason == "released" and command_id:
+                report = msgspec.structs.replace(report, pss_bytes=await asyncio.to_thread(instance.measure))
         await instance.stop(self._workshop, grace_s)
         if reason == "pager_lost":
             self._report(report)

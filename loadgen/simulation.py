@@ -178,6 +178,7 @@ def _workload(trace: Trace, asked: Asked) -> list[Sequence[str]]:
         per_minute += np.bincount(np.clip((function.at_s / 60).astype(int), 0, minutes - 1), minlength=minutes)
     mean = float(per_minute.mean())
     p50, p90 = np.percentile(per_function, (50, 90))
+    m50, m90 = np.percentile([function.memory_mb for function in trace.functions] or [0.0], (50, 90))
     peak = f"mean {mean:,.1f}, peak {per_minute.max():,.0f}" + (f" ({per_minute.max() / mean:,.1f} times the mean)" if mean else "")
     return [
         ("trace", trace.name),
@@ -185,6 +186,7 @@ def _workload(trace: Trace, asked: Asked) -> list[Sequence[str]]:
         ("requests", f"{per_function.sum():,}"),
         ("requests of a function", f"median {p50:,.0f}, p90 {p90:,.0f}, most {per_function.max():,}"),
         ("requests per minute", peak),
+        ("memory of a function", f"median {m50:,.0f} MB, p90 {m90:,.0f} MB"),
         ("span", f"{trace.span_s / 3600:,.2f} h"),
         ("seed", str(asked.seed)),
         ("weight of delay", f"{asked.delay_weight:g} RUM per second"),

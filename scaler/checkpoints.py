@@ -67,7 +67,7 @@ def fetched(world: World, state: FunctionState, node: str, report: FetchDone, no
             checkpoint.asked = {node: None}
             checkpoint.fetch_retry_ns = now_ns + world.config.fetch_retry_ns
             world.timers.arm(TimerKey("checkpoint", state.name, "fetch"), checkpoint.fetch_retry_ns)
-        held_by(state, found, node)
+        held_by(state, found, node, report.checkpoint.image_bytes)
     elif not checkpoint.fetching:
         # The last word of the nodes that were asked: there is none (any more).
         checkpoint.cached.pop(node, None)
@@ -85,16 +85,17 @@ def published(world: World, state: FunctionState, node: str, report: CheckpointP
         evict(world, state, node, now_ns)
         return
     if report.function_digest == state.digest:
-        held_by(state, report.checkpoint.checkpoint, node)
+        held_by(state, report.checkpoint.checkpoint, node, report.checkpoint.image_bytes)
         checkpoint.checked = True
         checkpoint.asked = {node: None}
         checkpoint.failures = checkpoint.retry_ns = 0
     settle(world, state, now_ns)
 
 
-def held_by(state: FunctionState, checkpoint_id: str, node: str) -> None:
+def held_by(state: FunctionState, checkpoint_id: str, node: str, image_bytes: int = 0) -> None:
     """A node holds the function's current checkpoint, which is the one that was known or replaces it."""
     checkpoint = state.checkpoint
+    checkpoint.image_mb = image_bytes >> 20 or checkpoint.image_mb
     if checkpoint.id != checkpoint_id:
         checkpoint.id = checkpoint_id
         checkpoint.cached = {}  # what other nodes hold is older

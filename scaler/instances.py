@@ -5,10 +5,10 @@ Start and Release commands in :attr:`scaler.world.World.out`.
 
 The policy at this stage:
 
-- wanted = level / concurrency, rounded up, within min and max. What is missing is started at once, in one decision;
-  starts in progress count.
-- What is surplus is released after ``policy.idleSeconds`` in which it was not needed, the newest instance first: the
-  oldest has most of its pages.
+- wanted = level / concurrency, rounded up, and what the forecast holds running beside that, within min and max. What is
+  missing is started at once, in one decision; starts in progress count.
+- What is surplus is released after ``policy.idleSeconds`` in which it was not needed, or at once when the forecast has
+  said how long, the newest instance first: the oldest has most of its pages.
 - Instances of an older digest serve until as many new ones do, then go at once; when nothing is wanted they go at once.
   While they are replaced they come on top of ``max``: the alternative is a gap in service.
 - A start goes to a node with a standby that no other start counts on, before any other. Which standby is used is the
@@ -144,8 +144,7 @@ def _release_surplus(world: World, state: FunctionState, now_ns: int) -> None:
     else:
         wanted = state.wanted
         _release(world, state, state.stale, len(state.stale) - max(0, wanted - len(state.ready)), now_ns, due)
-        idle_s = state.function.spec.policy.idle_seconds if state.function is not None else 0.0
-        pool, idle_ns, keep, surplus = state.ready, int(idle_s * NS), wanted, max(0, state.have - wanted)
+        pool, idle_ns, keep, surplus = state.ready, _idle_ns(world, state), wanted, max(0, state.have - wanted)
     del state.surplus[surplus:]
     state.surplus.extend([now_ns] * (surplus - len(state.surplus)))
     over = sum(since_ns + idle_ns <= now_ns for since_ns in state.surplus) if len(pool) > keep else 0
@@ -157,6 +156,17 @@ def _release_surplus(world: World, state: FunctionState, now_ns: int) -> None:
         world.timers.arm(TimerKey("idle", state.name), min(due))
     else:
         world.timers.disarm(TimerKey("idle", state.name))
+
+
+def _idle_ns(world: World, state: FunctionState) -> int:
+    """How long an instance stays that nobody needs."""
+    if state.function is None:
+        return 0
+    idle_s = state.function.spec.policy.idle_seconds
+    if idle_s is not None:
+        return int(idle_s * NS)
+    # Without a forecast nobody has said yet for how long it pays: the scaler may just have started.
+    return 0 if state.holding is not None else world.config.unknown_idle_ns
 
 
 def _release(world: World, state: FunctionState, pool: dict[str, Instance], count: int, now_ns: int, due: list[int]) -> int:

@@ -1,11 +1,11 @@
 """The ladder: what each rung costs to hold and to start from, and the cheapest way down it.
 
 In: a forecast of the next arrival as a hazard per age bin (:mod:`scaler.forecast`) and the costs of the rungs. Out: a
-:data:`Plan` for the idle time that has just begun: which rung until when. Used by :mod:`scaler.forecast.holding` and, for
+:data:`Plan` for the idle time that has just begun: which rung until when. Used by :mod:`scaler.forecast.slot` and, for
 every policy, by :mod:`scaler.simulate`. Pure.
 
-Costs are in one currency, seconds of start delay: a second of delay costs ``delay_weight``, and holding memory costs
-1/99.69 per GB-s (RUM: FeMux, EuroSys'26, ``forecasting_sim_utils.py``).
+Costs are in one currency, seconds of start delay (RUM: FeMux, EuroSys'26, ``forecasting_sim_utils.py``): a second of delay
+costs ``delay_weight``, and holding memory as below.
 """
 
 from __future__ import annotations
@@ -14,8 +14,12 @@ import enum
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+#: RUM of a start without a checkpoint: seconds of delay that a cold start counts for.
+RUM_COLD_S = 0.808
+#: GB-seconds that cost as much as one second of delay.
+RUM_GB_S = 99.69
 #: RUM of one MB held for one second.
-RUM_PER_MB_S = 1 / 1024 / 99.69
+RUM_PER_MB_S = 1 / 1024 / RUM_GB_S
 
 
 class Rung(enum.IntEnum):
@@ -66,7 +70,13 @@ def held_mb_s(plan: Plan, memory_mb: Sequence[float], age_s: float) -> float:
 
 
 def descend(
-    hazards: Sequence[float], edges: Sequence[float], widths_s: Sequence[float], costs: RungCosts, weight: float, up: float
+    hazards: Sequence[float],
+    edges: Sequence[float],
+    widths_s: Sequence[float],
+    costs: RungCosts,
+    weight: float,
+    up: float,
+    start: int = Rung.RUNNING,
 ) -> Plan:
     """The cheapest rung for each age, by dynamic programming from the oldest bin back.
 
@@ -77,6 +87,7 @@ def descend(
         costs: of the function's rungs.
         weight: price of a second of delay.
         up: price of one move up the ladder while nothing has arrived, so that it is not made for a trifle.
+        start: the rung held before.
 
     Returns:
         A plan of the rungs cached, standby and running. Nothing below cached is considered: what a node's cache holds is
@@ -102,7 +113,7 @@ def descend(
         from_running, high = (best, high) if best <= running else (running, 3)
         choices[where] = (low, middle, high)
     plan: list[tuple[float, int]] = []
-    rung = int(Rung.RUNNING)
+    rung = int(start)
     held = 0
     for where, choice in enumerate(choices):
         rung = choice[rung - 1]

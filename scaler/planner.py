@@ -17,7 +17,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from scaler import checkpoints, instances, reports, standbys
+from scaler import checkpoints, forecasts, instances, reports, standbys
 from scaler.commands import Need, NodeCommand
 from scaler.events import (
     DemandSeen,
@@ -125,7 +125,10 @@ class Planner:
             if len(state.levels.sources) > world.config.sources_max:
                 state.levels.drop_oldest()
                 world.counters["sources_dropped"] += 1
+            forecasts.follow(world, state, min(event.seen_ns, now_ns))
             instances.settle(world, state, now_ns, Need(event.origin, min(demand.at, now_ns)))
+            if state.holding is not None:
+                standbys.settle(world, state, now_ns)
 
     def _remember(self, state: FunctionState) -> None:
         """Keep the demand of a function that has no document, within bounds: a later apply acts on it."""
@@ -149,6 +152,7 @@ class Planner:
         world.unknown.pop(state.name, None)
         state.apply(event.function)
         world.touched[state.name] = None
+        forecasts.follow(world, state, now_ns)
         checkpoints.settle(world, state, now_ns)
         instances.settle(world, state, now_ns, _waiting_demand(state, now_ns))
         standbys.settle(world, state, now_ns)
@@ -184,12 +188,16 @@ class Planner:
                 if later_ns is not None:
                     world.timers.arm(key, later_ns)
                     continue
+            if key.kind in ("source", "forecast"):
+                forecasts.follow(world, state, now_ns)
             if key.kind == "checkpoint":
                 checkpoints.settle(world, state, now_ns)
             elif key.kind == "standby":
                 standbys.settle(world, state, now_ns)
             else:
                 instances.settle(world, state, now_ns)
+                if state.holding is not None:
+                    standbys.settle(world, state, now_ns)
             world.forget_if_empty(state)
 
     def _node_report(self, event: NodeReport, now_ns: int) -> None:

@@ -24,7 +24,7 @@ from agent.api.messages import (
     StartDone,
     StartFailed,
 )
-from scaler import checkpoints, instances, standbys
+from scaler import checkpoints, forecasts, instances, standbys
 from scaler.commands import Need
 from scaler.events import PlannerReport
 from scaler.placement import Node
@@ -61,6 +61,7 @@ def start_done(world: World, node: str, report: StartDone, now_ns: int) -> None:
     _adopt(world, state, node, report.instance)
     state.last_start_mode = record.start_mode
     state.last_start_ms = (record.ended_ns - (start.need.since_ns if start else record.started_ns)) / 1e6
+    forecasts.measured(world, state, record.start_mode, state.last_start_ms / 1e3)
     if start is not None and start.thaws and record.start_mode != "thaw":
         standbys.not_used(state, node)
     if report.instance.function_digest == state.digest:
@@ -103,6 +104,8 @@ def instance_exited(world: World, node: str, report: InstanceExited, now_ns: int
         return
     asked_for = report.instance in state.releasing or report.instance in state.standbys.leaving or pending is not None
     instance = instances.forget_instance(world, state, report.instance)
+    if report.pss_bytes:
+        forecasts.measured(world, state, "running", report.pss_bytes / 1e6)
     standby = standbys.forget(world, state, report.instance, node)
     if standby is not None and not asked_for:
         state.last_error = f"standby {standby.id} on {node}: {report.reason}, exit code {report.exit_code}"
@@ -140,7 +143,7 @@ def inventory(world: World, name: str, report: Inventory, now_ns: int, connected
         known = world.functions.get(function)
         if known is not None and item.function_digest == known.digest:
             if known.checkpoint.id in ("", item.checkpoint):
-                checkpoints.held_by(known, item.checkpoint, name)
+                checkpoints.held_by(known, item.checkpoint, name, item.image_bytes)
                 changed[function] = None
             known.checkpoint.checked = True
     changed.update(_standbys_of(world, name, report))

@@ -21,7 +21,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from agent.api.messages import CommandFailed, Prepare, PrepareDone, Release, StandbyInfo
-from scaler import placement
+from scaler import forecasts, placement
+from scaler.ladder import Rung
 from scaler.placement import Node
 from scaler.state import FunctionState, Preparing, Standby
 from scaler.timers import TimerKey
@@ -31,11 +32,12 @@ _MB = 1e6
 
 
 def wanted(state: FunctionState) -> int:
-    """Standbys of the function that the installation shall hold: for now what its policy says."""
+    """Standbys of the function that the installation shall hold: what the forecast says, but not fewer than the policy."""
     function = state.function
     if function is None or function.spec.policy.checkpoint == "off":
         return 0
-    return function.spec.policy.standby
+    predicted = state.holding.held[Rung.STANDBY] if state.holding is not None else 0
+    return max(function.spec.policy.standby, min(predicted, function.spec.instances.max - state.need))
 
 
 def settle(world: World, state: FunctionState, now_ns: int) -> None:
@@ -74,6 +76,7 @@ def forget(world: World, state: FunctionState, name: str, node: str) -> Standby 
 def prepared(world: World, state: FunctionState, node: str, report: PrepareDone, now_ns: int) -> None:
     """A node has made a standby."""
     making = state.standbys.making.pop(report.command_id, None)
+    forecasts.measured(world, state, "standby", report.standby.pss_bytes / _MB)
     if making is not None:
         state.standbys.failures = 0
     if adopt(world, state, node, report.standby, making.attempt if making is not None else 0):

@@ -12,7 +12,11 @@ from dataclasses import dataclass, field
 
 from agent.api.function import Function
 from scaler.commands import Need
+from scaler.costs import Means
 from scaler.events import Origin
+from scaler.forecast.function import FunctionForecast
+from scaler.holding import Holding
+from scaler.ladder import Rung
 from scaler.levels import Levels
 
 
@@ -131,6 +135,8 @@ class CheckpointState:
     id: str = ""
     #: A node has looked: with an empty :attr:`id` there is none.
     checked: bool = False
+    #: Size of its image; 0: not known.
+    image_mb: int = 0
     #: Nodes that hold the image.
     cached: dict[str, None] = field(default_factory=dict)
     #: Nodes that were asked to fetch since they connected.
@@ -186,17 +192,29 @@ class FunctionState:
     surplus: list[int] = field(default_factory=list)
     checkpoint: CheckpointState = field(default_factory=CheckpointState)
     standbys: StandbyState = field(default_factory=StandbyState)
+    #: What its idle slots hold, and why; None: it is not predicted, or was never asked.
+    holding: Holding | None = None
+    forecast: FunctionForecast | None = None
+    measured: Means = field(default_factory=Means)
     last_start_ms: float = 0.0
     last_start_mode: str = ""
     last_error: str = ""
 
     @property
-    def wanted(self) -> int:
-        """Instances that the level and the bounds ask for."""
+    def need(self) -> int:
+        """Instances that the level asks for."""
         if self.function is None:
             return 0
-        limits, bounds = self.function.spec.limits, self.function.spec.instances
-        return min(max(-(-self.levels.level // limits.concurrency), bounds.min), bounds.max)
+        return min(-(-self.levels.level // self.function.spec.limits.concurrency), self.function.spec.instances.max)
+
+    @property
+    def wanted(self) -> int:
+        """Instances that the level, the bounds and the forecast ask for."""
+        if self.function is None:
+            return 0
+        predicted = self.holding.held[Rung.RUNNING] if self.holding is not None else 0
+        bounds = self.function.spec.instances
+        return min(max(self.need + predicted, bounds.min), bounds.max)
 
     @property
     def have(self) -> int:
@@ -290,6 +308,7 @@ class FunctionState:
     def disown(self) -> None:
         """Another scaler decides from now on: keep only what this one may need to take over again."""
         self.levels.clear()
+        self.holding = self.forecast = None
         self.newest = None
         self.owed.clear()
         self.surplus.clear()

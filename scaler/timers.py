@@ -11,7 +11,7 @@ from __future__ import annotations
 import heapq
 from typing import Literal, NamedTuple
 
-TimerKind = Literal["source", "idle", "retry", "checkpoint", "standby", "answer"]
+TimerKind = Literal["source", "idle", "retry", "checkpoint", "standby", "answer", "forecast"]
 
 
 class TimerKey(NamedTuple):
@@ -19,7 +19,7 @@ class TimerKey(NamedTuple):
 
     Attributes:
         kind: ``source`` expiry, ``idle`` release, start ``retry``, ``checkpoint`` or fetch retry, ``standby`` retry,
-            command ``answer`` overdue.
+            command ``answer`` overdue, ``forecast`` that changes what is held.
         subject: function name, or command id for ``answer``.
         detail: source name for ``source``; which of several reasons for the others.
     """

@@ -16,6 +16,7 @@ from typing import Literal, TypedDict
 
 from agent.api.messages import AgentCommand
 from scaler.commands import Need, NodeCommand
+from scaler.costs import CostBook
 from scaler.errors import InvalidTransition
 from scaler.levels import NS
 from scaler.placement import Node
@@ -53,6 +54,8 @@ class PlannerConfig:
     early_exit_ns: int = 10 * NS
     #: Pause before a failed release is tried again.
     release_retry_ns: int = NS
+    #: Idle time of instances of a function that is to be predicted and has no forecast.
+    unknown_idle_ns: int = 30 * NS
     #: Idle time of instances whose function is not known.
     orphan_idle_ns: int = 30 * NS
     #: Functions without a document whose demand is remembered, and sources of each.
@@ -112,6 +115,8 @@ class World:
     unknown: dict[str, None] = field(default_factory=dict)
     #: Functions whose snapshot may have changed.
     touched: dict[str, None] = field(default_factory=dict)
+    #: What starts and rungs were measured to cost.
+    costs: CostBook = field(default_factory=CostBook)
     counters: Counter[str] = field(default_factory=Counter)
     out: list[NodeCommand] = field(default_factory=list)
     issued: int = 0

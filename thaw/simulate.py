@@ -1,7 +1,8 @@
 """``thaw simulate``: what policies would have cost on a trace.
 
 In: a trace (:mod:`scaler.simulate.traces`). Out: a table or JSON on standard output, with ``--report`` a page
-(:mod:`loadgen.simulation`); figures by :mod:`scaler.simulate.run`.
+(:mod:`loadgen.simulation`); figures by :mod:`scaler.simulate.run`, or :mod:`thaw.simulate_minute` with
+``--resolution minute``.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from rich.table import Table
 
 from loadgen import simulation
 from scaler.simulate import run, traces
+from thaw import simulate_minute
 
 
 class _Jitter(click.ParamType[float | None]):
@@ -47,6 +49,8 @@ class _Jitter(click.ParamType[float | None]):
     "--timer-jitter-s", "jitter_s", type=_Jitter(), default="0.05", show_default=True, help="± of timers, or 'uniform' in the minute."
 )
 @click.option("--subset", default="", help="A sample named in the trace's subset_ids.json; with a leading '-', all but it.")
+@click.option("--memory-mb", type=click.FloatRange(min=0, min_open=True), help="Of every function, in place of the trace's.")
+@simulate_minute.options
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @click.option("--report", type=click.Path(dir_okay=False, path_type=Path), help="HTML file to write; its figures go beside it as .json.")
 @click.pass_context
@@ -58,13 +62,19 @@ def simulate(
     delay_weight: float,
     jitter_s: float | None,
     subset: str,
+    memory_mb: float | None,
+    resolution: str,
+    concurrency: str | None,
     as_json: bool,
     report: Path | None,
 ) -> None:
     """Run policies over a trace under a virtual clock and compare what each would have cost."""
     if report is not None and report.suffix == ".json":
         raise click.BadParameter("the page can't have the name of its figures; call it .html", param_hint="--report")
-    trace = traces.read(path, seed=seed, jitter_s=jitter_s, subset=subset)
+    if simulate_minute.asked(resolution, concurrency):
+        simulate_minute.simulate(path, policies, seed=seed, subset=subset, memory_mb=memory_mb, as_json=as_json)
+        return
+    trace = traces.read(path, seed=seed, jitter_s=jitter_s, subset=subset, memory_mb=memory_mb)
     console = Console(stderr=True)
     requests = sum(len(function.at_s) for function in trace.functions)
     console.print(f"{trace.name}: {len(trace.functions):,} functions, {requests:,} requests in {trace.span_s / 3600:.1f} h")

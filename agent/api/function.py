@@ -74,11 +74,14 @@ class Instances(_Struct, frozen=True, kw_only=True):
 class Policy(_Struct, frozen=True, kw_only=True):
     """How the function is held."""
 
-    #: An instance that nobody needs is released after this long, s.
-    idle_seconds: Annotated[float, msgspec.Meta(ge=0, le=86400)] = 30.0
+    #: An instance that nobody needs is released after this long, s. Null: for each idle time as the forecast says, which also has
+    #: standbys and instances ready before they are asked for.
+    idle_seconds: Annotated[float, msgspec.Meta(ge=0, le=86400)] | None = None
+    #: Price of a second of start delay against memory (1 GB held for 99.69 s costs 1): what a late answer of this function is worth.
+    delay_weight: Annotated[float, msgspec.Meta(ge=0, le=1e6)] = 10.0
     #: ``auto``: checkpoint after the first cold start and restore from then on. ``off``: every start is cold.
     checkpoint: Literal["auto", "off"] = "auto"
-    #: Standbys to hold ready, in the whole installation: restored and stopped, each at the memory of its working set.
+    #: Standbys to hold ready at least, in the whole installation: restored and stopped, each at the memory of its working set.
     standby: Annotated[int, msgspec.Meta(ge=0, le=10000)] = 0
     #: How memory comes back: ``lazy`` on access, the working set ahead; ``whole`` before resume; ``auto`` whole for small images.
     memory: Literal["auto", "lazy", "whole"] = "auto"

@@ -187,6 +187,8 @@ class InstanceExited(Message, frozen=True, kw_only=True, tag="instance_exited"):
     reason: str
     exit_code: int | None = None
     command_id: str = ""
+    #: What an instance held just before it was released, idle (proportional set size); 0: not measured.
+    pss_bytes: int = 0
 
 
 class FetchDone(Message, frozen=True, kw_only=True, tag="fetch_done"):

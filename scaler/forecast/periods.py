@@ -1,7 +1,7 @@
 """Periods: intervals between a slot's arrivals that come again and again, as timers make them.
 
 In: the interval from one arrival to the next. Out: :class:`Window` s in which the next one is expected, for
-:mod:`scaler.forecast.holding`.
+:mod:`scaler.forecast.slot`.
 
 Up to six intervals are followed, each with its mean deviation and weight; the weakest makes room for a new one. One is
 trusted when it has been seen more often than chance would have it (two standard deviations over what the histogram of

@@ -1,8 +1,11 @@
 """Minute mode: what a keep-alive policy would have cost, from counts per minute alone.
 
+In: requests per minute and memory of each function (:class:`~scaler.simulate.traces.MinuteTrace`). Out: :class:`MinuteFigures`
+of a policy, for ``thaw simulate --resolution minute``. Pure.
+
 This is the accounting of the published studies (Shahrad et al., "Serverless in the Wild", USENIX ATC 2020), kept to check
 this project's baselines against their figures: one instance per function, no concurrency, time in whole minutes. It
-flatters policies that are slow on every request, so decisions are judged at event level, not here.
+flatters policies that are slow on every request, so decisions are judged at event level (:mod:`scaler.simulate.run`), not here.
 
 A *gap* is the number of idle minutes between two neighbouring active ones. After each active minute a policy names a
 :class:`Windows` entry: the instance is away for ``pre`` minutes and then warm for ``ka`` minutes. A gap is warm when it is
@@ -19,11 +22,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-RUM_COLD_S = 0.808
-"""Seconds of delay that a cold start counts for in RUM (FeMux, EuroSys 2026)."""
-
-RUM_IDLE_GB_S = 99.69
-"""Idle GB-seconds that RUM weighs like one second of delay (FeMux, EuroSys 2026)."""
+from scaler.ladder import RUM_COLD_S, RUM_GB_S
 
 SECONDS_PER_MINUTE = 60
 MB_PER_GB = 1024
@@ -42,8 +41,8 @@ class Windows:
     keep_minutes: NDArray[np.float64]
 
 
-Policy = Callable[[NDArray[np.int64], float], Windows]
-"""From one function's gaps (in order) and its memory in MB to ``len(gaps) + 1`` windows; entry ``i`` may know only ``gaps[:i]``."""
+Policy = Callable[[NDArray[np.int64]], Windows]
+"""From one function's gaps, in order, to ``len(gaps) + 1`` windows; entry ``i`` may know only ``gaps[:i]``."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +60,7 @@ class MinuteFigures:
     @property
     def rum(self) -> float:
         """Both costs in seconds of delay (RUM)."""
-        return RUM_COLD_S * self.cold + self.idle_gb_s / RUM_IDLE_GB_S
+        return RUM_COLD_S * self.cold + self.idle_gb_s / RUM_GB_S
 
 
 def account(counts: NDArray[np.int64], memory_mb: NDArray[np.float64], policy: Policy) -> MinuteFigures:
@@ -74,7 +73,7 @@ def account(counts: NDArray[np.int64], memory_mb: NDArray[np.float64], policy: P
         if not active.size:
             continue
         gaps = (np.diff(active) - 1).astype(np.int64)
-        windows = policy(gaps, memory)
+        windows = policy(gaps)
         pre, keep = windows.pre_minutes, windows.keep_minutes
         warm = (gaps == 0) | ((pre[:-1] <= gaps) & (gaps <= pre[:-1] + keep[:-1]))
         cold += 1 + int(np.count_nonzero(~warm))
@@ -86,7 +85,7 @@ def account(counts: NDArray[np.int64], memory_mb: NDArray[np.float64], policy: P
 def keep_alive(minutes: float) -> Policy:
     """Keep every instance for ``minutes`` after its last request."""
 
-    def policy(gaps: NDArray[np.int64], memory_mb: float) -> Windows:
+    def policy(gaps: NDArray[np.int64]) -> Windows:
         count = gaps.size + 1
         return Windows(np.zeros(count), np.full(count, float(minutes)))
 
@@ -118,7 +117,7 @@ def hybrid(range_minutes: int, variation: float = 2.0) -> Policy:
         variation: a coefficient of variation of the bin counts, empty bins too, over this makes a histogram representative.
     """
 
-    def policy(gaps: NDArray[np.int64], memory_mb: float) -> Windows:
+    def policy(gaps: NDArray[np.int64]) -> Windows:
         pre = np.zeros(gaps.size + 1)
         keep = np.full(gaps.size + 1, float(range_minutes))
         histogram = np.zeros(range_minutes, dtype=np.int64)
@@ -161,52 +160,11 @@ def _head_to_tail(histogram: NDArray[np.int64], total: int) -> tuple[float, floa
     return pre, math.ceil(tail * (1 + HISTOGRAM_MARGIN)) - pre
 
 
-def expected_cost(cold_gb_s: float, range_minutes: int, pre_warm: bool, fewest_gaps: int = 1, first_keep_minutes: float = 10.0) -> Policy:
-    """After each active minute, the window that would have been cheapest over the function's gaps so far.
-
-    The cost of a window is ``cold_gb_s`` x the share of gaps it misses + memory x its mean idle time.
-
-    Args:
-        cold_gb_s: a cold start's price in idle GB-seconds; 80.5 is RUM's own (0.808 x 99.69).
-        range_minutes: windows end before it; longer gaps are always missed.
-        pre_warm: windows may begin later than the last request.
-        fewest_gaps: fewer decide nothing, and ``first_keep_minutes`` holds.
-        first_keep_minutes: kept while too little is known.
-    """
-
-    def policy(gaps: NDArray[np.int64], memory_mb: float) -> Windows:
-        gb_s_per_minute = memory_mb * SECONDS_PER_MINUTE / MB_PER_GB
-        pre = np.zeros(gaps.size + 1)
-        keep = np.full(gaps.size + 1, first_keep_minutes)
-        histogram = np.zeros(range_minutes + 1, dtype=np.int64)
-        total = 0
-        for index, gap in enumerate(gaps.tolist(), start=1):
-            if gap == 0:
-                pre[index], keep[index] = pre[index - 1], keep[index - 1]
-                continue
-            histogram[min(gap, range_minutes)] += 1
-            total += 1
-            if total >= fewest_gaps:
-                pre[index], keep[index] = _cheapest(histogram, total, cold_gb_s, gb_s_per_minute, pre_warm)
-        return Windows(pre, keep)
-
-    return policy
-
-
-def _cheapest(histogram: NDArray[np.int64], total: int, cold_gb_s: float, gb_s_per_minute: float, pre_warm: bool) -> tuple[float, float]:
-    """The ``(pre, keep)`` of the least cost over ``histogram``, whose last bin holds what no window reaches; earliest and shortest first.
-
-    A window [p, e] catches the gaps p..e (the histogram has none of 0). It idles for ``min(gap, e) - min(gap, p)`` minutes: with
-    ``idle(k)`` the sum of ``min(gap, k)`` its cost is ``-cold x caught(e) + minute x idle(e)`` plus a term of p alone, so the best
-    p for each e is a running minimum.
-    """
-    caught = np.cumsum(histogram[:-1])
-    idle = np.concatenate(([0], np.cumsum(total - caught)[:-1]))
-    end_cost = gb_s_per_minute * idle - cold_gb_s * caught
-    if not pre_warm:
-        return 0.0, float(np.argmin(end_cost))
-    begin_cost = cold_gb_s * (caught - histogram[:-1]) - gb_s_per_minute * idle
-    best_begin = np.minimum.accumulate(begin_cost)
-    end = int(np.argmin(end_cost + best_begin))
-    begin = int(np.argmin(begin_cost[: end + 1]))
-    return float(begin), float(end - begin)
+POLICIES: dict[str, Policy] = {
+    "keep-alive-1m": keep_alive(1),
+    "keep-alive-10m": keep_alive(10),
+    "keep-alive-60m": keep_alive(60),
+    "hybrid-60": hybrid(60),
+    "hybrid-240": hybrid(240),
+}
+"""By the names that they have at event level."""

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from scaler.ladder import RungCosts
+from scaler.ladder import RUM_COLD_S, RungCosts
 
 
 class StartMode(enum.IntEnum):
@@ -65,7 +65,7 @@ class World:
         thaw_s: start from standby.
         restore_s: start from the node's cache.
         remote_s: first start of a function.
-        cold_s: start without a checkpoint (RUM's published 0.808 s).
+        cold_s: start without a checkpoint.
         standby_mb: memory of a standby.
         running_share: memory of an idle running instance, as a share of the function's.
         running_floor_mb: the least it holds.
@@ -75,7 +75,7 @@ class World:
     thaw_s: float = 0.0017
     restore_s: float = 0.010
     remote_s: float = 0.040
-    cold_s: float = 0.808
+    cold_s: float = RUM_COLD_S
     standby_mb: float = 4.1
     running_share: float = 0.06
     running_floor_mb: float = 8.0
@@ -102,9 +102,11 @@ class Outcome:
         starts: requests by :class:`StartMode`.
         wasted_mb_s: memory held while idle, by :class:`~scaler.ladder.Rung`, MB-s.
         wasted_second_half_mb_s: of these, in the second half of the trace's span.
+        moves_up: moves up the ladder that no request asked for.
     """
 
     delays_s: NDArray[np.float64]
     starts: list[int] = field(default_factory=lambda: [0] * len(StartMode))
     wasted_mb_s: list[float] = field(default_factory=lambda: [0.0] * 4)
     wasted_second_half_mb_s: float = 0.0
+    moves_up: int = 0

@@ -18,7 +18,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from scaler.errors import UnknownPolicy
-from scaler.forecast.holding import HoldingConfig, SlotHolding
+from scaler.forecast.function import FunctionForecast
+from scaler.forecast.slot import ForecastConfig
+from scaler.holding import HoldingPolicy
 from scaler.ladder import FOREVER, RUM_PER_MB_S, Plan, Rung, RungCosts
 from scaler.simulate import bounds, slots
 from scaler.simulate.model import FunctionTrace, Outcome, StartMode, Trace, World
@@ -27,21 +29,6 @@ from scaler.simulate.windows import ExpectedCost, HybridHistogram, Static, windo
 #: Share of functions worse than this is reported for every policy.
 REFERENCE = "keep-alive-10m"
 _CACHED: Plan = ((FOREVER, Rung.CACHED),)
-
-
-class ThawPolicy:
-    """The product's policy: every slot is held as its own forecast says (:mod:`scaler.forecast.holding`)."""
-
-    def __init__(self, costs: RungCosts, config: HoldingConfig) -> None:
-        self._costs = costs
-        self._config = config
-        self._slots: list[SlotHolding] = []
-
-    def plan(self, slot: int, idle_s: float, arrived_s: float, busy_until_s: float) -> Plan:
-        """See :class:`scaler.simulate.slots.SlotPolicy`."""
-        if slot == len(self._slots):
-            self._slots.append(SlotHolding(self._config, self._costs))
-        return self._slots[slot].plan(idle_s, arrived_s, busy_until_s)
 
 
 @dataclass(frozen=True)
@@ -54,16 +41,16 @@ class Policy:
         rungs: it uses the ladder.
     """
 
-    make: Callable[[RungCosts, float], slots.SlotPolicy]
+    make: Callable[[RungCosts, float], HoldingPolicy]
     rungs: bool
     static: bool = False
 
 
-def _static(plan: Plan) -> Callable[[RungCosts, float], slots.SlotPolicy]:
+def _static(plan: Plan) -> Callable[[RungCosts, float], HoldingPolicy]:
     return lambda costs, weight: Static(plan)
 
 
-_BASELINES: dict[str, Callable[[RungCosts, float], slots.SlotPolicy]] = {
+_BASELINES: dict[str, Callable[[RungCosts, float], HoldingPolicy]] = {
     "keep-alive-1m": _static(window(0, 60)),
     "keep-alive-10m": _static(window(0, 600)),
     "keep-alive-60m": _static(window(0, 3600)),
@@ -82,10 +69,10 @@ _STATIC: dict[str, Plan] = {
     },
 }
 POLICIES: dict[str, Policy] = {
-    "thaw": Policy(lambda costs, weight: ThawPolicy(costs, HoldingConfig(delay_weight=weight)), rungs=True),
+    "thaw": Policy(lambda costs, weight: FunctionForecast(ForecastConfig(delay_weight=weight), costs), rungs=True),
     **{name: Policy(make, rungs=False) for name, make in _BASELINES.items()},
     **{f"{name}+rungs": Policy(make, rungs=True) for name, make in _BASELINES.items()},
-    "thaw-rungs": Policy(lambda costs, weight: ThawPolicy(costs, HoldingConfig(delay_weight=weight)), rungs=False),
+    "thaw-rungs": Policy(lambda costs, weight: FunctionForecast(ForecastConfig(delay_weight=weight), costs), rungs=False),
     **{name: Policy(_static(plan), rungs=True, static=True) for name, plan in _STATIC.items()},
 }
 

@@ -1,7 +1,7 @@
 """Reads traces: Azure 2019 minute files, event files and ``.npz``.
 
-In: a path. Out: a :class:`~scaler.simulate.model.Trace`, for :mod:`scaler.simulate.run`; or the bare counts, for minute
-mode.
+In: a path. Out: a :class:`~scaler.simulate.model.Trace`, for :mod:`scaler.simulate.run`; or the bare counts, for
+:mod:`scaler.simulate.minute`.
 
 Formats, told by what is there:
 
@@ -21,8 +21,11 @@ import csv
 import gzip
 import io
 import json
+import zipfile
+import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -59,7 +62,7 @@ class MinuteTrace:
     triggers: list[str]
 
 
-def read(path: Path, *, seed: int = 1, jitter_s: float | None = 0.05, subset: str = "") -> Trace:
+def read(path: Path, *, seed: int = 1, jitter_s: float | None = 0.05, subset: str = "", memory_mb: float | None = None) -> Trace:
     """The trace at ``path``, its requests placed within their minutes.
 
     Args:
@@ -67,14 +70,15 @@ def read(path: Path, *, seed: int = 1, jitter_s: float | None = 0.05, subset: st
         seed: of the placement.
         jitter_s: of timers; None: uniform.
         subset: name of a sample in the folder's ``subset_ids.json``; with a leading ``-``: all but it.
+        memory_mb: of every function, in place of the trace's.
 
     Raises:
         TraceUnreadable: it is none of the known formats, or damaged.
     """
-    try:
+    with _readable(path):
         if has_own_times(path):
-            return _events(path)
-        minutes = read_minutes(path, seed=seed)
+            return _events(path, DEFAULT_MEMORY_MB if memory_mb is None else memory_mb)
+        minutes = _minutes(path, seed, memory_mb)
         keep = _subset(path, minutes.names, subset) if subset else None
         has_triggers = any(minutes.triggers)
         timers = np.array([word == "timer" for word in minutes.triggers]) if has_triggers else periodic(minutes.counts)
@@ -89,9 +93,7 @@ def read(path: Path, *, seed: int = 1, jitter_s: float | None = 0.05, subset: st
             jitter_s=jitter_s,
             keep=keep,
         )
-    except (OSError, ValueError, KeyError, IndexError, EOFError) as error:
-        raise TraceUnreadable(f"{path} can't be read as a trace: {error}; scaler/simulate/traces.py says which formats can") from error
-    return Trace(minutes.name + (f" ({subset})" if subset else ""), minutes.counts.shape[1] * MINUTE_S, functions)
+    return Trace(_title(minutes.name, subset), minutes.counts.shape[1] * MINUTE_S, functions)
 
 
 def has_own_times(path: Path) -> bool:
@@ -99,12 +101,53 @@ def has_own_times(path: Path) -> bool:
     return path.is_file() and ".npz" not in path.suffixes
 
 
-def read_minutes(path: Path, *, seed: int = 1) -> MinuteTrace:
-    """A minute trace as it is in its files.
+def read_minutes(path: Path, *, seed: int = 1, subset: str = "", memory_mb: float | None = None) -> MinuteTrace:
+    """The trace at ``path`` as requests per minute.
+
+    Args:
+        path: file or folder.
+        seed: of the pairing of functions with durations and memory, where their ids do not join.
+        subset: see :func:`read`.
+        memory_mb: see :func:`read`.
 
     Raises:
-        OSError, ValueError, KeyError, IndexError: it is damaged; :func:`read` chains them.
+        TraceUnreadable: it is none of the known formats, or damaged, or has single events.
     """
+    with _readable(path):
+        if has_own_times(path):
+            raise ValueError("it has single events, and minute mode wants requests per minute")
+        minutes = _minutes(path, seed, memory_mb)
+        if not subset:
+            return minutes
+        keep = np.flatnonzero(_subset(path, minutes.names, subset))
+    return MinuteTrace(
+        _title(minutes.name, subset),
+        [minutes.names[index] for index in keep],
+        minutes.counts[keep],
+        minutes.memory_mb[keep],
+        minutes.durations_s[keep],
+        [minutes.triggers[index] for index in keep],
+    )
+
+
+@contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, ValueError, KeyError, IndexError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        raise TraceUnreadable(f"{path} can't be read as a trace: {error}; scaler/simulate/traces.py says which formats can") from error
+
+
+def _title(name: str, subset: str) -> str:
+    return name + (f" ({subset})" if subset else "")
+
+
+def _minutes(path: Path, seed: int, memory_mb: float | None) -> MinuteTrace:
+    minutes = _minute_files(path, seed)
+    return minutes if memory_mb is None else replace(minutes, memory_mb=np.full(len(minutes.names), memory_mb))
+
+
+def _minute_files(path: Path, seed: int) -> MinuteTrace:
     if path.suffix == ".npz":
         with np.load(path) as archive:
             counts = archive["counts"].astype(np.int64)
@@ -137,7 +180,7 @@ def read_minutes(path: Path, *, seed: int = 1) -> MinuteTrace:
     return MinuteTrace(path.name, names, counts, memory_mb, np.clip(durations_s, _SHORTEST_S, _LONGEST_S), triggers)
 
 
-def _events(path: Path) -> Trace:
+def _events(path: Path, memory_mb: float) -> Trace:
     header, *rows = _rows(path)
     words = [word.strip().lower() for word in header]
     function = words.index("func" if "func" in words else "function")
@@ -154,7 +197,7 @@ def _events(path: Path) -> Trace:
         table = np.array(sorted(requests[name]))
         table[:, 0] -= begin_s
         span_s = max(span_s, float((table[:, 0] + table[:, 1]).max()))
-        functions.append(FunctionTrace(name, table[:, 0].copy(), np.maximum(table[:, 1], _SHORTEST_S), DEFAULT_MEMORY_MB))
+        functions.append(FunctionTrace(name, table[:, 0].copy(), np.maximum(table[:, 1], _SHORTEST_S), memory_mb))
     return Trace(path.name, span_s, functions)
 
 

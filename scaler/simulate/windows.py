@@ -33,14 +33,25 @@ def window(pre_s: float, keep_s: float) -> Plan:
     return (*plan, (FOREVER, Rung.CACHED))
 
 
-class Static:
+class IdleOnly:
+    """A policy that looks at idle times and not at rises of the need."""
+
+    def rising(self) -> Plan:
+        """See :class:`scaler.holding.HoldingPolicy`."""
+        return ()
+
+    def after_rise(self, elapsed_s: float, taken: bool) -> None:
+        """See :class:`scaler.holding.HoldingPolicy`."""
+
+
+class Static(IdleOnly):
     """The same plan always."""
 
     def __init__(self, plan: Plan) -> None:
         self._plan = plan
 
-    def plan(self, slot: int, idle_s: float, arrived_s: float, busy_until_s: float) -> Plan:
-        """See :class:`scaler.simulate.slots.SlotPolicy`."""
+    def released(self, slot: int, idle_s: float, arrived_s: float, now_s: float) -> Plan:
+        """See :class:`scaler.holding.HoldingPolicy`."""
         return self._plan
 
 
@@ -54,7 +65,7 @@ class _Histogram:
         self.plan = plan
 
 
-class HybridHistogram:
+class HybridHistogram(IdleOnly):
     """Histogram of idle times in minutes, per slot.
 
     Args:
@@ -65,10 +76,10 @@ class HybridHistogram:
         self._range = range_minutes
         self._slots: list[_Histogram] = []
 
-    def plan(self, slot: int, idle_s: float, arrived_s: float, busy_until_s: float) -> Plan:
-        """See :class:`scaler.simulate.slots.SlotPolicy`."""
-        if slot == len(self._slots):
-            self._slots.append(_Histogram(self._range, self._unknown(slot)))
+    def released(self, slot: int, idle_s: float, arrived_s: float, now_s: float) -> Plan:
+        """See :class:`scaler.holding.HoldingPolicy`."""
+        while slot >= len(self._slots):
+            self._slots.append(_Histogram(self._range, self._unknown(len(self._slots))))
         known = self._slots[slot]
         if idle_s < 0:
             return known.plan

@@ -1,28 +1,22 @@
-"""Minute mode: hand-computed cases, and the published accounting's figures on the large traces."""
+"""Minute mode: hand-computed cases, and the reference figures on two Azure traces (README.md beside this file)."""
 
 from __future__ import annotations
 
-import csv
-import gzip
-import os
+import json
 from pathlib import Path
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from scaler.simulate.minute import MinuteFigures, account, expected_cost, hybrid, keep_alive
+from scaler.simulate.minute import MinuteFigures, account, hybrid, keep_alive
+from thaw.simulate import simulate
 
 MEMORY_MB = np.array([1024.0])
 """One GB, so that an idle minute is 60 GB-s."""
-
-TRACES = os.environ.get("THAW_TRACES")
-needs_traces = pytest.mark.skipif(
-    TRACES is None,
-    reason="the large traces are not shipped: THAW_TRACES=<folder with azure2019-500f-8h and azure2019-1350f-24h> pytest tests/simulation",
-)
 
 
 def counts(text: str) -> NDArray[np.int64]:
@@ -83,23 +77,6 @@ def test_hybrid_learns_nothing_from_neighbouring_minutes() -> None:
     assert account(counts("111...1...."), MEMORY_MB, hybrid(5)) == MinuteFigures(cold=1, idle_gb_s=7 * 60)
 
 
-@pytest.mark.parametrize(
-    ("cold_gb_s", "pre_warm", "cold", "idle_minutes"),
-    [
-        # Gaps 3, 3, tail 5; the first 10 minutes are kept: 3 idle. A cold start at 200 GB-s is dearer than 3 minutes at 60:
-        # keep 3, which is 3 + 3 more.
-        (200.0, False, 1, 9),
-        # At 100 GB-s it is not: leave at once; the second gap of 3 is cold.
-        (100.0, False, 2, 3),
-        # With a later begin the window is minute 3 alone: warm for no idle time at all.
-        (100.0, True, 1, 3),
-    ],
-)
-def test_expected_cost_weighs_a_cold_start_against_idle_memory(cold_gb_s: float, pre_warm: bool, cold: int, idle_minutes: int) -> None:
-    figures = account(counts("1...1...1....."), MEMORY_MB, expected_cost(cold_gb_s, range_minutes=60, pre_warm=pre_warm))
-    assert figures == MinuteFigures(cold=cold, idle_gb_s=idle_minutes * 60)
-
-
 @given(st.lists(st.lists(st.integers(0, 2), min_size=30, max_size=30), min_size=1, max_size=4), st.integers(0, 30), st.integers(0, 30))
 def test_longer_keep_alive_never_has_more_cold_starts(rows: list[list[int]], first: int, second: int) -> None:
     trace = np.array(rows, dtype=np.int64)
@@ -109,63 +86,35 @@ def test_longer_keep_alive_never_has_more_cold_starts(rows: list[list[int]], fir
     assert longer.idle_gb_s >= shorter.idle_gb_s
 
 
-@pytest.fixture(scope="module")
-def azure_500() -> tuple[NDArray[np.int64], NDArray[np.float64]]:
-    assert TRACES is not None
-    folder = Path(TRACES) / "azure2019-500f-8h"
-    with gzip.open(folder / "memory.csv.gz", "rt") as file:
-        memory = {row["HashFunction"]: float(row["AverageAllocatedMb"]) for row in csv.DictReader(file)}
-    with gzip.open(folder / "invocations.csv.gz", "rt") as file:
-        rows = list(csv.reader(file))[1:]
-    return np.array([row[4:] for row in rows], dtype=np.int64), np.array([memory[row[2]] for row in rows])
-
-
-@pytest.fixture(scope="module")
-def azure_1350() -> tuple[NDArray[np.int64], NDArray[np.float64]]:
-    assert TRACES is not None
-    with gzip.open(Path(TRACES) / "azure2019-1350f-24h" / "a_inv.csv.gz", "rt") as file:
-        rows = list(csv.reader(file))[1:]
-    return np.array([row[3:] for row in rows], dtype=np.int64), np.full(len(rows), 170.0)
-
-
-@needs_traces
-@pytest.mark.parametrize(("minutes", "cold", "idle_gb_s"), [(1, 14_453, 100_497), (10, 2_404, 356_192), (60, 617, 553_014)])
-def test_keep_alive_on_500_functions(
-    azure_500: tuple[NDArray[np.int64], NDArray[np.float64]], minutes: int, cold: int, idle_gb_s: int
-) -> None:
-    figures = account(*azure_500, keep_alive(minutes))
-    assert (figures.cold, round(figures.idle_gb_s)) == (cold, idle_gb_s)
-
-
-@needs_traces
-@pytest.mark.parametrize(("minutes", "cold", "idle_gb_s"), [(1, 65_517, 844_887), (10, 10_844, 3_255_473), (60, 2_997, 5_664_128)])
-def test_keep_alive_on_1350_functions(
-    azure_1350: tuple[NDArray[np.int64], NDArray[np.float64]], minutes: int, cold: int, idle_gb_s: int
-) -> None:
-    figures = account(*azure_1350, keep_alive(minutes))
-    assert (figures.cold, round(figures.idle_gb_s)) == (cold, idle_gb_s)
-
-
-@needs_traces
-@pytest.mark.parametrize(("range_minutes", "cold", "idle_gb_s"), [(60, 782, 276_599), (240, 674, 358_731)])
-def test_hybrid_on_500_functions(
-    azure_500: tuple[NDArray[np.int64], NDArray[np.float64]], range_minutes: int, cold: int, idle_gb_s: int
-) -> None:
-    figures = account(*azure_500, hybrid(range_minutes))
-    assert (figures.cold, round(figures.idle_gb_s)) == (cold, idle_gb_s)
-
-
-@needs_traces
-@pytest.mark.parametrize(("range_minutes", "cold", "idle_gb_s"), [(60, 4_469, 3_753_371), (240, 3_318, 5_771_696)])
-def test_hybrid_on_1350_functions(
-    azure_1350: tuple[NDArray[np.int64], NDArray[np.float64]], range_minutes: int, cold: int, idle_gb_s: int
-) -> None:
-    figures = account(*azure_1350, hybrid(range_minutes))
-    assert (figures.cold, round(figures.idle_gb_s)) == (cold, idle_gb_s)
-
-
-@needs_traces
-def test_expected_cost_on_500_functions(azure_500: tuple[NDArray[np.int64], NDArray[np.float64]]) -> None:
-    # The reference's first-gap rule and range are not recorded; 120 minutes comes within one cold start of its 1,834 and 299,434.
-    figures = account(*azure_500, expected_cost(80.5, range_minutes=120, pre_warm=False))
-    assert (figures.cold, round(figures.idle_gb_s)) == (1_833, 299_382)
+@pytest.mark.parametrize(
+    ("trace", "reference"),
+    [
+        (
+            "azure2019-500f-8h",
+            {
+                "keep-alive-1m": (14_453, 100_497, 12_686),
+                "keep-alive-10m": (2_404, 356_192, 5_515),
+                "keep-alive-60m": (617, 553_014, 6_046),
+                "hybrid-60": (782, 276_599, 3_406),
+                "hybrid-240": (674, 358_731, 4_143),
+            },
+        ),
+        (
+            "azure2019-1350f-24h",
+            {
+                "keep-alive-1m": (65_517, 844_887, 61_413),
+                "keep-alive-10m": (10_844, 3_255_473, 41_418),
+                "keep-alive-60m": (2_997, 5_664_128, 59_239),
+                "hybrid-60": (4_469, 3_753_371, 41_261),
+                "hybrid-240": (3_318, 5_771_696, 60_577),
+            },
+        ),
+    ],
+)
+def test_reference_figures(trace: str, reference: dict[str, tuple[int, int, int]]) -> None:
+    path = Path(__file__).parent / f"{trace}.npz"
+    result = CliRunner().invoke(
+        simulate, ["--trace", str(path), "--resolution", "minute", "--concurrency", "off", "--json"], catch_exceptions=False
+    )
+    policies = json.loads(result.stdout)["policies"]
+    assert {name: (figure["cold"], round(figure["idle_gb_s"]), round(figure["rum"])) for name, figure in policies.items()} == reference

@@ -148,6 +148,7 @@ def test_the_workload_is_described(tmp_path, trace, results):
     text = page_of(tmp_path, trace, results)
     assert row_of(text, "The workload", "requests") == ["5"]
     assert row_of(text, "The workload", "requests per minute") == ["mean 2.5, peak 3 (1.2 times the mean)"]
+    assert row_of(text, "The workload", "memory of a function") == ["median 128 MB, p90 128 MB"]
     assert row_of(text, "The workload", "seed") == ["7"]
     assert row_of(text, "The workload", "weight of delay") == ["2 RUM per second"]
     assert row_of(text, "The workload", "timer") == ["2", "4", "80.0%"]
@@ -270,6 +271,14 @@ def test_the_command_writes_the_report_and_says_how_to_repeat_it(tmp_path, npz):
     assert data["command"].split(" ", 1)[1] == (
         f"--trace '{npz}' --policy thaw --policy run-20s --timer-jitter-s uniform --json --report {report}"
     )
+
+
+def test_minute_mode_has_no_report(tmp_path, npz):
+    ended = CliRunner().invoke(
+        simulate, ["--trace", str(npz), "--resolution", "minute", "--concurrency", "off", "--report", str(tmp_path / "r.html")]
+    )
+    assert ended.exit_code == 2
+    assert "--report does not go with --resolution minute" in ended.output
 
 
 def test_the_page_cannot_have_the_name_of_its_figures(tmp_path, npz):

@@ -6,9 +6,9 @@ from hypothesis import strategies as st
 
 from scaler import ladder
 from scaler.forecast import bins
-from scaler.forecast.holding import HoldingConfig, SlotHolding
 from scaler.forecast.idle import IdleTimes
 from scaler.forecast.periods import Periods
+from scaler.forecast.slot import ForecastConfig, SlotForecast, Terms
 from scaler.ladder import Rung, RungCosts
 
 COSTS = RungCosts((0.040, 0.010, 0.0017, 0.0), (0.0, 0.0, 4.1, 30.0))
@@ -72,7 +72,7 @@ def test_alternating_intervals_are_told_apart_by_what_follows_what() -> None:
 
 
 def test_a_timers_instance_is_cached_between_firings_and_ready_for_each() -> None:
-    slot = SlotHolding(HoldingConfig(delay_weight=10.0), COSTS)
+    slot = SlotForecast(Terms(ForecastConfig(delay_weight=10.0), COSTS))
     plan = slot.plan(-1.0, 0.0, 0.2)
     for firing in range(1, 12):
         plan = slot.plan(299.8, 300.0 * firing, 300.0 * firing + 0.2)
@@ -84,7 +84,7 @@ def test_a_timers_instance_is_cached_between_firings_and_ready_for_each() -> Non
 @given(st.lists(st.floats(0.01, 5000), min_size=1, max_size=40))
 def test_the_same_arrivals_give_the_same_plans(gaps: list[float]) -> None:
     def plans() -> list[ladder.Plan]:
-        slot = SlotHolding(HoldingConfig(), COSTS)
+        slot = SlotForecast(Terms(ForecastConfig(), COSTS))
         now_s = 0.0
         result = [slot.plan(-1.0, 0.0, 0.0)]
         for gap_s in gaps:

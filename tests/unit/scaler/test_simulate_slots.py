@@ -34,31 +34,6 @@ def test_the_ladder_starts_from_the_rung_that_is_held() -> None:
     assert outcome.wasted_second_half_mb_s == pytest.approx(10 * 8 + 90 * 4.1)
 
 
-def test_two_at_once_take_two_slots_and_the_lower_one_is_asked_first() -> None:
-    asked: list[int] = []
-
-    class Watching(Static):
-        def plan(self, slot: int, idle_s: float, arrived_s: float, busy_until_s: float) -> Plan:
-            asked.append(slot)
-            return super().plan(slot, idle_s, arrived_s, busy_until_s)
-
-    slots.run(trace([0.0, 0.5, 10.0, 20.0]), Watching(window(0, 60)), World(), 100.0)
-    assert asked == [0, 1, 0, 0]
-
-
-def test_of_idle_slots_the_one_at_the_highest_rung_is_taken() -> None:
-    asked: list[int] = []
-
-    class FirstGoesDown(Static):
-        def plan(self, slot: int, idle_s: float, arrived_s: float, busy_until_s: float) -> Plan:
-            asked.append(slot)
-            return ((FOREVER, Rung.CACHED),) if slot == 0 else ((FOREVER, Rung.STANDBY),)
-
-    outcome = slots.run(trace([0.0, 0.5, 10.0, 10.1]), FirstGoesDown(()), World(), 100.0)
-    assert asked == [0, 1, 1, 0]
-    assert outcome.delays_s.tolist() == [0.040, 0.010, 0.0017, 0.010]
-
-
 @settings(max_examples=50)
 @given(
     st.lists(st.floats(0, 1000), min_size=1, max_size=60),
@@ -79,10 +54,10 @@ def test_no_plan_beats_the_perfect_pre_thaw(at_s: list[float], segments: list[tu
 
 def test_the_hybrid_histogram_opens_its_window_before_a_regular_arrival() -> None:
     policy = HybridHistogram(60)
-    plan = policy.plan(0, -1.0, 0.0, 1.0)
+    plan = policy.released(0, -1.0, 0.0, 1.0)
     assert plan == window(0, 3600)
     for _ in range(5):
-        plan = policy.plan(0, 20 * 60.0 + 10, 0.0, 1.0)
+        plan = policy.released(0, 20 * 60.0 + 10, 0.0, 1.0)
     # All in minute 20: pre = 0.9 * 20, until 1.1 * 21 minutes.
     assert plan == window(18 * 60.0, 21 * 60.0 * 1.1 - 18 * 60.0)
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import loadgen
 from scaler.errors import TraceUnreadable, UnknownPolicy
 from scaler.simulate import run, traces
 
@@ -99,3 +100,8 @@ def test_the_same_seed_gives_the_same_figures_and_another_seed_others(folder: Pa
 def test_an_unknown_policy_is_named_with_those_there_are(folder: Path) -> None:
     with pytest.raises(UnknownPolicy, match=r"no policy best.*keep-alive-10m"):
         list(run.run(traces.read(folder), ["best"]))
+
+
+def test_the_shipped_sample_is_whole() -> None:
+    trace = traces.read(Path(loadgen.__file__).parent / "traces" / "azure2019-100f-8h")
+    assert (len(trace.functions), sum(len(function.at_s) for function in trace.functions), trace.span_s) == (100, 339_657, 8 * 3600)

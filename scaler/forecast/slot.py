@@ -1,7 +1,7 @@
 """One slot's forecast and the plan that follows from it.
 
-In: each arrival that the slot served. Out: the :data:`~scaler.ladder.Plan` for the idle time after it, to the simulator
-(:mod:`scaler.simulate.policies`) and to the live planner. Pure.
+In: each arrival that the slot served. Out: the :data:`~scaler.ladder.Plan` for the idle time after it, to
+:mod:`scaler.forecast.function`. Pure.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from scaler.ladder import RUM_PER_MB_S, Plan, Rung, RungCosts
 
 
 @dataclass(frozen=True, slots=True)
-class HoldingConfig:
+class ForecastConfig:
     """Constants of the choice. Fixed on the nested 100-function sample of azure2019-500f-8h (docs/decisions.md)."""
 
     #: Price of one second of start delay, in RUM.
@@ -34,16 +34,29 @@ class HoldingConfig:
     replan_most: int = 25
     #: The population's hazard per bin; a flat one is nearly as good as a learned one and transfers better.
     prior: Sequence[float] = (0.02,) * bins.COUNT
+    #: The same for the next rise after a rise: most functions never serve two requests at once.
+    rise_prior: Sequence[float] = (0.001,) * bins.COUNT
+
+    def replan_at(self, count: int) -> int:
+        """After how many observations a plan made after ``count`` of them is made anew."""
+        return count + 1 + min(int(count * self.replan_share), self.replan_most)
 
 
-class SlotHolding:
+@dataclass(slots=True)
+class Terms:
+    """What a function's forecasts are priced with. The costs are replaced when they are measured."""
+
+    config: ForecastConfig
+    costs: RungCosts
+
+
+class SlotForecast:
     """What one slot shall hold."""
 
-    __slots__ = ("_after", "_arrived_s", "_class", "_config", "_costs", "_idle", "_periods", "_plans")
+    __slots__ = ("_after", "_arrived_s", "_class", "_idle", "_periods", "_plans", "_terms")
 
-    def __init__(self, config: HoldingConfig, costs: RungCosts) -> None:
-        self._config = config
-        self._costs = costs
+    def __init__(self, terms: Terms) -> None:
+        self._terms = terms
         self._idle = IdleTimes()
         #: Idle times by the class of the one before: a short one often follows a short one.
         self._after: dict[int, IdleTimes] = {}
@@ -79,7 +92,7 @@ class SlotHolding:
 
     def _base(self) -> Plan:
         """The plan of the histograms."""
-        config = self._config
+        config = self._terms.config
         plan, remake_at = self._plans.get(self._class, ((), 0))
         after = self._after.get(self._class)
         count = after.count if after is not None else 0
@@ -88,12 +101,12 @@ class SlotHolding:
         hazards = self._idle.hazards(config.prior, config.prior_weight)
         if after is not None:
             hazards = after.hazards(hazards, config.prior_weight)
-        plan = ladder.descend(hazards, bins.EDGES, bins.WIDTHS, self._costs, config.delay_weight, config.up_price)
-        self._plans[self._class] = plan, count + 1 + min(int(count * config.replan_share), config.replan_most)
+        plan = ladder.descend(hazards, bins.EDGES, bins.WIDTHS, self._terms.costs, config.delay_weight, config.up_price)
+        self._plans[self._class] = plan, config.replan_at(count)
         return plan
 
     def _with_windows(self, base: Plan, busy_s: float) -> Plan:
-        plan, config, costs = base, self._config, self._costs
+        plan, config, costs = base, self._terms.config, self._terms.costs
         taken: list[tuple[float, float]] = []
         for window in self._periods.windows():
             end_s = window.end_s - busy_s

@@ -1,0 +1,51 @@
+"""One function's forecast: its slots, and how soon a rise of its need is followed by the next one.
+
+In: what happens to the slots (:mod:`scaler.holding`). Out: plans for them. This is Thaw's policy; the simulator runs it
+beside others. Pure.
+
+Two questions are learned apart. How long a slot stays idle once it has become so (:mod:`scaler.forecast.slot`), which is
+what keeps instances running between requests and has them ready for a timer. And how soon the need goes above what it has
+just risen to, which is what has the next instance ready while a burst grows, however long ago it was last that high.
+"""
+
+from __future__ import annotations
+
+from scaler import ladder
+from scaler.forecast import bins
+from scaler.forecast.idle import IdleTimes
+from scaler.forecast.slot import ForecastConfig, SlotForecast, Terms
+from scaler.ladder import Plan, Rung, RungCosts
+
+
+class FunctionForecast:
+    """Decides what the idle slots of one function hold; a :class:`scaler.holding.HoldingPolicy`."""
+
+    __slots__ = ("_rises", "_rising", "_rising_until", "_slots", "terms")
+
+    def __init__(self, config: ForecastConfig, costs: RungCosts) -> None:
+        self.terms = Terms(config, costs)
+        self._slots: list[SlotForecast] = []
+        self._rises = IdleTimes()
+        self._rising: Plan = ()
+        self._rising_until = 0
+
+    def released(self, slot: int, idle_s: float, arrived_s: float, now_s: float) -> Plan:
+        """See :class:`scaler.holding.HoldingPolicy`."""
+        while slot >= len(self._slots):
+            self._slots.append(SlotForecast(self.terms))
+        return self._slots[slot].plan(idle_s, arrived_s, now_s)
+
+    def rising(self) -> Plan:
+        """See :class:`scaler.holding.HoldingPolicy`."""
+        rises, config = self._rises, self.terms.config
+        if not self._rising or rises.count >= self._rising_until:
+            self._rising_until = config.replan_at(rises.count)
+            hazards = rises.hazards(config.rise_prior, config.prior_weight)
+            self._rising = ladder.descend(
+                hazards, bins.EDGES, bins.WIDTHS, self.terms.costs, config.delay_weight, config.up_price, start=Rung.CACHED
+            )
+        return self._rising
+
+    def after_rise(self, elapsed_s: float, taken: bool) -> None:
+        """See :class:`scaler.holding.HoldingPolicy`."""
+        self._rises.add(elapsed_s, 1.0 if taken else 0.0)

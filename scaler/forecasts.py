@@ -1,0 +1,68 @@
+"""Keeps each function's forecast in step with its demand.
+
+In: a function whose level, document or measured costs changed, from :mod:`scaler.planner` and :mod:`scaler.reports`. Out:
+:attr:`scaler.state.FunctionState.holding`, which :mod:`scaler.instances` and :mod:`scaler.standbys` add to what the level
+asks for. Pure.
+
+Prediction only ever adds: what the level asks for is started at once, whatever the forecast says. A function whose
+document gives ``idleSeconds`` has no forecast.
+"""
+
+from __future__ import annotations
+
+from scaler.forecast.function import FunctionForecast
+from scaler.forecast.slot import ForecastConfig
+from scaler.holding import Holding
+from scaler.ladder import FOREVER, RungCosts
+from scaler.levels import NS
+from scaler.state import FunctionState
+from scaler.timers import TimerKey
+from scaler.world import World
+
+
+def predicted(state: FunctionState) -> bool:
+    """The function is held as its forecast says."""
+    function = state.function
+    return function is not None and function.spec.policy.idle_seconds is None and function.spec.policy.checkpoint != "off"
+
+
+def costs(world: World, state: FunctionState) -> RungCosts:
+    """What the function's rungs cost, as far as is known."""
+    assert state.function is not None
+    limit_mb = state.function.spec.limits.memory_mb
+    return world.costs.of(state.measured, state.checkpoint.image_mb or limit_mb, limit_mb)
+
+
+def follow(world: World, state: FunctionState, now_ns: int) -> None:
+    """Bring the forecast to the level and to ``now_ns``; called before instances and standbys are settled."""
+    if not predicted(state):
+        state.holding = state.forecast = None
+        return
+    need = state.need
+    if state.holding is None or state.forecast is None:
+        if not need:
+            return
+        assert state.function is not None
+        config = ForecastConfig(delay_weight=state.function.spec.policy.delay_weight)
+        state.forecast = FunctionForecast(config, costs(world, state))
+        state.holding = Holding(state.forecast)
+    holding = state.holding
+    # A record that is read again may be older than what is known; time does not go back.
+    now_s = max(now_ns / NS, holding.now_s)
+    while holding.need < need:
+        holding.raised(now_s)
+    while holding.need > need:
+        holding.lowered(now_s)
+    holding.advance(now_s)
+    due_s = holding.next_change_s
+    if due_s < FOREVER:
+        world.timers.arm(TimerKey("forecast", state.name), int(due_s * NS) + 1)
+
+
+def measured(world: World, state: FunctionState, what: str, value: float) -> None:
+    """Take in a start's delay (s) or a rung's memory (MB)."""
+    if state.function is None:
+        return
+    world.costs.add(state.measured, state.checkpoint.image_mb or state.function.spec.limits.memory_mb, what, value)
+    if state.forecast is not None:
+        state.forecast.terms.costs = costs(world, state)
