@@ -61,7 +61,9 @@ def start_done(world: World, node: str, report: StartDone, now_ns: int) -> None:
     _adopt(world, state, node, report.instance)
     state.last_start_mode = record.start_mode
     state.last_start_ms = (record.ended_ns - (start.need.since_ns if start else record.started_ns)) / 1e6
-    forecasts.measured(world, state, record.start_mode, state.last_start_ms / 1e3)
+    # Waiting for its turn says nothing of what a start costs.
+    queued_ns = sum(phase.end_ns - phase.start_ns for phase in record.phases if phase.name == "agent.queue")
+    forecasts.started(world, state, node, record.start_mode, state.last_start_ms / 1e3 - queued_ns / 1e9)
     if start is not None and start.thaws and record.start_mode != "thaw":
         standbys.not_used(state, node)
     if report.instance.function_digest == state.digest:
