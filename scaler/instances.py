@@ -98,6 +98,15 @@ def failed(world: World, state: FunctionState, attempt: int, need: Need, now_ns:
     world.timers.arm(TimerKey("retry", state.name, "failed"), state.retry_ns)
 
 
+def release(world: World, state: FunctionState, instance: Instance, now_ns: int) -> None:
+    """Let one instance go."""
+    header = world.header(state, now_ns, world.config.command_deadline_ns)
+    state.ready.pop(instance.id, None)
+    state.stale.pop(instance.id, None)
+    state.releasing[instance.id] = (instance, header["id"])
+    world.send(Pending("release", state.name, instance.node, instance.id), Release(**header, instance=instance.id))
+
+
 def forget_start(world: World, state: FunctionState, command_id: str) -> Starting | None:
     """Take a start out of the books; None when it is not (or no longer) in them."""
     start = state.starts.pop(command_id, None)
@@ -200,8 +209,5 @@ def _release(world: World, state: FunctionState, pool: dict[str, Instance], coun
         else:
             chosen.append(instance)
     for instance in chosen:
-        header = world.header(state, now_ns, world.config.command_deadline_ns)
-        del pool[instance.id]
-        state.releasing[instance.id] = (instance, header["id"])
-        world.send(Pending("release", state.name, instance.node, instance.id), Release(**header, instance=instance.id))
+        release(world, state, instance, now_ns)
     return len(chosen)
