@@ -1,6 +1,6 @@
 """``thaw simulate``: what policies would have cost on a trace.
 
-In: a trace (:mod:`scaler.simulate.traces`). Out: a table or JSON on standard output; figures by
+In: a trace (:mod:`scaler.simulate.traces`, :mod:`thaw.simulate_topic`). Out: a table or JSON on standard output; figures by
 :mod:`scaler.simulate.run`, or :mod:`thaw.simulate_minute` with ``--resolution minute``.
 """
 
@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from scaler.simulate import run, traces
-from thaw import simulate_minute
+from thaw import simulate_minute, simulate_topic
 
 
 class _Jitter(click.ParamType[float | None]):
@@ -35,7 +35,7 @@ class _Jitter(click.ParamType[float | None]):
 
 
 @click.command()
-@click.option("--trace", "path", required=True, type=click.Path(exists=True, path_type=Path), help="Folder, .csv or .npz of a trace.")
+@click.option("--trace", "path", type=click.Path(exists=True, path_type=Path), help="Folder, .csv or .npz of a trace.")
 @click.option("--policy", "policies", multiple=True, metavar="NAME|all", help="May be repeated; default: all.")
 @click.option("--seed", type=int, default=1, show_default=True, help="Of the placement of requests within their minutes.")
 @click.option(
@@ -46,25 +46,35 @@ class _Jitter(click.ParamType[float | None]):
 )
 @click.option("--subset", default="", help="A sample named in the trace's subset_ids.json; with a leading '-', all but it.")
 @click.option("--memory-mb", type=click.FloatRange(min=0, min_open=True), help="Of every function, in place of the trace's.")
+@simulate_topic.options
 @simulate_minute.options
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@click.pass_context
 def simulate(
-    path: Path,
+    context: click.Context,
+    path: Path | None,
     policies: tuple[str, ...],
     seed: int,
     delay_weight: float,
     jitter_s: float | None,
     subset: str,
     memory_mb: float | None,
+    from_topic: bool,
+    since_hours: float | None,
     resolution: str,
     concurrency: str | None,
     as_json: bool,
 ) -> None:
     """Run policies over a trace under a virtual clock and compare what each would have cost."""
-    if simulate_minute.asked(resolution, concurrency):
+    simulate_topic.check(path, from_topic, since_hours, subset)
+    by_minute = simulate_minute.asked(resolution, concurrency)
+    if path is None:
+        trace = simulate_topic.read(context.obj, since_hours, memory_mb)
+    elif by_minute:
         simulate_minute.simulate(path, policies, seed=seed, subset=subset, memory_mb=memory_mb, as_json=as_json)
         return
-    trace = traces.read(path, seed=seed, jitter_s=jitter_s, subset=subset, memory_mb=memory_mb)
+    else:
+        trace = traces.read(path, seed=seed, jitter_s=jitter_s, subset=subset, memory_mb=memory_mb)
     console = Console(stderr=True)
     requests = sum(len(function.at_s) for function in trace.functions)
     console.print(f"{trace.name}: {len(trace.functions):,} functions, {requests:,} requests in {trace.span_s / 3600:.1f} h")
