@@ -3,10 +3,10 @@
 In: the events of the demand topic, oldest first in each function (:mod:`scaler.edges.history`). Out: a
 :class:`~scaler.simulate.model.Trace`. Pure.
 
-Which events count, and until when, is decided by the planner's own :class:`~scaler.levels.Levels`. Between two events that count, a source's
-level says this: each rise by one is a request that came, each fall by one is a request that went, and ``arrivals`` beyond the rise came and
-went in between. Of those, one ends and one begins at the same instant, so the level stays what the source said. When nothing else runs they
-are the shortest request there is.
+Which events count, and until when, is decided by the planner's own :class:`~scaler.levels.Levels`. Between two events that count, a
+source's level says this: each rise by one is a request that came, each fall by one is a request that went, and ``arrivals`` beyond the
+rise came and went in between. At the instant of one of those one request ends and one begins, so the level stays what the source said;
+when nothing else runs, it is the shortest request there is.
 
 Events do not say which request ended. First in, first out is assumed: any pairing has the same sum of durations (the time
 under the level), and this one spreads it least; last in, first out would make one endless request of a level that never falls to zero.
