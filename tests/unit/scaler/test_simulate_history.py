@@ -115,15 +115,15 @@ def test_what_came_and_went_between_two_events_is_spread_over_the_last_second() 
 
 def test_a_steady_level_with_arrivals_is_requests_in_turn() -> None:
     """Two at once all the time, 20 come each second: each runs for a tenth of a second, and two instances are enough."""
-    found = trace(event(0, 2, 2), *(event(second, 2, 20) for second in range(1, 11)), event(11, 0, 18)).functions[0]
-    assert len(found.at_s) == 2 + 10 * 20 + 18
+    found = trace(event(0, 2, 2), *(event(second, 2, 20) for second in range(1, 11)), event(11, 0)).functions[0]
+    assert len(found.at_s) == 2 + 10 * 20
     assert found.duration_s.sum() == pytest.approx(22)
     assert np.median(found.duration_s) == pytest.approx(0.1)
     assert peak(found) == 2
 
 
 def test_a_clock_that_goes_back_stands_still() -> None:
-    assert only(event(5, 1, 1), event(4, 2, 1), event(6, 0)) == [(5, 1), (5, 1)]
+    assert only(event(5, 1, 1), event(4, 2, 1), event(6, 0)) == [(0, 1), (0, 1)]
 
 
 def test_memory_is_of_the_document_or_the_default() -> None:
@@ -153,13 +153,15 @@ def test_too_many_requests_are_refused(monkeypatch) -> None:
 def test_every_policy_runs_on_it() -> None:
     found = trace(*(event(60 * minute + offset, 1 - offset, 1 - offset) for minute in range(20) for offset in (0, 1)))
     results = list(run.run(found, ["all"]))
-    assert len(results) == len(run.POLICIES) + len(run.BOUNDS)
+    assert {"thaw", run.REFERENCE, *run.BOUNDS} <= {result.name for result in results}
     assert {sum(result.summary["starts"].values()) for result in results if not result.bound} == {20}
 
 
 def peak(function: FunctionTrace) -> int:
     """The most that run at once; a request that ends at an instant makes room for one that comes then."""
-    changes = [(at_s, 1) for at_s in function.at_s] + [(at_s + run_s, -1) for at_s, run_s in zip(function.at_s, function.duration_s)]
+    changes = [(at_s, 1) for at_s in function.at_s] + [
+        (at_s + run_s, -1) for at_s, run_s in zip(function.at_s, function.duration_s, strict=True)
+    ]
     return max(itertools.accumulate(by for _, by in sorted(changes)))
 
 
