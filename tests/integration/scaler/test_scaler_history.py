@@ -16,7 +16,6 @@ from infra.kafka import Topic
 from infra.settings import Settings
 from infra.tasks import TaskGroup
 from loadgen import levels
-from loadgen.producer import open_producer
 from scaler.demand import DemandEvent, encode
 from scaler.edges import history
 from scaler.errors import TraceUnreadable
@@ -60,7 +59,7 @@ async def produce(settings: Settings, changes: list[tuple[float, str, int]], beg
     """What the load generator sends for requests that come and go at the given seconds."""
     now_ns = begin_ns
     tasks = TaskGroup("test")
-    async with open_producer(settings.kafka, 20) as producer:
+    async with kafka.started(kafka.producer(settings.kafka, "test"), settings.kafka) as producer:
         source = levels.Levels(producer, "loadgen", {name for _, name, _ in changes}, ttl_s=3600.0, now_ns=lambda: now_ns, tasks=tasks)
         source.start()
         for at_s, name, by in changes:
@@ -73,7 +72,8 @@ async def produce(settings: Settings, changes: list[tuple[float, str, int]], beg
 def test_what_was_produced_is_what_is_simulated(stack_settings: Settings, topic: str) -> None:
     make(stack_settings, topic)
     begin_ns = time.time_ns() - 1800 * NS
-    runs = [(10.0 * number, 0.1 + number % 7, "h1" if number % 3 else "h2") for number in range(100)]
+    # A request every ten seconds, and a pause in the middle.
+    runs = [(10.0 * number + 400.0 * (number >= 50), 0.1 + number % 7, "h1" if number % 3 else "h2") for number in range(100)]
     changes = sorted(change for at_s, run_s, name in runs for change in ((at_s, name, 1), (at_s + run_s, name, -1)))
     asyncio.run(produce(stack_settings, changes, begin_ns))
     asyncio.run(apply_functions(stack_settings.kafka, [document_of("h1")]))
@@ -91,7 +91,7 @@ def test_what_was_produced_is_what_is_simulated(stack_settings: Settings, topic:
         assert len(function.at_s) == len(mine)
         assert float(function.duration_s.sum()) == pytest.approx(sum(run_s for _, run_s in mine), abs=1e-4)
     assert trace.functions[0].at_s.tolist() == pytest.approx([at_s for at_s, _, name in runs if name == "h1"], abs=1e-6)
-    assert requests_of(call(stack_settings, "--since-hours", "0.4")) == sum(at_s >= 1800 - 0.4 * 3600 for at_s, _, _ in runs)
+    assert requests_of(call(stack_settings, "--since-hours", "0.3")) == 50, "those after the pause"
 
 
 def test_records_that_are_no_demand_are_counted_and_left_out(stack_settings: Settings, topic: str) -> None:
