@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from scaler import ladder
 from scaler.forecast import bins
 from scaler.forecast.idle import IdleTimes
-from scaler.forecast.periods import SHORTEST_S, Periods
+from scaler.forecast.periods import SHORTEST_S, Periods, Window
 from scaler.ladder import RUM_PER_MB_S, Plan, Rung, RungCosts
 
 
@@ -89,6 +89,11 @@ class SlotForecast:
             self._class = bins.NONE
         self._arrived_s = arrived_s
         return self._with_windows(self._base(), busy_until_s - arrived_s)
+
+    @property
+    def windows(self) -> list[Window]:
+        """When the next request is expected by a period, from the last one on."""
+        return self._periods.windows()
 
     def arrived_by(self, busy_s: float) -> list[float]:
         """The chance that the next request comes before the end of each bin after the slot has become idle.
