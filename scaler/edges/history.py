@@ -27,7 +27,7 @@ from scaler.simulate.history import History
 from scaler.simulate.model import Trace
 
 _CLIENT = "thaw-history"
-#: Time between two words of progress, s.
+#: Longest time between two words of progress, s.
 _PROGRESS_S = 2.0
 #: A source's clock is not believed when it is further than this ahead of the record's time, ns.
 _AHEAD_NS = 60 * NS
@@ -63,6 +63,7 @@ async def read(
 async def _read_into(history: History, settings: KafkaSettings, since_ns: int, say: Callable[[str], None]) -> None:
     read = rejected = 0
     silence_s = settings.request_timeout_ms / 1000
+    period_s = min(_PROGRESS_S, silence_s / 2)
     clock = asyncio.get_running_loop().time
     async with kafka.started(kafka.consumer(settings, _CLIENT), settings) as reader:
         try:
@@ -87,7 +88,7 @@ async def _read_into(history: History, settings: KafkaSettings, since_ns: int, s
                     # The broker's clock chose where reading began, and events may be older than their records.
                     if event.at >= since_ns:
                         history.add(event)
-                    if (now := clock()) >= said + _PROGRESS_S:
+                    if (now := clock()) >= said + period_s:
                         said = now
                         silence.reschedule(now + silence_s)
                         say(f"{read:,} records, {history.requests:,} requests so far")
