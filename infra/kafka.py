@@ -205,13 +205,22 @@ async def partitions_of(reader: AIOKafkaConsumer, topics: Iterable[str]) -> list
     return [TopicPartition(topic, number) for topic in topics for number in sorted(cluster.partitions_for_topic(topic) or ())]
 
 
-async def read_to_end(reader: AIOKafkaConsumer, partitions: Sequence[TopicPartition]) -> AsyncIterator[ConsumerRecord]:
-    """Records of ``partitions`` from their beginning to what their end is now. The consumer stays assigned, to be read on."""
+async def read_to_end(
+    reader: AIOKafkaConsumer, partitions: Sequence[TopicPartition], *, since_ms: int | None = None
+) -> AsyncIterator[ConsumerRecord]:
+    """Records of ``partitions`` from their beginning, or from a time on, to what their end is now.
+
+    The consumer stays assigned, to be read on.
+    """
     if not partitions:
         return
     reader.assign(partitions)
     await reader.seek_to_beginning(*partitions)
     ends = await reader.end_offsets(partitions)
+    if since_ms is not None:
+        first = await reader.offsets_for_times(dict.fromkeys(partitions, since_ms))
+        for partition in partitions:
+            reader.seek(partition, first[partition].offset if first[partition] else ends[partition])
     # Positions, not offsets of records: the last offset of a compacted partition may hold no record.
     while any([await reader.position(partition) < ends[partition] for partition in partitions]):
         for batch in (await reader.getmany(timeout_ms=100)).values():

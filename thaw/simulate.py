@@ -1,7 +1,7 @@
 """``thaw simulate``: what policies would have cost on a trace.
 
-In: a trace (:mod:`scaler.simulate.traces`). Out: a table or JSON on standard output, with ``--report`` a page
-(:mod:`loadgen.simulation`); figures by :mod:`scaler.simulate.run`, or :mod:`thaw.simulate_minute` with
+In: a trace (:mod:`scaler.simulate.traces`, :mod:`thaw.simulate_topic`). Out: a table or JSON on standard output, with
+``--report`` a page (:mod:`loadgen.simulation`); figures by :mod:`scaler.simulate.run`, or :mod:`thaw.simulate_minute` with
 ``--resolution minute``.
 """
 
@@ -20,7 +20,7 @@ from rich.table import Table
 
 from loadgen import simulation
 from scaler.simulate import run, traces
-from thaw import simulate_minute
+from thaw import simulate_minute, simulate_topic
 
 
 class _Jitter(click.ParamType[float | None]):
@@ -40,7 +40,7 @@ class _Jitter(click.ParamType[float | None]):
 
 
 @click.command()
-@click.option("--trace", "path", required=True, type=click.Path(exists=True, path_type=Path), help="Folder, .csv or .npz of a trace.")
+@click.option("--trace", "path", type=click.Path(exists=True, path_type=Path), help="Folder, .csv or .npz of a trace.")
 @click.option("--policy", "policies", multiple=True, metavar="NAME|all", help="May be repeated; default: all.")
 @click.option("--seed", type=int, default=1, show_default=True, help="Of the placement of requests within their minutes.")
 @click.option(
@@ -51,6 +51,7 @@ class _Jitter(click.ParamType[float | None]):
 )
 @click.option("--subset", default="", help="A sample named in the trace's subset_ids.json; with a leading '-', all but it.")
 @click.option("--memory-mb", type=click.FloatRange(min=0, min_open=True), help="Of every function, in place of the trace's.")
+@simulate_topic.options
 @simulate_minute.options
 @click.option("--timing/--no-timing", default=True, help="Measure the time of policies; without it the output is the same byte for byte.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
@@ -58,13 +59,15 @@ class _Jitter(click.ParamType[float | None]):
 @click.pass_context
 def simulate(
     context: click.Context,
-    path: Path,
+    path: Path | None,
     policies: tuple[str, ...],
     seed: int,
     delay_weight: float,
     jitter_s: float | None,
     subset: str,
     memory_mb: float | None,
+    from_topic: bool,
+    since_hours: float | None,
     resolution: str,
     concurrency: str | None,
     timing: bool,
@@ -74,10 +77,15 @@ def simulate(
     """Run policies over a trace under a virtual clock and compare what each would have cost."""
     if report is not None and report.suffix == ".json":
         raise click.BadParameter("the page can't have the name of its figures; call it .html", param_hint="--report")
-    if simulate_minute.asked(resolution, concurrency):
+    simulate_topic.check(path, from_topic, since_hours, subset)
+    by_minute = simulate_minute.asked(resolution, concurrency)
+    if path is None:
+        trace = simulate_topic.read(context.obj, since_hours, memory_mb)
+    elif by_minute:
         simulate_minute.simulate(path, policies, seed=seed, subset=subset, memory_mb=memory_mb, as_json=as_json)
         return
-    trace = traces.read(path, seed=seed, jitter_s=jitter_s, subset=subset, memory_mb=memory_mb)
+    else:
+        trace = traces.read(path, seed=seed, jitter_s=jitter_s, subset=subset, memory_mb=memory_mb)
     console = Console(stderr=True)
     requests = sum(len(function.at_s) for function in trace.functions)
     console.print(f"{trace.name}: {len(trace.functions):,} functions, {requests:,} requests in {trace.span_s / 3600:.1f} h")
@@ -94,7 +102,7 @@ def simulate(
         for result in shown
     }
     if report is not None:
-        asked = simulation.Asked(repeat(context), seed, delay_weight, jitter_s, own_times=traces.has_own_times(path))
+        asked = simulation.Asked(repeat(context), seed, delay_weight, jitter_s, own_times=path is None or traces.has_own_times(path))
         simulation.write(report, trace, results, asked)
         console.print(f"report: {report}")
     if as_json:

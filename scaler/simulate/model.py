@@ -1,7 +1,8 @@
 """What the simulator speaks of: traces, costs and outcomes. Plain values.
 
-In: made by :mod:`scaler.simulate.traces` (files) and :mod:`scaler.simulate.arrivals`. Out: the arguments of the engines
-(:mod:`scaler.simulate.slots`, :mod:`scaler.simulate.counts`) and what they return to :mod:`scaler.simulate.run`.
+In: made by :mod:`scaler.simulate.traces` (files), :mod:`scaler.simulate.history` (the demand topic) and :mod:`scaler.simulate.arrivals`.
+Out: the arguments of the engines (:mod:`scaler.simulate.slots`, :mod:`scaler.simulate.counts`) and what they return to
+:mod:`scaler.simulate.run`.
 """
 
 from __future__ import annotations
@@ -13,6 +14,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from scaler.ladder import RUM_COLD_S, RungCosts
+
+#: Memory of a function of which none is known, MB: the flat figure of DESIGN's reference table.
+DEFAULT_MEMORY_MB = 170.0
 
 
 class StartMode(enum.IntEnum):

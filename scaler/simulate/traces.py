@@ -33,12 +33,10 @@ from numpy.typing import NDArray
 
 from scaler.errors import TraceUnreadable
 from scaler.simulate.arrivals import MINUTE_S, periodic, place
-from scaler.simulate.model import FunctionTrace, Trace
+from scaler.simulate.model import DEFAULT_MEMORY_MB, FunctionTrace, Trace
 
 #: Duration of a request where the trace has none: about the median over the functions of azure2019-500f-8h.
 DEFAULT_DURATION_S = 0.3
-#: Memory where the trace has none, MB: the flat figure of DESIGN's reference table.
-DEFAULT_MEMORY_MB = 170.0
 _SHORTEST_S, _LONGEST_S = 0.001, 60.0
 
 
