@@ -56,7 +56,10 @@ def follow(world: World, state: FunctionState, now_ns: int) -> None:
     holding.advance(now_s)
     due_s = holding.next_change_s
     if due_s < FOREVER:
-        world.timers.arm(TimerKey("forecast", state.name), int(due_s * NS) + 1)
+        due_ns = int(due_s * NS) + 1
+        if state.forecast_due_ns is None or due_ns < state.forecast_due_ns:
+            state.forecast_due_ns = due_ns
+            world.timers.arm(TimerKey("forecast", state.name), due_ns)
 
 
 def measured(world: World, state: FunctionState, what: str, value: float) -> None:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import enum
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
 #: RUM of a start without a checkpoint: seconds of delay that a cold start counts for.
 RUM_COLD_S = 0.808
@@ -35,6 +36,10 @@ class Rung(enum.IntEnum):
 Plan = tuple[tuple[float, int], ...]
 
 FOREVER = float("inf")
+
+#: As plain numbers, which are quicker to compare.
+_CACHED, _STANDBY, _RUNNING = int(Rung.CACHED), int(Rung.STANDBY), int(Rung.RUNNING)
+_Stretch: TypeAlias = "tuple[int, int, _Stretch | None]"
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,31 +101,39 @@ def descend(
     cached_delay, thaw_delay = costs.delay_s[Rung.CACHED] * weight, costs.delay_s[Rung.STANDBY] * weight
     standby_rate, running_rate = costs.memory_mb[Rung.STANDBY] * RUM_PER_MB_S, costs.memory_mb[Rung.RUNNING] * RUM_PER_MB_S
     from_cached = from_standby = from_running = 0.0
-    choices: list[tuple[int, int, int]] = [(0, 0, 0)] * len(hazards)
-    for where in range(len(hazards) - 1, -1, -1):
-        chance = hazards[where]
+    # What follows from each rung, as (rung, bin in which it ends, what comes then).
+    after_cached: _Stretch | None = None
+    after_standby: _Stretch | None = None
+    after_running: _Stretch | None = None
+    where = len(hazards)
+    for chance, width_s in zip(reversed(hazards), reversed(widths_s), strict=True):
         stays = 1 - chance
         # The arrival comes in the middle of its bin.
-        held_s = widths_s[where] * (1 - 0.5 * chance)
+        held_s = width_s * (1 - 0.5 * chance)
         cached = chance * cached_delay + stays * from_cached
         standby = chance * thaw_delay + held_s * standby_rate + stays * from_standby
         running = held_s * running_rate + stays * from_running
-        best, low = (cached, 1) if cached <= standby + up else (standby + up, 2)
-        from_cached, low = (best, low) if best <= running + up else (running + up, 3)
-        best, middle = (cached, 1) if cached <= standby else (standby, 2)
-        from_standby, middle = (best, middle) if best <= running + up else (running + up, 3)
-        best, high = (cached, 1) if cached <= standby else (standby, 2)
-        from_running, high = (best, high) if best <= running else (running, 3)
-        choices[where] = (low, middle, high)
+        if cached <= standby and cached <= running:
+            # The usual case for what is not asked soon: whatever was held before, nothing is from here on.
+            from_cached = from_standby = from_running = cached
+            if after_cached is None or after_cached[0] != _CACHED:
+                after_cached = (_CACHED, where, after_cached)
+            after_standby = after_running = after_cached
+        else:
+            low = after_cached if after_cached is not None and after_cached[0] == _CACHED else (_CACHED, where, after_cached)
+            middle = after_standby if after_standby is not None and after_standby[0] == _STANDBY else (_STANDBY, where, after_standby)
+            high = after_running if after_running is not None and after_running[0] == _RUNNING else (_RUNNING, where, after_running)
+            best, after = (cached, low) if cached <= standby + up else (standby + up, middle)
+            from_cached, after_cached = (best, after) if best <= running + up else (running + up, high)
+            best, after = (cached, low) if cached <= standby else (standby, middle)
+            from_standby, after_standby = (best, after) if best <= running + up else (running + up, high)
+            from_running, after_running = (best, after) if best <= running else (running, high)
+        where -= 1
+    stretch = (after_cached, after_standby, after_running)[start - 1]
     plan: list[tuple[float, int]] = []
-    rung = int(start)
-    held = 0
-    for where, choice in enumerate(choices):
-        rung = choice[rung - 1]
-        if where and rung != held:
-            plan.append((edges[where], held))
-        held = rung
-    plan.append((FOREVER, held))
+    while stretch is not None:
+        rung, where, stretch = stretch
+        plan.append((FOREVER if stretch is None else edges[where], rung))
     return tuple(plan)
 
 

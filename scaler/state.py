@@ -195,6 +195,8 @@ class FunctionState:
     #: What its idle slots hold, and why; None: it is not predicted, or was never asked.
     holding: Holding | None = None
     forecast: FunctionForecast | None = None
+    #: When its next change is looked at, if that is arranged: not later than it is due.
+    forecast_due_ns: int | None = None
     measured: Means = field(default_factory=Means)
     last_start_ms: float = 0.0
     last_start_mode: str = ""
@@ -203,9 +205,11 @@ class FunctionState:
     @property
     def need(self) -> int:
         """Instances that the level asks for."""
-        if self.function is None:
+        level = self.levels.level
+        if self.function is None or not level:
             return 0
-        return min(-(-self.levels.level // self.function.spec.limits.concurrency), self.function.spec.instances.max)
+        spec = self.function.spec
+        return min(-(-level // spec.limits.concurrency), spec.instances.max)
 
     @property
     def wanted(self) -> int:

@@ -66,14 +66,16 @@ class IdleTimes:
             prior: the population's hazard per bin.
             prior_weight: how many observations it counts as, in each bin.
         """
-        result = [0.0] * bins.COUNT
+        result = list(prior)
         at_risk = prior_weight
-        ended = dict(zip(self._bins, zip(self._seen, self._chance, strict=True), strict=True))
-        for where in range(bins.COUNT - 1, -1, -1):
-            here = ended.get(where)
-            if here is None:
-                result[where] = prior_weight * prior[where] / at_risk
-            else:
-                at_risk += here[0] / self._unit
-                result[where] = (here[1] / self._unit + prior_weight * prior[where]) / at_risk
+        # Between the bins that were seen only the prior ends anything; above the last it is all that is known.
+        above = bins.COUNT
+        for where, seen, chance in sorted(zip(self._bins, self._seen, self._chance, strict=True), reverse=True):
+            if at_risk != prior_weight:
+                result[where + 1 : above] = [prior_weight * share / at_risk for share in prior[where + 1 : above]]
+            at_risk += seen / self._unit
+            result[where] = (chance / self._unit + prior_weight * prior[where]) / at_risk
+            above = where
+        if at_risk != prior_weight:
+            result[:above] = [prior_weight * share / at_risk for share in prior[:above]]
         return result
