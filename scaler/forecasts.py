@@ -10,6 +10,8 @@ document gives ``idleSeconds`` has no forecast.
 
 from __future__ import annotations
 
+import functools
+
 from scaler.forecast.function import FunctionForecast
 from scaler.forecast.slot import ForecastConfig
 from scaler.holding import Holding
@@ -20,17 +22,36 @@ from scaler.timers import TimerKey
 from scaler.world import World
 
 
+_Four = tuple[float, float, float, float]
+
+
 def predicted(state: FunctionState) -> bool:
     """The function is held as its forecast says."""
     function = state.function
     return function is not None and function.spec.policy.idle_seconds is None and function.spec.policy.checkpoint != "off"
 
 
+@functools.lru_cache(maxsize=256)
+def _config(delay_weight: float) -> ForecastConfig:
+    return ForecastConfig(delay_weight=delay_weight)
+
+
+@functools.lru_cache(maxsize=4096)
+def _shared(delay_s: _Four, memory_mb: _Four) -> RungCosts:
+    return RungCosts(delay_s, memory_mb)
+
+
+def _rounded(values: _Four) -> _Four:
+    first, second, third, fourth = (float(f"{value:.2g}") for value in values)
+    return first, second, third, fourth
+
+
 def costs(world: World, state: FunctionState) -> RungCosts:
-    """What the function's rungs cost, as far as is known."""
+    """What the function's rungs cost, as far as is known: to two digits, so that functions alike share what follows from it."""
     assert state.function is not None
     limit_mb = state.function.spec.limits.memory_mb
-    return world.costs.of(state.measured, state.checkpoint.image_mb or limit_mb, limit_mb)
+    found = world.costs.of(state.measured, state.checkpoint.image_mb or limit_mb, limit_mb)
+    return _shared(_rounded(found.delay_s), _rounded(found.memory_mb))
 
 
 def follow(world: World, state: FunctionState, now_ns: int) -> None:
@@ -43,8 +64,7 @@ def follow(world: World, state: FunctionState, now_ns: int) -> None:
         if not need:
             return
         assert state.function is not None
-        config = ForecastConfig(delay_weight=state.function.spec.policy.delay_weight)
-        state.forecast = FunctionForecast(config, costs(world, state))
+        state.forecast = FunctionForecast(_config(state.function.spec.policy.delay_weight), costs(world, state))
         state.holding = Holding(state.forecast)
     holding = state.holding
     # A record that is read again may be older than what is known; time does not go back.

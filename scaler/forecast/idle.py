@@ -59,17 +59,25 @@ class IdleTimes:
         index = self._bins.find(bins.bin_of(age_s))
         return self._seen[index] / self._unit if index >= 0 else 0.0
 
+    @property
+    def reach(self) -> int:
+        """How many bins there are up to the oldest that was seen."""
+        return max(self._bins, default=-1) + 1
+
     def hazards(self, prior: Sequence[float], prior_weight: float) -> list[float]:
         """The chance of an arrival within each bin, given that none came before it.
+
+        Up to the oldest bin that was seen (and as far as ``prior`` goes): above it the hazard is the prior's, which says nothing of
+        this slot.
 
         Args:
             prior: the population's hazard per bin.
             prior_weight: how many observations it counts as, in each bin.
         """
-        result = list(prior)
+        result = list(prior[: self.reach])
         at_risk = prior_weight
-        # Between the bins that were seen only the prior ends anything; above the last it is all that is known.
-        above = bins.COUNT
+        # Between the bins that were seen only the prior ends anything.
+        above = len(result)
         for where, seen, chance in sorted(zip(self._bins, self._seen, self._chance, strict=True), reverse=True):
             if at_risk != prior_weight:
                 result[where + 1 : above] = [prior_weight * share / at_risk for share in prior[where + 1 : above]]

@@ -6,6 +6,7 @@ In: each arrival that the slot served. Out: the :data:`~scaler.ladder.Plan` for 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -16,9 +17,9 @@ from scaler.forecast.periods import SHORTEST_S, Periods
 from scaler.ladder import RUM_PER_MB_S, Plan, Rung, RungCosts
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class ForecastConfig:
-    """Constants of the choice. Fixed on the nested 100-function sample of azure2019-500f-8h (docs/decisions.md)."""
+    """Constants of the choice; each is itself only, and shared by those who use the same. Fixed on the nested 100-function sample of azure2019-500f-8h (docs/decisions.md)."""
 
     #: Price of one second of start delay, in RUM.
     delay_weight: float = 1.0
@@ -40,6 +41,18 @@ class ForecastConfig:
     def replan_at(self, count: int) -> int:
         """After how many observations a plan made after ``count`` of them is made anew."""
         return count + 1 + min(int(count * self.replan_share), self.replan_most)
+
+
+@functools.lru_cache(maxsize=256)
+def descent(config: ForecastConfig, costs: RungCosts) -> ladder.Descent:
+    """The way down after a release; what is the same for all who share terms is computed once."""
+    return ladder.Descent(config.prior, bins.EDGES, bins.WIDTHS, costs, config.delay_weight, config.up_price)
+
+
+@functools.lru_cache(maxsize=256)
+def rise_descent(config: ForecastConfig, costs: RungCosts) -> ladder.Descent:
+    """The same after a rise."""
+    return ladder.Descent(config.rise_prior, bins.EDGES, bins.WIDTHS, costs, config.delay_weight, config.up_price)
 
 
 @dataclass(slots=True)
@@ -100,8 +113,9 @@ class SlotForecast:
             return plan
         hazards = self._idle.hazards(config.prior, config.prior_weight)
         if after is not None:
-            hazards = after.hazards(hazards, config.prior_weight)
-        plan = ladder.descend(hazards, bins.EDGES, bins.WIDTHS, self._terms.costs, config.delay_weight, config.up_price)
+            # Every idle time of the class is in the other histogram too, so that one reaches as far.
+            hazards[: after.reach] = after.hazards(hazards, config.prior_weight)
+        plan = descent(config, self._terms.costs).plan(hazards)
         self._plans[self._class] = plan, config.replan_at(count)
         return plan
 

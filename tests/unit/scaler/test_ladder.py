@@ -19,7 +19,7 @@ def plan_of(segments: list[tuple[float, int]]) -> ladder.Plan:
 
 
 def descend(hazards: list[float], up: float = 0.0, weight: float = 1.0) -> ladder.Plan:
-    return ladder.descend(hazards, bins.EDGES, bins.WIDTHS, COSTS, weight, up)
+    return ladder.Descent((0.02,) * bins.COUNT, bins.EDGES, bins.WIDTHS, COSTS, weight, up).plan(hazards)
 
 
 def test_nothing_expected_is_held_in_the_cache() -> None:
