@@ -21,7 +21,6 @@ from scaler.state import FunctionState
 from scaler.timers import TimerKey
 from scaler.world import World
 
-
 _Four = tuple[float, float, float, float]
 
 

@@ -118,7 +118,8 @@ class Descent:
             reclaimable and priced by the node.
         """
         known = len(hazards)
-        stretch = self._down(self._from[known], hazards, known)[2 + start]
+        after_cached, after_standby, after_running = self._down(self._from[known], hazards, known)[3:]
+        stretch = (after_cached, after_standby, after_running)[start - 1]
         plan: list[tuple[float, int]] = []
         while stretch is not None:
             rung, where, stretch = stretch

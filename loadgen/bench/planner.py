@@ -73,7 +73,7 @@ _SHARES, _REQUESTS = (0, 5, 25, 50, 75, 90, 95, 99, 100), (1, 1, 8, 48, 240, 958
 _DURATION_S, _DURATION_SIGMA, _DURATION_MAX_S = 0.3, 1.0, 8.0
 _GATEWAYS = ("gateway-0", "gateway-1")
 #: Requests of the trace's functions: lower quartile, median, upper decile; and how many functions are measured with each.
-_HISTORIES, _HISTORY_FUNCTIONS = (8, 48, 958), (8_000, 4_000, 500)
+_HISTORIES, _HISTORY_FUNCTIONS = (8, 48, 958), (4_000, 1_000, 60)
 _START_NS = {"thaw": 2_000_000, "restore": 10_000_000}
 
 
@@ -265,7 +265,13 @@ def records(choices: np.ndarray, at_s: np.ndarray, seed: int, epoch: int = 1) ->
         yield (
             at_ns,
             DemandEvent(
-                function=name_of(number), source=_GATEWAYS[gateway], epoch=epoch, seq=source[0], at=at_ns, in_flight=source[1], arrivals=int(begins)
+                function=name_of(number),
+                source=_GATEWAYS[gateway],
+                epoch=epoch,
+                seq=source[0],
+                at=at_ns,
+                in_flight=source[1],
+                arrivals=int(begins),
             ),
         )
 
@@ -395,7 +401,7 @@ def run(count: int, warm: int, events: int, paced: int, memory_functions: int, s
     figures["bytes_per_function"] = apart(memory, memory_functions, memory_functions // 4, seed)
     figures["bytes_by_requests"] = {}
     for requests, many in zip(_HISTORIES, _HISTORY_FUNCTIONS, strict=True):
-        many = min(many, count)
+        many = min(many, max(2, count // 25))
         say(f"memory: {many:,} functions with {requests:,} requests each")
         figures["bytes_by_requests"][str(requests)] = apart(memory_by_requests, many, requests, seed)
     return figures

@@ -19,7 +19,7 @@ from scaler.ladder import RUM_PER_MB_S, Plan, Rung, RungCosts
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ForecastConfig:
-    """Constants of the choice; each is itself only, and shared by those who use the same. Fixed on the nested 100-function sample of azure2019-500f-8h (docs/decisions.md)."""
+    """Constants of the choice, compared by identity. Fixed on the nested 100-function sample of azure2019-500f-8h (docs/decisions.md)."""
 
     #: Price of one second of start delay, in RUM.
     delay_weight: float = 1.0
