@@ -191,6 +191,8 @@ class Planner:
                 if later_ns is not None:
                     world.timers.arm(key, later_ns)
                     continue
+                if not state.levels.sources:
+                    state.trim()
             if key.kind == "forecast":
                 state.forecast_due_ns = None
             if key.kind in ("source", "forecast"):

@@ -9,6 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Any
+
+from msgspec import structs
 
 from agent.api.function import Function
 from scaler.commands import Need
@@ -271,10 +274,11 @@ class FunctionState:
 
     def apply(self, function: Function) -> bool:
         """Take over a document; True when it describes another process than before."""
-        changed = function.digest != self.digest
-        self.function, self.deleted = function, False
+        digest = function.digest
+        changed = digest != self.digest
+        self.function, self.deleted = _sharing(function), False
         if changed:
-            self.digest = function.digest
+            self.digest = digest
             serving = [*self.ready.values(), *self.stale.values()]
             self.ready.clear()
             self.stale.clear()
@@ -330,6 +334,14 @@ class FunctionState:
             self.standbys.add(item.standby)
         self.retire_standbys()
 
+    def trim(self) -> None:
+        """Give back the room of what has become empty: a dict that was used keeps it, and most functions are seldom asked."""
+        checkpoint, standbys = self.checkpoint, self.standbys
+        self.levels.sources = self.levels.sources or {}
+        self.ready, self.releasing, self.starts = self.ready or {}, self.releasing or {}, self.starts or {}
+        checkpoint.fetching = checkpoint.fetching or {}
+        standbys.held, standbys.leaving, standbys.making = standbys.held or {}, standbys.leaving or {}, standbys.making or {}
+
     @property
     def empty(self) -> bool:
         """Nothing is left that is worth remembering."""
@@ -344,3 +356,17 @@ class FunctionState:
             or standbys.leaving
             or standbys.making
         )
+
+
+#: Parts of documents, each equal to its key: most functions have the same ones, and a million of them are known.
+_PARTS: dict[Any, Any] = {}
+_PARTS_MAX = 10_000
+
+
+def _sharing(function: Function) -> Function:
+    """The same document, of parts that it shares with others."""
+    spec, parts = function.spec, (function.spec.readiness, function.spec.limits, function.spec.instances, function.spec.policy)
+    if len(_PARTS) >= _PARTS_MAX:
+        _PARTS.clear()
+    readiness, limits, instances, policy = (_PARTS.setdefault(part, part) for part in parts)
+    return structs.replace(function, spec=structs.replace(spec, readiness=readiness, limits=limits, instances=instances, policy=policy))

@@ -17,6 +17,7 @@ from scaler.forecast import bins
 #: Share of its weight that an observation keeps when the next one comes.
 KEEP = 1 - 1 / 500
 _RESCALE = 1e6
+_NOTHING = bytearray(), array("f"), array("f")
 
 
 class IdleTimes:
@@ -28,9 +29,8 @@ class IdleTimes:
     __slots__ = ("_bins", "_chance", "_seen", "_unit", "count")
 
     def __init__(self) -> None:
-        self._bins = bytearray()
-        self._seen = array("f")
-        self._chance = array("f")
+        # Many slots never see anything: these are shared until something is added.
+        self._bins, self._seen, self._chance = _NOTHING
         self._unit = 1.0
         #: Observations so far.
         self.count = 0
@@ -41,6 +41,8 @@ class IdleTimes:
         where = bins.bin_of(age_s)
         index = self._bins.find(where)
         if index < 0:
+            if not self._bins:
+                self._bins, self._seen, self._chance = bytearray(), array("f"), array("f")
             index = len(self._bins)
             self._bins.append(where)
             self._seen.append(0.0)
