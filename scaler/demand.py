@@ -7,9 +7,8 @@ of a source replaces its older ones, so lost and repeated events never skew the 
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated
 
-import msgpack
 import msgspec
 
 from scaler.errors import DemandInvalid
@@ -51,10 +50,12 @@ class DemandEvent(msgspec.Struct, frozen=True, kw_only=True):
     ttl: Annotated[float, msgspec.Meta(ge=0, le=86400)] = 0.0
 
 
+_DECODER = msgspec.msgpack.Decoder(DemandEvent)
+
+
 def encode(event: DemandEvent) -> bytes:
     """One event as a msgpack map."""
-    packed: bytes = msgpack.packb(msgspec.to_builtins(event))
-    return packed
+    return msgspec.msgpack.encode(event)
 
 
 def decode(payload: bytes | None) -> DemandEvent:
@@ -68,7 +69,6 @@ def decode(payload: bytes | None) -> DemandEvent:
     if len(payload) > EVENT_BYTES_MAX:
         raise DemandInvalid(f"the record has {len(payload)} bytes; {EVENT_BYTES_MAX} is the most")
     try:
-        value: Any = msgpack.unpackb(payload, strict_map_key=True)
-        return msgspec.convert(value, DemandEvent)
-    except (ValueError, TypeError, msgpack.UnpackException, msgspec.ValidationError, RecursionError) as error:
+        return _DECODER.decode(payload)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise DemandInvalid(f"the record is not a demand event: {error}") from error

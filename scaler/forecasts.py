@@ -10,6 +10,8 @@ document gives ``idleSeconds`` has no forecast.
 
 from __future__ import annotations
 
+import functools
+
 from scaler.costs import rung_of
 from scaler.forecast.function import FunctionForecast
 from scaler.forecast.slot import ForecastConfig
@@ -20,6 +22,8 @@ from scaler.state import FunctionState
 from scaler.timers import TimerKey
 from scaler.world import World
 
+_Four = tuple[float, float, float, float]
+
 
 def predicted(state: FunctionState) -> bool:
     """The function is held as its forecast says."""
@@ -27,11 +31,27 @@ def predicted(state: FunctionState) -> bool:
     return function is not None and function.spec.policy.idle_seconds is None and function.spec.policy.checkpoint != "off"
 
 
+@functools.lru_cache(maxsize=256)
+def _config(delay_weight: float) -> ForecastConfig:
+    return ForecastConfig(delay_weight=delay_weight)
+
+
+@functools.lru_cache(maxsize=4096)
+def _shared(delay_s: _Four, memory_mb: _Four) -> RungCosts:
+    return RungCosts(delay_s, memory_mb)
+
+
+def _rounded(values: _Four) -> _Four:
+    first, second, third, fourth = (float(f"{value:.2g}") for value in values)
+    return first, second, third, fourth
+
+
 def costs(world: World, state: FunctionState) -> RungCosts:
-    """What the function's rungs cost, as far as is known."""
+    """What the function's rungs cost, as far as is known: to two digits, so that functions alike share what follows from it."""
     assert state.function is not None
     limit_mb = state.function.spec.limits.memory_mb
-    return world.costs.of(state.measured, state.checkpoint.image_mb or limit_mb, limit_mb)
+    found = world.costs.of(state.measured, state.checkpoint.image_mb or limit_mb, limit_mb)
+    return _shared(_rounded(found.delay_s), _rounded(found.memory_mb))
 
 
 def follow(world: World, state: FunctionState, now_ns: int) -> None:
@@ -44,8 +64,7 @@ def follow(world: World, state: FunctionState, now_ns: int) -> None:
         if not need:
             return
         assert state.function is not None
-        config = ForecastConfig(delay_weight=state.function.spec.policy.delay_weight)
-        state.forecast = FunctionForecast(config, costs(world, state))
+        state.forecast = FunctionForecast(_config(state.function.spec.policy.delay_weight), costs(world, state))
         state.holding = Holding(state.forecast)
     holding = state.holding
     # A record that is read again may be older than what is known; time does not go back.
@@ -57,7 +76,10 @@ def follow(world: World, state: FunctionState, now_ns: int) -> None:
     holding.advance(now_s)
     due_s = holding.next_change_s
     if due_s < FOREVER:
-        world.timers.arm(TimerKey("forecast", state.name), int(due_s * NS) + 1)
+        due_ns = int(due_s * NS) + 1
+        if state.forecast_due_ns is None or due_ns < state.forecast_due_ns:
+            state.forecast_due_ns = due_ns
+            world.timers.arm(TimerKey("forecast", state.name), due_ns)
 
 
 def started(world: World, state: FunctionState, node: str, start_mode: str, delay_s: float) -> None:

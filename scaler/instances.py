@@ -42,6 +42,8 @@ def settle(world: World, state: FunctionState, now_ns: int, need: Need | None = 
     if not world.acting(state):
         return
     world.touched[state.name] = None
+    if not (state.owed or state.surplus or state.stale or world.waiting) and state.have == state.wanted:
+        return  # the usual case
     _start_missing(world, state, now_ns, need)
     _release_surplus(world, state, now_ns)
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 import enum
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
 #: RUM of a start without a checkpoint: seconds of delay that a cold start counts for.
 RUM_COLD_S = 0.808
@@ -35,6 +36,13 @@ class Rung(enum.IntEnum):
 Plan = tuple[tuple[float, int], ...]
 
 FOREVER = float("inf")
+
+#: As plain numbers, which are quicker to compare.
+_CACHED, _STANDBY, _RUNNING = int(Rung.CACHED), int(Rung.STANDBY), int(Rung.RUNNING)
+#: A rung, the bin at which it ends, and what comes then.
+_Stretch: TypeAlias = "tuple[int, int, _Stretch | None]"
+#: What is to come when cached, standby or running was held before: its costs, and the way down.
+_Outlook: TypeAlias = "tuple[float, float, float, _Stretch | None, _Stretch | None, _Stretch | None]"
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,59 +77,85 @@ def held_mb_s(plan: Plan, memory_mb: Sequence[float], age_s: float) -> float:
     return total
 
 
-def descend(
-    hazards: Sequence[float],
-    edges: Sequence[float],
-    widths_s: Sequence[float],
-    costs: RungCosts,
-    weight: float,
-    up: float,
-    start: int = Rung.RUNNING,
-) -> Plan:
-    """The cheapest rung for each age, by dynamic programming from the oldest bin back.
+class Descent:
+    """The cheapest rung for each age, by dynamic programming from the oldest bin back; for one set of costs and one prior.
+
+    Most of what is asked is alike: above the oldest age that was seen, every slot's hazards are the prior. That part is computed
+    once, and functions of the same costs share it.
 
     Args:
-        hazards: chance of an arrival within each bin, given none before.
-        edges: the bins' edges, seconds, one more than hazards.
+        prior: chance of an arrival within each bin, given none before, where nothing else is known.
+        edges: the bins' edges, seconds, one more than there are bins.
         widths_s: what each bin counts as when its memory is priced.
-        costs: of the function's rungs.
+        costs: of the rungs.
         weight: price of a second of delay.
         up: price of one move up the ladder while nothing has arrived, so that it is not made for a trifle.
-        start: the rung held before.
-
-    Returns:
-        A plan of the rungs cached, standby and running. Nothing below cached is considered: what a node's cache holds is
-        reclaimable and priced by the node.
     """
-    cached_delay, thaw_delay = costs.delay_s[Rung.CACHED] * weight, costs.delay_s[Rung.STANDBY] * weight
-    standby_rate, running_rate = costs.memory_mb[Rung.STANDBY] * RUM_PER_MB_S, costs.memory_mb[Rung.RUNNING] * RUM_PER_MB_S
-    from_cached = from_standby = from_running = 0.0
-    choices: list[tuple[int, int, int]] = [(0, 0, 0)] * len(hazards)
-    for where in range(len(hazards) - 1, -1, -1):
-        chance = hazards[where]
-        stays = 1 - chance
-        # The arrival comes in the middle of its bin.
-        held_s = widths_s[where] * (1 - 0.5 * chance)
-        cached = chance * cached_delay + stays * from_cached
-        standby = chance * thaw_delay + held_s * standby_rate + stays * from_standby
-        running = held_s * running_rate + stays * from_running
-        best, low = (cached, 1) if cached <= standby + up else (standby + up, 2)
-        from_cached, low = (best, low) if best <= running + up else (running + up, 3)
-        best, middle = (cached, 1) if cached <= standby else (standby, 2)
-        from_standby, middle = (best, middle) if best <= running + up else (running + up, 3)
-        best, high = (cached, 1) if cached <= standby else (standby, 2)
-        from_running, high = (best, high) if best <= running else (running, 3)
-        choices[where] = (low, middle, high)
-    plan: list[tuple[float, int]] = []
-    rung = int(start)
-    held = 0
-    for where, choice in enumerate(choices):
-        rung = choice[rung - 1]
-        if where and rung != held:
-            plan.append((edges[where], held))
-        held = rung
-    plan.append((FOREVER, held))
-    return tuple(plan)
+
+    __slots__ = ("_cached_delay", "_edges", "_from", "_running_rate", "_standby_rate", "_thaw_delay", "_up", "_widths_s")
+
+    def __init__(
+        self, prior: Sequence[float], edges: Sequence[float], widths_s: Sequence[float], costs: RungCosts, weight: float, up: float
+    ) -> None:
+        self._edges, self._widths_s, self._up = edges, widths_s, up
+        self._cached_delay, self._thaw_delay = costs.delay_s[Rung.CACHED] * weight, costs.delay_s[Rung.STANDBY] * weight
+        self._standby_rate = costs.memory_mb[Rung.STANDBY] * RUM_PER_MB_S
+        self._running_rate = costs.memory_mb[Rung.RUNNING] * RUM_PER_MB_S
+        #: By bin: what is to come from there on by the prior.
+        self._from: list[_Outlook] = [(0.0, 0.0, 0.0, None, None, None)]
+        for where in range(len(prior), 0, -1):
+            self._from.insert(0, self._down(self._from[0], prior[where - 1 : where], where))
+
+    def plan(self, hazards: Sequence[float], start: int = Rung.RUNNING) -> Plan:
+        """The way down.
+
+        Args:
+            hazards: of the first bins; those of the others are the prior's.
+            start: the rung held before.
+
+        Returns:
+            A plan of the rungs cached, standby and running. Nothing below cached is considered: what a node's cache holds is
+            reclaimable and priced by the node.
+        """
+        known = len(hazards)
+        after_cached, after_standby, after_running = self._down(self._from[known], hazards, known)[3:]
+        stretch = (after_cached, after_standby, after_running)[start - 1]
+        plan: list[tuple[float, int]] = []
+        while stretch is not None:
+            rung, where, stretch = stretch
+            plan.append((FOREVER if stretch is None else self._edges[where], rung))
+        return tuple(plan)
+
+    def _down(self, outlook: _Outlook, hazards: Sequence[float], where: int) -> _Outlook:
+        """From the outlook at bin ``where`` to that at the first of the ``hazards`` that end there."""
+        cached_delay, thaw_delay, up = self._cached_delay, self._thaw_delay, self._up
+        standby_rate, running_rate = self._standby_rate, self._running_rate
+        from_cached, from_standby, from_running, after_cached, after_standby, after_running = outlook
+        begin = where - len(hazards)
+        for chance, width_s in zip(reversed(hazards), reversed(self._widths_s[begin:where]), strict=True):
+            stays = 1 - chance
+            # The arrival comes in the middle of its bin.
+            held_s = width_s * (1 - 0.5 * chance)
+            cached = chance * cached_delay + stays * from_cached
+            standby = chance * thaw_delay + held_s * standby_rate + stays * from_standby
+            running = held_s * running_rate + stays * from_running
+            if cached <= standby and cached <= running:
+                # The usual case for what is not asked soon: whatever was held before, nothing is from here on.
+                from_cached = from_standby = from_running = cached
+                if after_cached is None or after_cached[0] != _CACHED:
+                    after_cached = (_CACHED, where, after_cached)
+                after_standby = after_running = after_cached
+            else:
+                low = after_cached if after_cached is not None and after_cached[0] == _CACHED else (_CACHED, where, after_cached)
+                middle = after_standby if after_standby is not None and after_standby[0] == _STANDBY else (_STANDBY, where, after_standby)
+                high = after_running if after_running is not None and after_running[0] == _RUNNING else (_RUNNING, where, after_running)
+                best, after = (cached, low) if cached <= standby + up else (standby + up, middle)
+                from_cached, after_cached = (best, after) if best <= running + up else (running + up, high)
+                best, after = (cached, low) if cached <= standby else (standby, middle)
+                from_standby, after_standby = (best, after) if best <= running + up else (running + up, high)
+                from_running, after_running = (best, after) if best <= running else (running, high)
+            where -= 1
+        return from_cached, from_standby, from_running, after_cached, after_standby, after_running
 
 
 def overlay(plan: Plan, start_s: float, end_s: float, rung: int) -> Plan:

@@ -23,6 +23,8 @@ class Source:
     seq: int
     in_flight: int
     expires_ns: int
+    #: When its expiry is looked at next: not later than it expires. None: not arranged yet.
+    looked_at_ns: int | None = None
 
 
 @dataclass(slots=True)
@@ -33,7 +35,7 @@ class Levels:
     #: Sum of ``in_flight`` over :attr:`sources`.
     level: int = 0
 
-    def absorb(self, event: DemandEvent, seen_ns: int, default_ttl_ns: int, now_ns: int) -> int | None:
+    def absorb(self, event: DemandEvent, seen_ns: int, default_ttl_ns: int, now_ns: int) -> Source | None:
         """Take in one event.
 
         Args:
@@ -43,8 +45,7 @@ class Levels:
             now_ns: the time.
 
         Returns:
-            When the source expires, or None when the event was ignored: older than one already known, or already
-            expired.
+            The source, or None when the event was ignored: older than one already known, or already expired.
         """
         known = self.sources.get(event.source)
         if known is not None and (event.epoch, event.seq) <= (known.epoch, known.seq):
@@ -57,13 +58,13 @@ class Levels:
                 del self.sources[event.source]
             return None
         if known is None:
-            self.sources[event.source] = Source(event.epoch, event.seq, event.in_flight, expires_ns)
+            known = self.sources[event.source] = Source(event.epoch, event.seq, event.in_flight, expires_ns)
             self.level += event.in_flight
         else:
             self.level += event.in_flight - known.in_flight
             known.epoch, known.seq = event.epoch, event.seq
             known.in_flight, known.expires_ns = event.in_flight, expires_ns
-        return expires_ns
+        return known
 
     def expire(self, source: str, now_ns: int) -> int | None:
         """Forget ``source`` if its ttl is over; otherwise return when it will be."""
@@ -71,6 +72,7 @@ class Levels:
         if known is None:
             return None
         if known.expires_ns > now_ns:
+            known.looked_at_ns = known.expires_ns
             return known.expires_ns
         self.level -= known.in_flight
         del self.sources[source]

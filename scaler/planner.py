@@ -112,16 +112,19 @@ class Planner:
             return
         state = world.function(demand.function)
         level = state.levels.level
-        expires_ns = state.levels.absorb(demand, event.seen_ns, world.config.source_ttl_ns, now_ns)
-        if expires_ns is not None:
-            world.timers.arm(TimerKey("source", demand.function, demand.source), expires_ns)
+        source = state.levels.absorb(demand, event.seen_ns, world.config.source_ttl_ns, now_ns)
+        if source is not None:
+            # Only an expiry that is nearer than the next look: the others are found then.
+            if source.looked_at_ns is None or source.expires_ns < source.looked_at_ns:
+                source.looked_at_ns = source.expires_ns
+                world.timers.arm(TimerKey("source", demand.function, demand.source), source.expires_ns)
             if demand.in_flight:
                 state.newest = event.origin
         else:
             world.counters["demand_superseded"] += 1
         if state.function is None:
             self._remember(state)
-        elif expires_ns is not None or state.levels.level != level:
+        elif source is not None or state.levels.level != level:
             if len(state.levels.sources) > world.config.sources_max:
                 state.levels.drop_oldest()
                 world.counters["sources_dropped"] += 1
@@ -188,6 +191,10 @@ class Planner:
                 if later_ns is not None:
                     world.timers.arm(key, later_ns)
                     continue
+                if not state.levels.sources:
+                    state.trim()
+            if key.kind == "forecast":
+                state.forecast_due_ns = None
             if key.kind in ("source", "forecast"):
                 forecasts.follow(world, state, now_ns)
             if key.kind == "checkpoint":

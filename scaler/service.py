@@ -70,6 +70,13 @@ def planner_config(settings: ScalerSettings) -> PlannerConfig:
     )
 
 
+def tame_collector() -> None:
+    """Have Python's collector look rarely, and not at what is here now: a full collection of a large heap takes tens of ms."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(20_000, 20, 50)
+
+
 class Service:
     """One scaler replica."""
 
@@ -192,6 +199,7 @@ class Service:
 
     async def _load_functions(self) -> None:
         await self._functions.loaded.wait()
+        tame_collector()
         self._decide_when_known()
 
     def _decide_when_known(self) -> None:
@@ -214,10 +222,7 @@ class Service:
 
     async def _tick(self) -> None:
         """Timers of the planner, state, and what is cleaned up now and then."""
-        # A full collection of a large heap takes tens of ms: what is here now stays, and the rest is collected rarely.
-        gc.collect()
-        gc.freeze()
-        gc.set_threshold(20_000, 20, 50)
+        tame_collector()
         housekeeping = time.monotonic() + _HOUSEKEEPING_S
         while True:
             await asyncio.sleep(self._settings.scaler.tick_s)

@@ -44,6 +44,9 @@ def settle(world: World, state: FunctionState, now_ns: int) -> None:
     """Let go what is too much and make what is missing."""
     if not world.acting(state):
         return
+    books = state.standbys
+    if not (books.leaving or world.short) and 0 <= wanted(state) - books.count <= len(books.making):
+        return  # the usual case
     _retire_surplus(state)
     _release(world, state, now_ns)
     _prepare(world, state, now_ns)

@@ -9,6 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Any
+
+from msgspec import structs
 
 from agent.api.function import Function
 from scaler.commands import Need
@@ -195,6 +198,8 @@ class FunctionState:
     #: What its idle slots hold, and why; None: it is not predicted, or was never asked.
     holding: Holding | None = None
     forecast: FunctionForecast | None = None
+    #: When its next change is looked at, if that is arranged: not later than it is due.
+    forecast_due_ns: int | None = None
     measured: Means = field(default_factory=Means)
     last_start_ms: float = 0.0
     last_start_mode: str = ""
@@ -203,9 +208,11 @@ class FunctionState:
     @property
     def need(self) -> int:
         """Instances that the level asks for."""
-        if self.function is None:
+        level = self.levels.level
+        if self.function is None or not level:
             return 0
-        return min(-(-self.levels.level // self.function.spec.limits.concurrency), self.function.spec.instances.max)
+        spec = self.function.spec
+        return min(-(-level // spec.limits.concurrency), spec.instances.max)
 
     @property
     def demanded(self) -> int:
@@ -271,10 +278,11 @@ class FunctionState:
 
     def apply(self, function: Function) -> bool:
         """Take over a document; True when it describes another process than before."""
-        changed = function.digest != self.digest
-        self.function, self.deleted = function, False
+        digest = function.digest
+        changed = digest != self.digest
+        self.function, self.deleted = _sharing(function), False
         if changed:
-            self.digest = function.digest
+            self.digest = digest
             serving = [*self.ready.values(), *self.stale.values()]
             self.ready.clear()
             self.stale.clear()
@@ -330,6 +338,14 @@ class FunctionState:
             self.standbys.add(item.standby)
         self.retire_standbys()
 
+    def trim(self) -> None:
+        """Give back the room of what has become empty: a dict that was used keeps it, and most functions are seldom asked."""
+        checkpoint, standbys = self.checkpoint, self.standbys
+        self.levels.sources = self.levels.sources or {}
+        self.ready, self.releasing, self.starts = self.ready or {}, self.releasing or {}, self.starts or {}
+        checkpoint.fetching = checkpoint.fetching or {}
+        standbys.held, standbys.leaving, standbys.making = standbys.held or {}, standbys.leaving or {}, standbys.making or {}
+
     @property
     def empty(self) -> bool:
         """Nothing is left that is worth remembering."""
@@ -344,3 +360,17 @@ class FunctionState:
             or standbys.leaving
             or standbys.making
         )
+
+
+#: Parts of documents, each equal to its key: most functions have the same ones, and a million of them are known.
+_PARTS: dict[Any, Any] = {}
+_PARTS_MAX = 10_000
+
+
+def _sharing(function: Function) -> Function:
+    """The same document, of parts that it shares with others."""
+    spec, parts = function.spec, (function.spec.readiness, function.spec.limits, function.spec.instances, function.spec.policy)
+    if len(_PARTS) >= _PARTS_MAX:
+        _PARTS.clear()
+    readiness, limits, instances, policy = (_PARTS.setdefault(part, part) for part in parts)
+    return structs.replace(function, spec=structs.replace(spec, readiness=readiness, limits=limits, instances=instances, policy=policy))

@@ -18,6 +18,7 @@ from rich.table import Table
 
 from infra.settings import Settings
 from loadgen.bench import goals, report
+from loadgen.bench import planner as planner_bench
 from loadgen.bench.figures import MODES
 from loadgen.bench.run import Bench, BenchOptions
 from loadgen.checks import PROGRAMS
@@ -107,6 +108,24 @@ def restore(
     say(f"report: {folder / report.REPORT_FILE}")
     if result["wrong"] or result["failed"]:
         sys.exit(1)
+
+
+@bench.command()
+@click.option("--functions", "count", type=click.IntRange(min=1), default=100_000, show_default=True, help="Known in the first part.")
+@click.option("--events", type=click.IntRange(min=100), default=300_000, show_default=True, help="Demand events that are counted.")
+@click.option("--warm-events", "warm", type=click.IntRange(min=100), default=300_000, show_default=True, help="Demand events before these.")
+@click.option("--paced-events", "paced", type=click.IntRange(min=100), default=50_000, show_default=True, help="At 10,000 a second after.")
+@click.option("--memory-functions", type=click.IntRange(min=1), default=1_000_000, show_default=True, help="Known while they are weighed.")
+@click.option("--seed", type=int, default=1, show_default=True, help="Of popularity and arrivals.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def planner(*, count: int, events: int, warm: int, paced: int, memory_functions: int, seed: int, as_json: bool) -> None:
+    """How many demand events a second one core plans, how long each takes, and what a function weighs. Needs no stack."""
+    result = planner_bench.run(count, warm, events, paced, memory_functions, seed, lambda line: click.echo(line, err=True))
+    if as_json:
+        click.echo(json.dumps(result))
+        return
+    for what, figure in result.items():
+        click.echo(f"{what:24} {figure}")
 
 
 def _tables(result: dict[str, Any], check: bool) -> None:

@@ -10,11 +10,10 @@ just risen to, which is what has the next instance ready while a burst grows, ho
 
 from __future__ import annotations
 
-from scaler import ladder
 from scaler.forecast import bins
 from scaler.forecast.idle import IdleTimes
 from scaler.forecast.periods import Window
-from scaler.forecast.slot import ForecastConfig, SlotForecast, Terms
+from scaler.forecast.slot import ForecastConfig, SlotForecast, Terms, rise_descent
 from scaler.ladder import Plan, Rung, RungCosts
 
 
@@ -56,9 +55,7 @@ class FunctionForecast:
         if not self._rising or rises.count >= self._rising_until:
             self._rising_until = config.replan_at(rises.count)
             hazards = rises.hazards(config.rise_prior, config.prior_weight)
-            self._rising = ladder.descend(
-                hazards, bins.EDGES, bins.WIDTHS, self.terms.costs, config.delay_weight, config.up_price, start=Rung.CACHED
-            )
+            self._rising = rise_descent(config, self.terms.costs).plan(hazards, start=Rung.CACHED)
         return self._rising
 
     def after_rise(self, elapsed_s: float, taken: bool) -> None:

@@ -1,6 +1,6 @@
 """How long a slot stays idle: an ageing histogram, read as a hazard.
 
-In: idle times. Out: the hazard of each bin of :mod:`scaler.forecast.bins`, for :func:`scaler.ladder.descend`.
+In: idle times. Out: the hazard of each bin of :mod:`scaler.forecast.bins`, for :class:`scaler.ladder.Descent`.
 
 An arrival that a period explains (:mod:`scaler.forecast.periods`) is a censored observation: the slot was idle until then
 and would have been for longer, so it counts among those at risk and not among those that ended by chance (competing
@@ -17,6 +17,7 @@ from scaler.forecast import bins
 #: Share of its weight that an observation keeps when the next one comes.
 KEEP = 1 - 1 / 500
 _RESCALE = 1e6
+_NOTHING = bytearray(), array("f"), array("f")
 
 
 class IdleTimes:
@@ -28,9 +29,8 @@ class IdleTimes:
     __slots__ = ("_bins", "_chance", "_seen", "_unit", "count")
 
     def __init__(self) -> None:
-        self._bins = bytearray()
-        self._seen = array("f")
-        self._chance = array("f")
+        # Many slots never see anything: these are shared until something is added.
+        self._bins, self._seen, self._chance = _NOTHING
         self._unit = 1.0
         #: Observations so far.
         self.count = 0
@@ -41,6 +41,8 @@ class IdleTimes:
         where = bins.bin_of(age_s)
         index = self._bins.find(where)
         if index < 0:
+            if not self._bins:
+                self._bins, self._seen, self._chance = bytearray(), array("f"), array("f")
             index = len(self._bins)
             self._bins.append(where)
             self._seen.append(0.0)
@@ -59,21 +61,31 @@ class IdleTimes:
         index = self._bins.find(bins.bin_of(age_s))
         return self._seen[index] / self._unit if index >= 0 else 0.0
 
+    @property
+    def reach(self) -> int:
+        """How many bins there are up to the oldest that was seen."""
+        return max(self._bins, default=-1) + 1
+
     def hazards(self, prior: Sequence[float], prior_weight: float) -> list[float]:
         """The chance of an arrival within each bin, given that none came before it.
+
+        Up to the oldest bin that was seen (and as far as ``prior`` goes): above it the hazard is the prior's, which says nothing of
+        this slot.
 
         Args:
             prior: the population's hazard per bin.
             prior_weight: how many observations it counts as, in each bin.
         """
-        result = [0.0] * bins.COUNT
+        result = list(prior[: self.reach])
         at_risk = prior_weight
-        ended = dict(zip(self._bins, zip(self._seen, self._chance, strict=True), strict=True))
-        for where in range(bins.COUNT - 1, -1, -1):
-            here = ended.get(where)
-            if here is None:
-                result[where] = prior_weight * prior[where] / at_risk
-            else:
-                at_risk += here[0] / self._unit
-                result[where] = (here[1] / self._unit + prior_weight * prior[where]) / at_risk
+        # Between the bins that were seen only the prior ends anything.
+        above = len(result)
+        for where, seen, chance in sorted(zip(self._bins, self._seen, self._chance, strict=True), reverse=True):
+            if at_risk != prior_weight:
+                result[where + 1 : above] = [prior_weight * share / at_risk for share in prior[where + 1 : above]]
+            at_risk += seen / self._unit
+            result[where] = (chance / self._unit + prior_weight * prior[where]) / at_risk
+            above = where
+        if at_risk != prior_weight:
+            result[:above] = [prior_weight * share / at_risk for share in prior[:above]]
         return result

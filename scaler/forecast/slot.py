@@ -6,6 +6,7 @@ In: each arrival that the slot served. Out: the :data:`~scaler.ladder.Plan` for 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import sqrt
@@ -17,9 +18,9 @@ from scaler.forecast.periods import SHORTEST_S, Periods, Window
 from scaler.ladder import RUM_PER_MB_S, Plan, Rung, RungCosts
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class ForecastConfig:
-    """Constants of the choice. Fixed on the nested 100-function sample of azure2019-500f-8h (docs/decisions.md)."""
+    """Constants of the choice, compared by identity. Fixed on the nested 100-function sample of azure2019-500f-8h (docs/decisions.md)."""
 
     #: Price of one second of start delay, in RUM.
     delay_weight: float = 1.0
@@ -47,6 +48,18 @@ class ForecastConfig:
     def replan_at(self, count: int) -> int:
         """After how many observations a plan made after ``count`` of them is made anew."""
         return count + 1 + min(int(count * self.replan_share), self.replan_most)
+
+
+@functools.lru_cache(maxsize=256)
+def descent(config: ForecastConfig, costs: RungCosts) -> ladder.Descent:
+    """The way down after a release; what is the same for all who share terms is computed once."""
+    return ladder.Descent(config.prior, bins.EDGES, bins.WIDTHS, costs, config.delay_weight, config.up_price)
+
+
+@functools.lru_cache(maxsize=256)
+def rise_descent(config: ForecastConfig, costs: RungCosts) -> ladder.Descent:
+    """The same after a rise."""
+    return ladder.Descent(config.rise_prior, bins.EDGES, bins.WIDTHS, costs, config.delay_weight, config.up_price)
 
 
 @dataclass(slots=True)
@@ -111,7 +124,8 @@ class SlotForecast:
         windows = [(window.start_s - busy_s, window.end_s - busy_s, window.chance) for window in self._periods.windows()]
         result: list[float] = []
         idle = 1.0
-        for where, hazard in enumerate(self._hazards()):
+        hazards = self._hazards()
+        for where, hazard in enumerate([*hazards, *self._terms.config.prior[len(hazards) :]]):
             idle *= 1 - hazard
             waits = idle
             for start_s, end_s, chance in windows:
@@ -120,11 +134,14 @@ class SlotForecast:
         return result
 
     def _hazards(self) -> list[float]:
-        """Of the idle time that begins now."""
+        """Of the idle time that begins now, up to the oldest bin that was seen; the prior says the rest."""
         config = self._terms.config
         hazards = self._idle.hazards(config.prior, config.prior_weight)
         after = self._after.get(self._class)
-        return hazards if after is None else after.hazards(hazards, config.prior_weight)
+        if after is not None:
+            # Every idle time of the class is in the other histogram too, so that one reaches as far.
+            hazards[: after.reach] = after.hazards(hazards, config.prior_weight)
+        return hazards
 
     def _base(self) -> Plan:
         """The plan of the histograms."""
@@ -134,7 +151,7 @@ class SlotForecast:
         count = after.count if after is not None else 0
         if plan and count < remake_at:
             return plan
-        plan = ladder.descend(self._hazards(), bins.EDGES, bins.WIDTHS, self._terms.costs, config.delay_weight, config.up_price)
+        plan = descent(config, self._terms.costs).plan(self._hazards())
         self._plans[self._class] = plan, config.replan_at(count)
         return plan
 

@@ -22,7 +22,10 @@ def test_every_age_is_in_its_bin(age_s: float) -> None:
 
 
 def test_without_observations_the_hazard_is_the_populations() -> None:
-    assert IdleTimes().hazards(FLAT, 4.0) == list(FLAT)
+    assert IdleTimes().hazards(FLAT, 4.0) == []
+    times = IdleTimes()
+    times.add(1.0)
+    assert len(times.hazards(FLAT, 4.0)) == times.reach == bins.bin_of(1.0) + 1
 
 
 def test_the_hazard_is_what_ended_of_what_was_at_risk() -> None:

@@ -19,7 +19,7 @@ def plan_of(segments: list[tuple[float, int]]) -> ladder.Plan:
 
 
 def descend(hazards: list[float], up: float = 0.0, weight: float = 1.0) -> ladder.Plan:
-    return ladder.descend(hazards, bins.EDGES, bins.WIDTHS, COSTS, weight, up)
+    return ladder.Descent((0.02,) * bins.COUNT, bins.EDGES, bins.WIDTHS, COSTS, weight, up).plan(hazards)
 
 
 def test_nothing_expected_is_held_in_the_cache() -> None:
@@ -82,3 +82,36 @@ def test_what_is_held_adds_up(segments: list[tuple[float, int]], age_s: float) -
     edges = sorted({0.0, age_s, *(until for until, _ in plan if until < age_s)})
     total = sum((end - begin) * COSTS.memory_mb[ladder.rung_at(plan, (begin + end) / 2)] for begin, end in itertools.pairwise(edges))
     assert ladder.held_mb_s(plan, COSTS.memory_mb, age_s) == pytest.approx(total)
+
+
+@st.composite
+def _hazards(draw: st.DrawFn) -> list[float]:
+    return draw(st.lists(st.sampled_from((0.0, 0.001, 0.02, 0.3, 1.0)), max_size=bins.COUNT))
+
+
+@given(_hazards(), st.sampled_from((0.0, 0.0003, 0.02)), st.sampled_from((1.0, 10.0, 100.0)), st.sampled_from((1, 2, 3)))
+def test_what_is_shared_changes_no_plan(hazards: list[float], up: float, weight: float, start: int) -> None:
+    prior = (0.02,) * bins.COUNT
+    whole = [*hazards, *prior[len(hazards) :]]
+    descent = ladder.Descent(prior, bins.EDGES, bins.WIDTHS, COSTS, weight, up)
+    assert descent.plan(hazards, start) == descent.plan(whole, start) == _by_table(whole, up, weight, start)
+
+
+def _by_table(hazards: list[float], up: float, weight: float, start: int) -> ladder.Plan:
+    """The same programme as a table of the best rung by bin and rung before."""
+    after = [0.0, 0.0, 0.0]
+    table: list[list[int]] = []
+    for chance, width_s in zip(reversed(hazards), reversed(bins.WIDTHS), strict=True):
+        held_s = width_s * (1 - 0.5 * chance)
+        cost = [
+            chance * (COSTS.delay_s[rung] * weight) + held_s * (COSTS.memory_mb[rung] * RUM_PER_MB_S) + (1 - chance) * after[rung - 1]
+            for rung in (1, 2, 3)
+        ]
+        choices = [min((1, 2, 3), key=lambda rung: (cost[rung - 1] + (up if rung > before else 0.0), rung)) for before in (1, 2, 3)]
+        after = [cost[rung - 1] + (up if rung > before else 0.0) for before, rung in zip((1, 2, 3), choices, strict=True)]
+        table.append(choices)
+    held = [start]
+    for choices in reversed(table):
+        held.append(choices[held[-1] - 1])
+    plan = [(bins.EDGES[where], held[where]) for where in range(1, len(hazards)) if held[where] != held[where + 1]]
+    return (*plan, (FOREVER, held[-1]))
