@@ -45,8 +45,16 @@ def settle(world: World, state: FunctionState, now_ns: int, need: Need | None = 
     _release_surplus(world, state, now_ns)
 
 
-def place(world: World, state: FunctionState, needs: list[Need], now_ns: int) -> None:
-    """Start one instance per need, each on the best node; what finds none is owed."""
+def place(world: World, state: FunctionState, needs: list[Need], now_ns: int, predicted: int = 0) -> None:
+    """Start one instance per need, each on the best node; what finds none is owed.
+
+    Args:
+        world: the planner's memory.
+        state: the function.
+        needs: what the starts answer to.
+        now_ns: the time.
+        predicted: so many of them, the last ones, are the forecast's: they take room that is free, or none.
+    """
     function = state.function
     if function is None:
         return
@@ -62,8 +70,10 @@ def place(world: World, state: FunctionState, needs: list[Need], now_ns: int) ->
             avoid=state.avoid,
             now_ns=now_ns,
         )
+        if index >= len(needs) - predicted and (node is None or node.memory_free_mb < function.spec.limits.memory_mb):
+            return
         if node is None:
-            state.owed.extend(needs[index:])
+            state.owed.extend(needs[index : len(needs) - predicted])
             world.waiting[state.name] = None
             if state.avoid:
                 world.timers.arm(TimerKey("retry", state.name, "refused"), min(state.avoid.values()))
@@ -114,13 +124,17 @@ def _start_missing(world: World, state: FunctionState, now_ns: int, need: Need |
         return
     del state.owed[missing:]
     fresh = need or Need(state.newest if state.levels.level else None, now_ns)
-    if now_ns < state.retry_ns:
-        needs = [fresh] * (missing - len(state.owed))
-    else:
-        needs = state.owed + [fresh] * (missing - len(state.owed))
+    number = missing - len(state.owed)
+    # What the forecast adds is nobody's demand.
+    predicted = min(number, max(0, state.wanted - max(state.have, state.demanded)))
+    needs = [fresh] * (number - predicted) + [Need(None, now_ns)] * predicted
+    if now_ns >= state.retry_ns:
+        needs = state.owed + needs
         state.owed = []
+    elif state.failures:
+        predicted, needs = 0, needs[: number - predicted]
     world.waiting.pop(state.name, None)
-    place(world, state, needs, now_ns)
+    place(world, state, needs, now_ns, predicted)
 
 
 def _start(world: World, state: FunctionState, node: Node, need: Need, thaws: bool, now_ns: int) -> None:

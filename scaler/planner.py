@@ -225,6 +225,7 @@ class Planner:
         shard.ready = True
         for name in list(world.by_shard.get(event.shard, {})):
             state = world.functions[name]
+            forecasts.follow(world, state, now_ns)
             checkpoints.settle(world, state, now_ns)
             instances.settle(world, state, now_ns, _waiting_demand(state, now_ns))
             standbys.settle(world, state, now_ns)

@@ -208,13 +208,17 @@ class FunctionState:
         return min(-(-self.levels.level // self.function.spec.limits.concurrency), self.function.spec.instances.max)
 
     @property
+    def demanded(self) -> int:
+        """Instances that the level and the bounds ask for."""
+        return max(self.need, self.function.spec.instances.min) if self.function is not None else 0
+
+    @property
     def wanted(self) -> int:
         """Instances that the level, the bounds and the forecast ask for."""
         if self.function is None:
             return 0
         predicted = self.holding.held[Rung.RUNNING] if self.holding is not None else 0
-        bounds = self.function.spec.instances
-        return min(max(self.need + predicted, bounds.min), bounds.max)
+        return max(self.demanded, min(self.need + predicted, self.function.spec.instances.max))
 
     @property
     def have(self) -> int:

@@ -7,6 +7,7 @@ In: a trace (:mod:`scaler.simulate.traces`). Out: a table or JSON on standard ou
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,7 @@ class _Jitter(click.ParamType[float | None]):
 @click.option("--subset", default="", help="A sample named in the trace's subset_ids.json; with a leading '-', all but it.")
 @click.option("--memory-mb", type=click.FloatRange(min=0, min_open=True), help="Of every function, in place of the trace's.")
 @simulate_minute.options
+@click.option("--timing/--no-timing", default=True, help="Measure the time of policies; without it the output is the same byte for byte.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def simulate(
     path: Path,
@@ -58,6 +60,7 @@ def simulate(
     memory_mb: float | None,
     resolution: str,
     concurrency: str | None,
+    timing: bool,
     as_json: bool,
 ) -> None:
     """Run policies over a trace under a virtual clock and compare what each would have cost."""
@@ -71,7 +74,7 @@ def simulate(
     names = list(dict.fromkeys(policies)) or ["all"]
     wanted = names if "all" in names else [*names, *([] if run.REFERENCE in names else [run.REFERENCE])]
     results: list[run.PolicyResult] = []
-    for result in run.run(trace, wanted, delay_weight=delay_weight):
+    for result in run.run(trace, wanted, delay_weight=delay_weight, clock=time.perf_counter_ns if timing else None):
         results.append(result)
         console.print(f"  {result.name}: RUM {result.summary['rum']:,.0f}", style="dim")
     reference = next(result for result in results if result.name == run.REFERENCE)

@@ -35,6 +35,10 @@ class FunctionForecast:
             self._slots.append(SlotForecast(self.terms))
         return self._slots[slot].plan(idle_s, arrived_s, now_s)
 
+    def arrived_by(self, slot: int, busy_s: float) -> list[float]:
+        """The chance that the next request for a slot comes before the end of each bin; see :class:`SlotForecast`."""
+        return self._slots[slot].arrived_by(busy_s)
+
     def rising(self) -> Plan:
         """See :class:`scaler.holding.HoldingPolicy`."""
         rises, config = self._rises, self.terms.config

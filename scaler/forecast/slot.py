@@ -90,6 +90,30 @@ class SlotForecast:
         self._arrived_s = arrived_s
         return self._with_windows(self._base(), busy_until_s - arrived_s)
 
+    def arrived_by(self, busy_s: float) -> list[float]:
+        """The chance that the next request comes before the end of each bin after the slot has become idle.
+
+        Args:
+            busy_s: how long it was busy before that.
+        """
+        windows = [(window.start_s - busy_s, window.end_s - busy_s, window.chance) for window in self._periods.windows()]
+        result: list[float] = []
+        idle = 1.0
+        for where, hazard in enumerate(self._hazards()):
+            idle *= 1 - hazard
+            waits = idle
+            for start_s, end_s, chance in windows:
+                waits *= 1 - chance * min(max((bins.EDGES[where + 1] - start_s) / (end_s - start_s), 0.0), 1.0)
+            result.append(1 - waits)
+        return result
+
+    def _hazards(self) -> list[float]:
+        """Of the idle time that begins now."""
+        config = self._terms.config
+        hazards = self._idle.hazards(config.prior, config.prior_weight)
+        after = self._after.get(self._class)
+        return hazards if after is None else after.hazards(hazards, config.prior_weight)
+
     def _base(self) -> Plan:
         """The plan of the histograms."""
         config = self._terms.config
@@ -98,10 +122,7 @@ class SlotForecast:
         count = after.count if after is not None else 0
         if plan and count < remake_at:
             return plan
-        hazards = self._idle.hazards(config.prior, config.prior_weight)
-        if after is not None:
-            hazards = after.hazards(hazards, config.prior_weight)
-        plan = ladder.descend(hazards, bins.EDGES, bins.WIDTHS, self._terms.costs, config.delay_weight, config.up_price)
+        plan = ladder.descend(self._hazards(), bins.EDGES, bins.WIDTHS, self._terms.costs, config.delay_weight, config.up_price)
         self._plans[self._class] = plan, config.replan_at(count)
         return plan
 

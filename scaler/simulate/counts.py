@@ -21,8 +21,9 @@ cannot change anything are skipped.
 from __future__ import annotations
 
 import heapq
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 
@@ -51,6 +52,7 @@ class Observation:
     unfinished: int
 
 
+@runtime_checkable
 class CountPolicy(Protocol):
     """Says how many instances to run. It may keep state, so each function needs a fresh one."""
 
@@ -70,8 +72,48 @@ class CountPolicy(Protocol):
         """Instances wanted from now on."""
 
 
-def run(function: FunctionTrace, policy: CountPolicy, world: World, span_s: float) -> Outcome:
-    """Plays ``function`` under ``policy``; memory counts up to ``span_s``."""
+class Timed:
+    """A policy whose answers are timed.
+
+    Args:
+        policy: the policy.
+        clock: ns.
+    """
+
+    def __init__(self, policy: CountPolicy, clock: Callable[[], int]) -> None:
+        self._policy = policy
+        self._clock = clock
+        self.handle_ns: list[int] = []
+        self.tick_s, self.request_activated = policy.tick_s, policy.request_activated
+
+    @property
+    def settled(self) -> bool:
+        """See :class:`CountPolicy`."""
+        return self._policy.settled
+
+    def desired(self, seen: Observation) -> int:
+        """See :class:`CountPolicy`."""
+        begin_ns = self._clock()
+        wanted = self._policy.desired(seen)
+        self.handle_ns.append(self._clock() - begin_ns)
+        return wanted
+
+
+def run(function: FunctionTrace, policy: CountPolicy, world: World, span_s: float, clock: Callable[[], int] | None = None) -> Outcome:
+    """Plays ``function`` under ``policy``; memory counts up to ``span_s``.
+
+    Args:
+        function: its requests.
+        policy: a fresh one.
+        world: costs of starts and rungs.
+        span_s: of the trace.
+        clock: ns; for the time that the policy takes per tick. None: it is not measured.
+    """
+    if clock is not None:
+        timed = Timed(policy, clock)
+        outcome = _Play(function, timed, world, span_s).outcome()
+        outcome.handle_ns = timed.handle_ns
+        return outcome
     return _Play(function, policy, world, span_s).outcome()
 
 

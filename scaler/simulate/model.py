@@ -103,6 +103,7 @@ class Outcome:
         wasted_mb_s: memory held while idle, by :class:`~scaler.ladder.Rung`, MB-s.
         wasted_second_half_mb_s: of these, in the second half of the trace's span.
         moves_up: moves up the ladder that no request asked for.
+        handle_ns: time that the policy took for an event, of a sample of the events.
     """
 
     delays_s: NDArray[np.float64]
@@ -110,3 +111,4 @@ class Outcome:
     wasted_mb_s: list[float] = field(default_factory=lambda: [0.0] * 4)
     wasted_second_half_mb_s: float = 0.0
     moves_up: int = 0
+    handle_ns: list[int] = field(default_factory=list)

@@ -19,62 +19,12 @@ from numpy.typing import NDArray
 
 from scaler.errors import UnknownPolicy
 from scaler.forecast.function import FunctionForecast
-from scaler.forecast.slot import ForecastConfig
-from scaler.holding import HoldingPolicy
-from scaler.ladder import FOREVER, RUM_PER_MB_S, Plan, Rung, RungCosts
-from scaler.simulate import bounds, slots
+from scaler.ladder import RUM_PER_MB_S, Rung
+from scaler.simulate import bounds, calibration, counts, slots
+from scaler.simulate.calibration import Score, Scored
+from scaler.simulate.counts import CountPolicy
 from scaler.simulate.model import FunctionTrace, Outcome, StartMode, Trace, World
-from scaler.simulate.windows import ExpectedCost, HybridHistogram, Static, window
-
-#: Share of functions worse than this is reported for every policy.
-REFERENCE = "keep-alive-10m"
-_CACHED: Plan = ((FOREVER, Rung.CACHED),)
-
-
-@dataclass(frozen=True)
-class Policy:
-    """A policy by name.
-
-    Attributes:
-        make: given a function's costs and the weight of delay, its policy.
-        static: a fixed way down the ladder: it learns nothing.
-        rungs: it uses the ladder.
-    """
-
-    make: Callable[[RungCosts, float], HoldingPolicy]
-    rungs: bool
-    static: bool = False
-
-
-def _static(plan: Plan) -> Callable[[RungCosts, float], HoldingPolicy]:
-    return lambda costs, weight: Static(plan)
-
-
-_BASELINES: dict[str, Callable[[RungCosts, float], HoldingPolicy]] = {
-    "keep-alive-1m": _static(window(0, 60)),
-    "keep-alive-10m": _static(window(0, 600)),
-    "keep-alive-60m": _static(window(0, 3600)),
-    "hybrid-60": lambda costs, weight: HybridHistogram(60),
-    "hybrid-240": lambda costs, weight: HybridHistogram(240),
-    "expected-cost": ExpectedCost,
-}
-#: Ways down the ladder; the best of them in hindsight is "the best static use".
-_STATIC: dict[str, Plan] = {
-    "cached": _CACHED,
-    "standby": ((FOREVER, Rung.STANDBY),),
-    **{f"run-{seconds}s": window(0, seconds) for seconds in (1, 5, 20, 60, 120, 300, 600, 1200)},
-    **{
-        f"run-{run_s}s-standby-{stand_s}s": ((run_s, Rung.RUNNING), (stand_s, Rung.STANDBY), (FOREVER, Rung.CACHED))
-        for run_s, stand_s in ((5, 60), (20, 60), (44, 207), (120, 600), (300, 1200))
-    },
-}
-POLICIES: dict[str, Policy] = {
-    "thaw": Policy(lambda costs, weight: FunctionForecast(ForecastConfig(delay_weight=weight), costs), rungs=True),
-    **{name: Policy(make, rungs=False) for name, make in _BASELINES.items()},
-    **{f"{name}+rungs": Policy(make, rungs=True) for name, make in _BASELINES.items()},
-    "thaw-rungs": Policy(lambda costs, weight: FunctionForecast(ForecastConfig(delay_weight=weight), costs), rungs=False),
-    **{name: Policy(_static(plan), rungs=True, static=True) for name, plan in _STATIC.items()},
-}
+from scaler.simulate.policies import POLICIES
 
 
 @dataclass(frozen=True)
@@ -98,7 +48,9 @@ class PolicyResult:
     summary: dict[str, Any]
 
 
-def run(trace: Trace, names: list[str], *, delay_weight: float = 1.0, world: World | None = None) -> Iterator[PolicyResult]:
+def run(
+    trace: Trace, names: list[str], *, delay_weight: float = 1.0, world: World | None = None, clock: Callable[[], int] | None = None
+) -> Iterator[PolicyResult]:
     """The results of the policies, one by one.
 
     Args:
@@ -106,11 +58,12 @@ def run(trace: Trace, names: list[str], *, delay_weight: float = 1.0, world: Wor
         names: of :data:`POLICIES`; ``all`` is all of them and the bounds.
         delay_weight: price of a second of delay.
         world: costs of starts and rungs.
+        clock: ns; for the time that policies take. None: it is not measured, and the result is the same byte for byte.
 
     Raises:
         UnknownPolicy: a name is not known.
     """
-    chosen = [*POLICIES, *BOUNDS] if "all" in names else names
+    chosen = [*(name for name, policy in POLICIES.items() if not policy.ablation), *BOUNDS] if "all" in names else names
     for name in chosen:
         if name not in POLICIES and name not in BOUNDS:
             raise UnknownPolicy(f"there is no policy {name}; there are all, {', '.join([*POLICIES, *BOUNDS])}")
@@ -118,9 +71,11 @@ def run(trace: Trace, names: list[str], *, delay_weight: float = 1.0, world: Wor
         if name in BOUNDS:
             yield _bound(trace, name, delay_weight, world or World())
         else:
-            yield _policy(trace, name, delay_weight, world or World())
+            yield _policy(trace, name, delay_weight, world or World(), clock)
 
 
+#: Share of functions worse than this is reported for every policy.
+REFERENCE = "keep-alive-10m"
 #: Lower bounds, by what :func:`scaler.simulate.bounds.bounds` returns.
 BOUNDS = ("bound-per-gap", "bound-pre-thaw")
 
@@ -131,13 +86,25 @@ def _bound(trace: Trace, name: str, delay_weight: float, world: World) -> Policy
     return PolicyResult(name, True, True, rum, np.full(len(rum), np.nan), {"rungs": True, "bound": True, "rum": float(rum.sum())})
 
 
-def _policy(trace: Trace, name: str, delay_weight: float, world: World) -> PolicyResult:
+def _policy(trace: Trace, name: str, delay_weight: float, world: World, clock: Callable[[], int] | None) -> PolicyResult:
     policy = POLICIES[name]
     world = replace(world, rungs=policy.rungs)
     outcomes: list[Outcome] = []
+    scores: list[Score] = []
     for function in trace.functions:
-        outcomes.append(slots.run(function, policy.make(world.costs(function.memory_mb), delay_weight), world, trace.span_s))
-    return summarise(name, policy.rungs, trace, outcomes, delay_weight)
+        one = policy.make(world.costs(function.memory_mb), delay_weight)
+        if isinstance(one, CountPolicy):
+            outcomes.append(counts.run(function, one, world, trace.span_s, clock))
+        elif isinstance(one, FunctionForecast):
+            scored = Scored(one)
+            outcomes.append(slots.run(function, scored, world, trace.span_s, clock))
+            scores.append(scored.finish(trace.span_s))
+        else:
+            outcomes.append(slots.run(function, one, world, trace.span_s, clock))
+    result = summarise(name, policy.rungs, trace, outcomes, delay_weight)
+    if scores:
+        result.summary["calibration"] = calibration.summary(scores)
+    return result
 
 
 def summarise(name: str, rungs: bool, trace: Trace, outcomes: list[Outcome], delay_weight: float) -> PolicyResult:
@@ -156,7 +123,7 @@ def summarise(name: str, rungs: bool, trace: Trace, outcomes: list[Outcome], del
     asked = cold_rate[~np.isnan(cold_rate)]
     p50, p90, p99 = np.percentile(delays, (50, 90, 99)) * 1000 if len(delays) else (0.0, 0.0, 0.0)
     c50, c75, c90 = np.percentile(asked, (50, 75, 90)) if len(asked) else (0.0, 0.0, 0.0)
-    summary = {
+    summary: dict[str, Any] = {
         "rungs": rungs,
         "bound": False,
         "rum": float(function_rum.sum()),
@@ -169,9 +136,14 @@ def summarise(name: str, rungs: bool, trace: Trace, outcomes: list[Outcome], del
         "cold_rate_p50": float(c50),
         "cold_rate_p75": float(c75),
         "cold_rate_p90": float(c90),
+        "moves_up": sum(outcome.moves_up for outcome in outcomes),
         "wasted_gb_s": float(wasted.sum() / 1024),
         "wasted_gb_s_by_rung": {rung.name.lower(): float(wasted[:, rung].sum() / 1024) for rung in Rung},
     }
+    handle_us = np.array([handle_ns for outcome in outcomes for handle_ns in outcome.handle_ns]) / 1000
+    if len(handle_us):
+        summary["handle_us_mean"] = float(handle_us.mean())
+        summary["handle_us_p99"] = float(np.percentile(handle_us, 99))
     return PolicyResult(name, rungs, False, function_rum, cold_rate, summary)
 
 

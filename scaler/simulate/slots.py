@@ -6,6 +6,7 @@ the live planner (:mod:`scaler.holding`), under a virtual clock. Pure; next is :
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from heapq import heappop, heappush
 
 import numpy as np
@@ -17,8 +18,20 @@ from scaler.simulate.model import FunctionTrace, Outcome, StartMode, World
 _MODES = {Rung.STORED: StartMode.REMOTE, Rung.CACHED: StartMode.RESTORE, Rung.STANDBY: StartMode.THAW, Rung.RUNNING: StartMode.WARM}
 
 
-def run(function: FunctionTrace, policy: HoldingPolicy, world: World, span_s: float) -> Outcome:
-    """Serve every request of ``function`` in the order of arrival."""
+#: One event in so many is timed.
+_TIMED = 8
+
+
+def run(function: FunctionTrace, policy: HoldingPolicy, world: World, span_s: float, clock: Callable[[], int] | None = None) -> Outcome:
+    """Serve every request of ``function`` in the order of arrival.
+
+    Args:
+        function: its requests.
+        policy: a fresh one.
+        world: costs of starts and rungs.
+        span_s: of the trace.
+        clock: ns; for the time that the policy takes. None: it is not measured.
+    """
     costs = world.costs(function.memory_mb)
     delay_s = costs.delay_s
     arrivals: list[float] = function.at_s.tolist()
@@ -26,6 +39,7 @@ def run(function: FunctionTrace, policy: HoldingPolicy, world: World, span_s: fl
     delays: list[float] = []
     found = [0] * 4
     ends: list[float] = []
+    handle_ns: list[int] = []
     half_s = span_s / 2
     first_half: list[float] | None = None
     holding = Holding(policy)
@@ -34,10 +48,20 @@ def run(function: FunctionTrace, policy: HoldingPolicy, world: World, span_s: fl
         while ends and ends[0] <= now_s:
             if first_half is None and ends[0] > half_s:
                 first_half = _held(holding, half_s)
-            lowered(heappop(ends))
+            if clock is not None and len(delays) % _TIMED == 1:
+                begin_ns = clock()
+                lowered(heappop(ends))
+                handle_ns.append(clock() - begin_ns)
+            else:
+                lowered(heappop(ends))
         if first_half is None and now_s > half_s:
             first_half = _held(holding, half_s)
-        rung = raised(now_s)
+        if clock is not None and len(delays) % _TIMED == 0:
+            begin_ns = clock()
+            rung = raised(now_s)
+            handle_ns.append(clock() - begin_ns)
+        else:
+            rung = raised(now_s)
         if not delays:
             rung = 0
         found[rung] += 1
@@ -57,7 +81,7 @@ def run(function: FunctionTrace, policy: HoldingPolicy, world: World, span_s: fl
     for rung in Rung:
         mode = _MODES[rung] if world.rungs or rung == Rung.RUNNING else StartMode.COLD
         starts[mode] += found[rung]
-    return Outcome(np.array(delays), starts, wasted, sum(wasted) - early, holding.moves_up)
+    return Outcome(np.array(delays), starts, wasted, sum(wasted) - early, holding.moves_up, handle_ns)
 
 
 def _held(holding: Holding, now_s: float) -> list[float]:
