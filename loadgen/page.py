@@ -7,7 +7,7 @@ In: texts, tables and figures of :mod:`loadgen.report`. Out: HTML. Texts are esc
 from __future__ import annotations
 
 import html
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 
 _STYLE = """
 :root { color-scheme: light; }
@@ -26,10 +26,12 @@ svg { display: block; width: 100%; height: auto; }
 .tile span { display: block; font-weight: 600; }
 .tile small { display: block; margin-top: 4px; color: #6c757d; font-size: 12.5px; line-height: 1.4; }
 .scroll { overflow-x: auto; }
+.scroll + .scroll { margin-top: 16px; }
 table { border-collapse: collapse; font-size: 13.5px; font-variant-numeric: tabular-nums; }
 th, td { padding: 4px 14px 4px 0; text-align: left; border-bottom: 1px solid #f1f3f5; white-space: nowrap; }
 th { color: #868e96; font-weight: 600; white-space: normal; vertical-align: bottom; line-height: 1.25; border-bottom-color: #dee2e6; }
 th.figure, td.figure { text-align: right; }
+tr.marked td { font-weight: 600; color: #087f5b; }
 ul { margin: 6px 0; padding-left: 20px; }
 li { margin: 3px 0; }
 a { color: #1864ab; }
@@ -67,19 +69,20 @@ def tiles(items: Iterable[tuple[str, str, str]]) -> str:
     return f'<div class="tiles">{cells}</div>'
 
 
-def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table; columns that hold only figures are aligned to the right."""
+def table(header: Sequence[str], rows: Sequence[Sequence[str]], marked: Collection[str] = ()) -> str:
+    """A table; columns that hold only figures are aligned to the right, rows that begin with one of ``marked`` stand out."""
     width = max([len(header), *(len(row) for row in rows)])
     figures = [all(_is_figure(row[column]) for row in rows if column < len(row)) for column in range(width)]
 
     def line(tag: str, cells: Sequence[str]) -> str:
         padded = [*cells, *[""] * (width - len(cells))]
         marks = [' class="figure"' if figure else "" for figure in figures]
-        return "<tr>" + "".join(f"<{tag}{m}>{html.escape(c)}</{tag}>" for m, c in zip(marks, padded, strict=True)) + "</tr>"
+        row = '<tr class="marked">' if tag == "td" and cells[0] in marked else "<tr>"
+        return row + "".join(f"<{tag}{m}>{html.escape(c)}</{tag}>" for m, c in zip(marks, padded, strict=True)) + "</tr>"
 
     head = line("th", header) if any(header) else ""
     return f'<div class="scroll"><table>{head}{"".join(line("td", row) for row in rows)}</table></div>'
 
 
 def _is_figure(text: str) -> bool:
-    return not text or text.removesuffix("x").replace(",", "").replace(".", "", 1).replace("-", "", 1).isdigit()
+    return not text or text.removesuffix("x").removesuffix("%").replace(",", "").replace(".", "", 1).replace("-", "", 1).isdigit()

@@ -29,21 +29,22 @@ COLOURS = {
     "baseline": "#c92a2a",
 }
 _OTHERS = ("#1c7ed6", "#0ca678", "#7048e8", "#f08c00", "#495057", "#c2255c")
-_INK, _FAINT = "#343a40", "#dee2e6"
-_STYLE: Any = {
+INK, FAINT = "#343a40", "#dee2e6"
+#: What all figures of a report look like.
+STYLE: Any = {
     "font.family": "sans-serif",
     "font.size": 10,
-    "text.color": _INK,
+    "text.color": INK,
     "axes.edgecolor": "#adb5bd",
-    "axes.labelcolor": _INK,
+    "axes.labelcolor": INK,
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.grid": True,
     "axes.axisbelow": True,
-    "grid.color": _FAINT,
+    "grid.color": FAINT,
     "grid.linewidth": 0.7,
-    "xtick.color": _INK,
-    "ytick.color": _INK,
+    "xtick.color": INK,
+    "ytick.color": INK,
     "legend.frameon": False,
     "svg.fonttype": "none",  # text stays text: small, sharp, and can be searched
 }
@@ -66,17 +67,17 @@ class Series:
 
 def cdf(series: Sequence[Series], x_label: str, *, of: str = "requests", name: str = "cdf") -> str:
     """Distributions on one logarithmic axis, of ``of``; ``name`` tells the figure from others on its page."""
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(9.2, 3.9), layout="constrained")
         axes = figure.add_subplot()
         for item in series:
             _cdf_curve(axes, item, f"{item.label}: n = {len(item.milliseconds)}, median {_ms(_median(item.milliseconds))}")
-        _log_axis(axes, [value for item in series for value in item.milliseconds])
+        log_axis(axes, [value for item in series for value in item.milliseconds])
         axes.set(xlabel=x_label, ylabel=f"share of {of}", ylim=(0, 1.02))
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.0%}"))
         if series:
             figure.legend(loc="outside upper left", ncols=2, fontsize=9.5)
-        return _svg(figure, name)
+        return svg(figure, name)
 
 
 def stacked_phases(bars: Mapping[str, Mapping[str, float]], name: str) -> str:
@@ -91,7 +92,7 @@ def stacked_phases(bars: Mapping[str, Mapping[str, float]], name: str) -> str:
     phases = sorted(dict.fromkeys(phase for bar in bars.values() for phase in bar), key="unaccounted".__eq__)
     palette = matplotlib.colormaps["tab20"]
     colours = {phase: "#ced4da" if phase == "unaccounted" else palette(place % 20) for place, phase in enumerate(phases)}
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(9.2, 0.72 * max(1, len(bars)) + 1.0), layout="constrained")
         all_axes = figure.subplots(max(1, len(bars)), 1, squeeze=False)[:, 0]
         handles: dict[str, Any] = {}
@@ -109,12 +110,12 @@ def stacked_phases(bars: Mapping[str, Mapping[str, float]], name: str) -> str:
         all_axes[-1].set_xlabel("ms")
         shown = [phase for phase in phases if phase in handles]
         figure.legend([handles[phase] for phase in shown], shown, loc="outside upper left", ncols=5, fontsize=8.5)
-        return _svg(figure, f"phases-{name}")
+        return svg(figure, f"phases-{name}")
 
 
 def cdfs_by_function(panels: Mapping[str, Sequence[Series]], x_label: str) -> str:
     """The same distributions for each function, side by side on equal axes."""
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(9.2, 2.7), layout="constrained")
         all_axes = figure.subplots(1, max(1, len(panels)), sharey=True, sharex=True, squeeze=False)[0]
         for axes, (function, series) in zip(all_axes, panels.items(), strict=False):
@@ -124,21 +125,21 @@ def cdfs_by_function(panels: Mapping[str, Sequence[Series]], x_label: str) -> st
             axes.tick_params(labelsize=8.5)
             axes.set(ylim=(0, 1.02))
             axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.0%}"))
-        _log_axis(all_axes[0], [v for series in panels.values() for item in series for v in item.milliseconds])
+        log_axis(all_axes[0], [v for series in panels.values() for item in series for v in item.milliseconds])
         figure.supxlabel(x_label, fontsize=10)
         handles = {h.get_label(): h for axes in all_axes for h in axes.get_lines()}
         figure.legend(handles.values(), [str(label) for label in handles], loc="outside upper left", ncols=4, fontsize=9.5)
-        return _svg(figure, "cdfs")
+        return svg(figure, "cdfs")
 
 
 def waterfall(record: StartRecord, since: str = "demand record") -> str:
     """The phases of one start as bars on its own time axis, from ``since`` on, with the time that no phase covers."""
     phases = sorted(record.phases, key=lambda phase: (phase.start_ns, -phase.end_ns))
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(9.2, 0.62 + 0.27 * (len(phases) + 1)), layout="constrained")
         axes = figure.add_subplot()
         total = max(record.total_ns / 1e6, 1e-6)
-        colour = COLOURS.get(record.start_mode, _INK)
+        colour = COLOURS.get(record.start_mode, INK)
         for line, phase in enumerate(phases):
             start, length = (phase.start_ns - record.started_ns) / 1e6, (phase.end_ns - phase.start_ns) / 1e6
             axes.barh(line, max(length, total / 500), left=start, color=colour, height=0.62)
@@ -148,7 +149,7 @@ def waterfall(record: StartRecord, since: str = "demand record") -> str:
         axes.set_yticks(range(len(phases) + 1), [*(phase.name for phase in phases), "unaccounted"])
         axes.set(xlim=(0, total), ylim=(len(phases) + 0.6, -0.6), xlabel=f"ms since the {since}")
         axes.grid(axis="y", visible=False)
-        return _svg(figure, f"waterfall-{record.command_id}")
+        return svg(figure, f"waterfall-{record.command_id}")
 
 
 def starts_over_time(panels: Mapping[str, Sequence[tuple[float, float, str]]]) -> str:
@@ -157,7 +158,7 @@ def starts_over_time(panels: Mapping[str, Sequence[tuple[float, float, str]]]) -
     Args:
         panels: by title: (s since the run began, ms that it took, kind), one panel below the other.
     """
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(9.2, 1.9 * max(1, len(panels)) + 0.5), layout="constrained")
         all_axes = figure.subplots(max(1, len(panels)), 1, sharex=True, sharey=True, squeeze=False)[:, 0]
         for axes, (title, starts) in zip(all_axes, panels.items(), strict=False):
@@ -172,14 +173,14 @@ def starts_over_time(panels: Mapping[str, Sequence[tuple[float, float, str]]]) -
             if len({kind for _, _, kind in starts}) > 1:
                 axes.legend(loc="upper right", ncols=4, fontsize=9, bbox_to_anchor=(1, 1.2), handletextpad=0.1)
         all_axes[-1].set_xlabel("s since the first request")
-        return _svg(figure, "starts")
+        return svg(figure, "starts")
 
 
 def memory_over_time(panels: Mapping[str, Mapping[str, Sequence[tuple[float, float]]]]) -> str:
     """Memory of each series over time, one panel per run on equal axes; (s since the run began, MB)."""
     names = list(dict.fromkeys(name for series in panels.values() for name in series))
     colours = dict(zip(names, _OTHERS * (1 + len(names) // len(_OTHERS)), strict=False))
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(9.2, 2.9), layout="constrained")
         all_axes = figure.subplots(1, max(1, len(panels)), sharey=True, squeeze=False)[0]
         for axes, (title, series) in zip(all_axes, panels.items(), strict=False):
@@ -193,7 +194,7 @@ def memory_over_time(panels: Mapping[str, Mapping[str, Sequence[tuple[float, flo
         all_axes[0].set_ylim(bottom=0)
         handles = {h.get_label(): h for axes in all_axes for h in axes.get_lines()}
         figure.legend(handles.values(), [str(label) for label in handles], loc="outside upper left", ncols=5, fontsize=9.5)
-        return _svg(figure, "memory")
+        return svg(figure, "memory")
 
 
 def _cdf_curve(axes: Axes, series: Series, label: str) -> None:
@@ -205,7 +206,8 @@ def _cdf_curve(axes: Axes, series: Series, label: str) -> None:
     axes.step([values[0], *values], [0.0, *shares], style, where="post", color=COLOURS[series.kind], linewidth=2, label=label)
 
 
-def _log_axis(axes: Axes, values: Sequence[float]) -> None:
+def log_axis(axes: Axes, values: Sequence[float]) -> None:
+    """A logarithmic x axis around the values, with plain figures."""
     axes.set_xscale("log")
     if values:
         axes.set_xlim(min(values) / 1.5, max(values) * 1.5)
@@ -231,7 +233,8 @@ def _ms(value: float) -> str:
     return f"{value:.2f} ms" if value < 10 else f"{value:.1f} ms" if value < 100 else f"{value:,.0f} ms"
 
 
-def _svg(figure: Figure, name: str) -> str:
+def svg(figure: Figure, name: str) -> str:
+    """The figure as an element that can stand in a page; ``name`` tells it from others there."""
     text = io.StringIO()
     # The salt makes names inside the element differ between figures: on one page they share a name space.
     with matplotlib.rc_context({"svg.hashsalt": name}):

@@ -152,6 +152,10 @@ class Holding:
         self.held[slot.rung] += 1
         self._queue(number, slot)
 
+    def idle_slots(self, most: int) -> list[tuple[int, Slot]]:
+        """The lowest idle slots that were taken before, which are the next to be asked."""
+        return [(number, slot) for number, slot in enumerate(self._slots[self.need :], self.need) if slot.freed_s >= 0][:most]
+
     def settle(self, now_s: float) -> None:
         """Bring :attr:`idle_s` up to date."""
         self.advance(now_s)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import msgspec
 
+from scaler.explain import Explanation, explanation
 from scaler.state import FunctionState
 
 
@@ -27,6 +28,8 @@ class FunctionSnapshot(msgspec.Struct, frozen=True, kw_only=True):
 
     Attributes:
         rung: highest rung at which any node holds it.
+        demanded: instances that the level and the bounds ask for.
+        wanted: these and what the forecast holds running beside them.
         last_start_ms: need (demand event) to first response of the newest start.
         owed: instances wanted whose start waits for a retry or for a node.
         standbys: those that may be used.
@@ -41,6 +44,7 @@ class FunctionSnapshot(msgspec.Struct, frozen=True, kw_only=True):
     rung: str
     level: int
     sources: int
+    demanded: int
     wanted: int
     starting: int
     owed: int
@@ -55,6 +59,7 @@ class FunctionSnapshot(msgspec.Struct, frozen=True, kw_only=True):
     last_start_ms: float
     last_start_mode: str
     last_error: str
+    explanation: Explanation | None = None
 
 
 def snapshot(state: FunctionState, standbys_wanted: int) -> FunctionSnapshot:
@@ -71,6 +76,7 @@ def snapshot(state: FunctionState, standbys_wanted: int) -> FunctionSnapshot:
         rung=rung,
         level=state.levels.level,
         sources=len(state.levels.sources),
+        demanded=state.demanded,
         wanted=state.wanted,
         starting=state.starting,
         owed=len(state.owed),
@@ -95,4 +101,5 @@ def snapshot(state: FunctionState, standbys_wanted: int) -> FunctionSnapshot:
         last_start_ms=state.last_start_ms,
         last_start_mode=state.last_start_mode,
         last_error=state.last_error,
+        explanation=explanation(state),
     )

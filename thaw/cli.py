@@ -24,6 +24,7 @@ COMMANDS = {
     "bench": "thaw.bench:bench",
     "delete": "thaw.functions:delete",
     "demo": "thaw.demo:command",
+    "explain": "thaw.explain:command",
     "doctor": "thaw.stack:doctor",
     "get": "thaw.functions:get",
     "load": "thaw.load:load",

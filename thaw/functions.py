@@ -200,23 +200,42 @@ def _document(known: Known) -> dict[str, Any]:
 
 def _table(known: Mapping[str, Known]) -> Table:
     shown = Table(box=None, pad_edge=False, header_style="bold")
-    for column in ("FUNCTION", "RUNG", "INSTANCES", "STARTING", "STANDBYS", "LEVEL", "CHECKPOINT", "LAST START", "AGE"):
+    for column in ("FUNCTION", "RUNG", "INSTANCES", "STARTING", "STANDBYS", "LEVEL", "NEXT", "CHECKPOINT", "LAST START", "AGE"):
         shown.add_column(column, no_wrap=True)
     for name, item in known.items():
         state = item.state
         if state is None:
-            shown.add_row(name, "-", "-", "-", "-", "-", "-", "no scaler has seen it yet", _age(item.applied_ns))
+            shown.add_row(name, "-", "-", "-", "-", "-", "-", "-", "no scaler has seen it yet", _age(item.applied_ns))
             continue
         serving = sum(instance.state != "releasing" for instance in state.instances)
         starting = f"{state.starting}" + (f" (+{state.owed} waiting)" if state.owed else "")
         standbys = f"{state.standbys}/{state.standbys_wanted}"
         making = "making" if state.making_checkpoint else "-"
         last = f"{state.last_start_ms:.1f} ms {state.last_start_mode}" if state.last_start_mode else "-"
-        row = (name, state.rung, f"{serving}/{state.wanted}", starting, standbys, str(state.level), state.checkpoint[:24] or making, last)
+        row = (
+            name,
+            state.rung,
+            f"{serving}/{state.wanted}",
+            starting,
+            standbys,
+            str(state.level),
+            _next(state),
+            state.checkpoint[:24] or making,
+            last,
+        )
         shown.add_row(*row, _age(item.applied_ns))
         if state.last_error and (state.owed or not serving):
             shown.add_row("", f"last error: {state.last_error}"[:120])
     return shown
+
+
+def _next(state: FunctionSnapshot) -> str:
+    """When the next request is expected."""
+    expected_ns = state.explanation.expected_ns if state.explanation is not None else None
+    if expected_ns is None:
+        return "-"
+    seconds = (expected_ns - time.time_ns()) / 1e9
+    return "any moment" if seconds < 0 else f"in {seconds:.0f} s" if seconds < 120 else f"in {seconds / 60:.0f} min"
 
 
 def _age(since_ns: int) -> str:

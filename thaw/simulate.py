@@ -1,20 +1,24 @@
 """``thaw simulate``: what policies would have cost on a trace.
 
-In: a trace (:mod:`scaler.simulate.traces`). Out: a table or JSON on standard output; figures by
-:mod:`scaler.simulate.run`, or :mod:`thaw.simulate_minute` with ``--resolution minute``.
+In: a trace (:mod:`scaler.simulate.traces`). Out: a table or JSON on standard output, with ``--report`` a page
+(:mod:`loadgen.simulation`); figures by :mod:`scaler.simulate.run`, or :mod:`thaw.simulate_minute` with
+``--resolution minute``.
 """
 
 from __future__ import annotations
 
 import json
+import shlex
 import time
 from pathlib import Path
 from typing import Any
 
 import click
+from click.core import ParameterSource
 from rich.console import Console
 from rich.table import Table
 
+from loadgen import simulation
 from scaler.simulate import run, traces
 from thaw import simulate_minute
 
@@ -50,7 +54,10 @@ class _Jitter(click.ParamType[float | None]):
 @simulate_minute.options
 @click.option("--timing/--no-timing", default=True, help="Measure the time of policies; without it the output is the same byte for byte.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@click.option("--report", type=click.Path(dir_okay=False, path_type=Path), help="HTML file to write; its figures go beside it as .json.")
+@click.pass_context
 def simulate(
+    context: click.Context,
     path: Path,
     policies: tuple[str, ...],
     seed: int,
@@ -62,8 +69,11 @@ def simulate(
     concurrency: str | None,
     timing: bool,
     as_json: bool,
+    report: Path | None,
 ) -> None:
     """Run policies over a trace under a virtual clock and compare what each would have cost."""
+    if report is not None and report.suffix == ".json":
+        raise click.BadParameter("the page can't have the name of its figures; call it .html", param_hint="--report")
     if simulate_minute.asked(resolution, concurrency):
         simulate_minute.simulate(path, policies, seed=seed, subset=subset, memory_mb=memory_mb, as_json=as_json)
         return
@@ -83,10 +93,28 @@ def simulate(
         result.name: result.summary if result.bound else {**result.summary, "worse_share": run.worse_share(result, reference)}
         for result in shown
     }
+    if report is not None:
+        asked = simulation.Asked(repeat(context), seed, delay_weight, jitter_s, own_times=traces.has_own_times(path))
+        simulation.write(report, trace, results, asked)
+        console.print(f"report: {report}")
     if as_json:
         click.echo(json.dumps({"trace": trace.name, "seed": seed, "delay_weight": delay_weight, "policies": figures}, indent=1))
     else:
         Console().print(_table(figures))
+
+
+def repeat(context: click.Context) -> str:
+    """The command with what was given on the command line, for a shell."""
+    words = context.command_path.split()
+    for option in context.command.params:
+        name = option.name or ""
+        if context.get_parameter_source(name) is not ParameterSource.COMMANDLINE:
+            continue
+        value = context.params[name]
+        for item in value if isinstance(value, tuple) else (value,):
+            # Only the jitter can be given and be None.
+            words += [option.opts[0]] if item is True else [option.opts[0], "uniform" if item is None else str(item)]
+    return shlex.join(words)
 
 
 def _table(figures: dict[str, dict[str, Any]]) -> Table:

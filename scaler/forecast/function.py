@@ -13,6 +13,7 @@ from __future__ import annotations
 from scaler import ladder
 from scaler.forecast import bins
 from scaler.forecast.idle import IdleTimes
+from scaler.forecast.periods import Window
 from scaler.forecast.slot import ForecastConfig, SlotForecast, Terms
 from scaler.ladder import Plan, Rung, RungCosts
 
@@ -38,6 +39,10 @@ class FunctionForecast:
     def arrived_by(self, slot: int, busy_s: float) -> list[float]:
         """The chance that the next request for a slot comes before the end of each bin; see :class:`SlotForecast`."""
         return self._slots[slot].arrived_by(busy_s)
+
+    def windows(self, slot: int) -> list[Window]:
+        """When a slot's next request is expected by a period; see :class:`SlotForecast`."""
+        return self._slots[slot].windows
 
     def rising(self) -> Plan:
         """See :class:`scaler.holding.HoldingPolicy`."""

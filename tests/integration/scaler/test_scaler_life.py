@@ -9,11 +9,13 @@ import signal
 import time
 
 import pytest
+from click.testing import CliRunner
 from scripted_agent import ScriptedAgent
 
 from agent.api.messages import Evict, Fetch, MakeCheckpoint, Prepare, Release, Start
 from infra.telemetry import trace_id
-from thaw.functions import write_functions
+from thaw import explain
+from thaw.functions import get_functions, write_functions
 
 pytestmark = pytest.mark.stack
 PARENT = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
@@ -314,3 +316,26 @@ def wait_for_text(world, index: int, text: str) -> None:
             return
         time.sleep(0.1)
     raise AssertionError(f"no {text!r} in the log of scaler {index}")
+
+
+async def test_a_function_without_idle_seconds_is_held_as_its_forecast_says_and_explained(world, producer):
+    name = await world.apply(idle_s=None)
+    await world.scaler()
+    for _ in range(2):
+        await world.send(producer, name, 1)
+        await world.agent.until(lambda: world.agent.running(name) >= 1)
+        await world.send(producer, name, 0)
+    state = await world.state(name, lambda state: state.explanation is not None and state.explanation.slots and not state.level)
+    # Nobody asks for it, and its forecast keeps it.
+    assert (state.demanded, state.wanted) == (0, 1)
+    assert state.explanation.slots[0].rung == "running"
+    assert state.explanation.expected_ns > 0
+    assert world.agent.of(Release) == []
+    said = await asyncio.to_thread(CliRunner().invoke, explain.command, [name], obj=world.settings)
+    assert said.exit_code == 0, said.output
+    for words in ("Demand asks for 0 instances", "the forecast holds 1 more", "standby", "Slot 0, idle for", "Next request: expected"):
+        assert words in said.output
+    table = await asyncio.to_thread(CliRunner().invoke, get_functions, [name], obj=world.settings)
+    assert "NEXT" in table.output and (" in " in table.output or "any moment" in table.output)
+    missing = await asyncio.to_thread(CliRunner().invoke, explain.command, ["nobody"], obj=world.settings)
+    assert missing.exit_code == 1 and "there is no function nobody" in missing.output

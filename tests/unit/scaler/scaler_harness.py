@@ -52,7 +52,7 @@ def function(
     concurrency: int = 1,
     minimum: int = 0,
     maximum: int = 10,
-    idle_s: float = 30.0,
+    idle_s: float | None = 30.0,
     checkpoint: str = "auto",
     memory_mb: int = 512,
     standby: int = 0,

@@ -129,7 +129,7 @@ class PlannerMachine(RuleBasedStateMachine):
             minimum=minimum,
             maximum=data.draw(st.integers(max(minimum, 1), MAXIMUM)),
             concurrency=data.draw(st.integers(1, 3)),
-            idle_s=data.draw(st.sampled_from([0.0, 1.0, 30.0])),
+            idle_s=data.draw(st.sampled_from([0.0, 1.0, 30.0, None])),
             checkpoint=data.draw(st.sampled_from(["auto", "auto", "off"])),
             standby=data.draw(st.integers(0, 6)),
         )
@@ -330,7 +330,7 @@ class PlannerMachine(RuleBasedStateMachine):
             assert state.wanted <= bounds.max
             started = [c for c in self.open.values() if isinstance(c.message, Start) and c.message.function.name == name]
             assert state.starting <= len(started)
-            assert ready + state.starting + state.owed >= state.wanted, "every missing instance is started or owed"
+            assert ready + state.starting + state.owed >= state.demanded, "every missing instance is started or owed"
 
     @invariant()
     def standbys_in_the_books_are_those_that_exist(self) -> None:
@@ -403,7 +403,7 @@ class PlannerMachine(RuleBasedStateMachine):
 
     def _at_level(self, name: str) -> bool:
         state = self.harness.planner.explain(name)
-        return state is None or len([item for item in state.instances if item.state == "ready"]) >= state.wanted
+        return state is None or len([item for item in state.instances if item.state == "ready"]) >= state.demanded
 
 
 PlannerMachine.TestCase.settings = settings(
