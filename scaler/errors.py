@@ -35,6 +35,10 @@ class TraceUnreadable(ScalerError):
     """A trace for the simulator is none of the known formats, or damaged."""
 
 
+class CostsUnreadable(ScalerError):
+    """A file of measured costs is damaged or something else."""
+
+
 class SimulationBroken(ScalerError):
     """A simulated installation did what none may: a bug, in the planner or in the simulator."""
 

@@ -20,7 +20,7 @@ from rich.table import Table
 
 from loadgen import simulation
 from scaler.simulate import run, traces
-from thaw import simulate_minute
+from thaw import simulate_minute, simulate_world
 
 
 class _Jitter(click.ParamType[float | None]):
@@ -51,6 +51,7 @@ class _Jitter(click.ParamType[float | None]):
 )
 @click.option("--subset", default="", help="A sample named in the trace's subset_ids.json; with a leading '-', all but it.")
 @click.option("--memory-mb", type=click.FloatRange(min=0, min_open=True), help="Of every function, in place of the trace's.")
+@simulate_world.options
 @simulate_minute.options
 @click.option("--timing/--no-timing", default=True, help="Measure the time of policies; without it the output is the same byte for byte.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
@@ -65,6 +66,10 @@ def simulate(
     jitter_s: float | None,
     subset: str,
     memory_mb: float | None,
+    costs: str,
+    durations: str,
+    nodes: int | None,
+    node_memory_gb: float | None,
     resolution: str,
     concurrency: str | None,
     timing: bool,
@@ -77,14 +82,16 @@ def simulate(
     if simulate_minute.asked(resolution, concurrency):
         simulate_minute.simulate(path, policies, seed=seed, subset=subset, memory_mb=memory_mb, as_json=as_json)
         return
-    trace = traces.read(path, seed=seed, jitter_s=jitter_s, subset=subset, memory_mb=memory_mb)
+    world, installation = simulate_world.chosen(costs, seed, nodes, node_memory_gb)
+    trace = traces.read(path, seed=seed, jitter_s=jitter_s, subset=subset, memory_mb=memory_mb, varying=durations == "trace")
     console = Console(stderr=True)
     requests = sum(len(function.at_s) for function in trace.functions)
     console.print(f"{trace.name}: {len(trace.functions):,} functions, {requests:,} requests in {trace.span_s / 3600:.1f} h")
     names = list(dict.fromkeys(policies)) or ["all"]
     wanted = names if "all" in names else [*names, *([] if run.REFERENCE in names else [run.REFERENCE])]
     results: list[run.PolicyResult] = []
-    for result in run.run(trace, wanted, delay_weight=delay_weight, clock=time.perf_counter_ns if timing else None):
+    clock = time.perf_counter_ns if timing else None
+    for result in simulate_world.run(trace, wanted, installation, delay_weight=delay_weight, world=world, clock=clock):
         results.append(result)
         console.print(f"  {result.name}: RUM {result.summary['rum']:,.0f}", style="dim")
     reference = next(result for result in results if result.name == run.REFERENCE)

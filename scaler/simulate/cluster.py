@@ -377,9 +377,8 @@ class _Installation:
             if sorted(running) != sorted(item.instance for item in known.instances):
                 raise SimulationBroken(f"{name} runs as {running}, and the planner knows {known.instances}")
             if len(running) > known.wanted or standbys > known.standbys_wanted:
-                raise SimulationBroken(
-                    f"{name} has {len(running)} instances and {standbys} standbys at the end; the planner wants {known.wanted} and {known.standbys_wanted}"
-                )
+                wanted = f"the planner wants {known.wanted} and {known.standbys_wanted}"
+                raise SimulationBroken(f"{name} has {len(running)} instances and {standbys} standbys at the end; {wanted}")
 
     def _result(self, name: str) -> PolicyResult:
         outcomes = [self._functions[item.name].outcome for item in self._trace.functions]
