@@ -20,7 +20,7 @@ The policy at this stage:
 from __future__ import annotations
 
 from agent.api.messages import Release, Start
-from scaler import placement
+from scaler import forecasts, placement
 from scaler.commands import Need
 from scaler.levels import NS
 from scaler.placement import Node
@@ -146,7 +146,7 @@ def _start(world: World, state: FunctionState, node: Node, need: Need, thaws: bo
     state.starts[command_id] = Starting(command_id, node.name, state.digest, need, state.failures, thaws)
     state.starting += 1
     node.begin(command_id, placement.THAW_MS if thaws else placement.RESTORE_MS)
-    node.book(command_id, function.spec.limits.memory_mb)
+    node.book(command_id, forecasts.expected_mb(world, state))
     world.send(Pending("start", state.name, node.name), Start(**header, function=function), need)
 
 

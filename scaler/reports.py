@@ -305,7 +305,7 @@ def _adopt(world: World, state: FunctionState, node: str, info: InstanceInfo) ->
     standbys.forget(world, state, info.instance, node)  # it was one until now
     where = world.nodes.setdefault(node, Node(node))
     where.instances[info.instance] = state.name
-    where.book(info.instance, state.function.spec.limits.memory_mb if state.function is not None else 0)
+    where.book(info.instance, forecasts.expected_mb(world, state, info.start_mode) if state.function is not None else 0)
     state.add(
         Instance(
             id=info.instance,

@@ -164,3 +164,14 @@ class TestMemoryThatIsBooked:
         assert self.room_mb(harness) == 6000 - 512
         harness.released(release)
         assert self.room_mb(harness) == 6000
+
+    def test_of_a_restored_instance_is_what_it_touches_and_of_a_cold_one_its_limit(self):
+        harness = Harness()
+        harness.node(memory_free_mb=6000)
+        running(harness, 1)
+        restored_mb = self.room_mb(harness)
+        assert 6000 - 512 < restored_mb < 6000
+        harness.apply(function("g", checkpoint="off"))
+        (start,) = starts(harness.demand(1, name="g"))
+        harness.done(start, mode="cold")
+        assert self.room_mb(harness) == restored_mb - 512
