@@ -53,6 +53,12 @@ class Refused(AgentError):
     reason = "refused"
 
 
+class NoRoom(Refused):
+    """The node has no memory for one more instance now."""
+
+    reason = "no_room"
+
+
 class SandboxError(AgentError):
     """A sandbox could not be made or used."""
 

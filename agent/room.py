@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from agent.errors import Refused
+from agent.errors import NoRoom
 from infra import probe
 
 #: Memory that functions never get, MB.
@@ -19,11 +19,11 @@ def check_room(wanted_mb: int) -> None:
     """Reads /proc/meminfo, which takes 0.2 ms.
 
     Raises:
-        Refused: there is no room.
+        NoRoom: there is no room.
     """
     _, free_mb = memory_mb()
     if free_mb - _RESERVE_MB < wanted_mb:
-        raise Refused(f"{free_mb} MB of memory are free, {wanted_mb} MB and a reserve of {_RESERVE_MB} MB are needed")
+        raise NoRoom(f"{free_mb} MB of memory are free, {wanted_mb} MB and a reserve of {_RESERVE_MB} MB are needed")
 
 
 def memory_mb() -> tuple[int, int]:

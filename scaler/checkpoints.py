@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from agent.api.messages import CheckpointPublished, CommandFailed, Evict, Fetch, FetchDone, MakeCheckpoint
 from agent.api.records import StartRecord
-from scaler import placement
+from scaler import forecasts, placement
 from scaler.levels import NS
 from scaler.state import FunctionState
 from scaler.timers import TimerKey
@@ -41,7 +41,13 @@ def settle(world: World, state: FunctionState, now_ns: int) -> None:
     where = world.nodes.get(checkpoint.cold_on)
     if where is None or not where.up:
         where = placement.choose(
-            world.nodes.values(), memory_mb=function.spec.limits.memory_mb, standby={}, cached={}, avoid={}, now_ns=now_ns
+            world.nodes.values(),
+            memory_mb=function.spec.limits.memory_mb,
+            costs=forecasts.costs(world, state),
+            standby={},
+            cached={},
+            avoid={},
+            now_ns=now_ns,
         )
     if where is None:
         return  # the next inventory comes back here

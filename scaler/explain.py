@@ -108,8 +108,8 @@ def explanation(state: FunctionState) -> Explanation | None:
     slots = []
     for number, slot in holding.idle_slots(SLOTS):
         age_s = holding.now_s - slot.freed_s
-        arrived = forecast.arrived_by(number, slot.freed_s - slot.arrived_s)
-        expected_s, within_minute = _from(arrived, age_s)
+        busy_s = slot.freed_s - slot.arrived_s
+        expected_s = _median_s(forecast.arrived_by(number, busy_s), age_s)
         slots.append(
             IdleSlot(
                 slot=number,
@@ -117,7 +117,7 @@ def explanation(state: FunctionState) -> Explanation | None:
                 rung=Rung(slot.rung).name.lower(),
                 plan=_steps(slot.plan, slot.begin_s - slot.freed_s),
                 expected_ns=None if expected_s is None else _ns(slot.freed_s + expected_s),
-                within_minute=round(within_minute, 4),
+                within_minute=round(forecast.chance_within(number, busy_s, age_s, 60.0), 4),
                 periods=[
                     Expected(
                         from_ns=_ns(slot.arrived_s + window.start_s),
@@ -159,25 +159,12 @@ def _steps(plan: Plan, offset_s: float) -> list[Step]:
     ]
 
 
-def _from(arrived: list[float], age_s: float) -> tuple[float | None, float]:
-    """When half of what is still to come will have come, and the chance of the next minute; both given the age."""
-    came = _at(arrived, age_s)
-    left = 1 - came
-    if left <= 1e-9:
-        return None, 0.0
-    half = came + left / 2
+def _median_s(arrived: list[float], age_s: float) -> float | None:
+    """The age by which half of what is still to come will have come, given that nothing has by ``age_s``."""
+    came = bins.interpolate(arrived, age_s)
+    half = came + (1 - came) / 2
     where = next((where for where, value in enumerate(arrived[:-1]) if value >= half), None)
-    return None if where is None else max(bins.EDGES[where + 1], age_s), (_at(arrived, age_s + 60) - came) / left
-
-
-def _at(arrived: list[float], age_s: float) -> float:
-    """The chance of an arrival before ``age_s``: linear within a bin."""
-    where = bins.bin_of(age_s)
-    before = arrived[where - 1] if where else 0.0
-    if where == bins.COUNT - 1:
-        return before
-    low, high = bins.EDGES[where], bins.EDGES[where + 1]
-    return before + (arrived[where] - before) * min(max((age_s - low) / (high - low), 0.0), 1.0)
+    return None if where is None else max(bins.EDGES[where + 1], age_s)
 
 
 def _ns(seconds: float) -> int:

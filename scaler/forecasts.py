@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from math import ceil
 
+from scaler.costs import rung_of
 from scaler.forecast.function import FunctionForecast
 from scaler.forecast.slot import ForecastConfig
 from scaler.holding import Holding
@@ -74,6 +75,13 @@ def follow(world: World, state: FunctionState, now_ns: int) -> None:
     due_s = holding.next_change_s
     if due_s < FOREVER:
         world.timers.arm(TimerKey("forecast", state.name), int(due_s * NS) + 1)
+
+
+def started(world: World, state: FunctionState, node: str, start_mode: str, delay_s: float) -> None:
+    """Take in a start: what it says of its mode and of its node."""
+    if state.function is not None and start_mode != "cold" and (where := world.nodes.get(node)) is not None:
+        where.took(delay_s, costs(world, state).delay_s[rung_of(start_mode)])
+    measured(world, state, start_mode, delay_s)
 
 
 def measured(world: World, state: FunctionState, what: str, value: float) -> None:

@@ -156,6 +156,16 @@ class Holding:
         """The lowest idle slots that were taken before, which are the next to be asked."""
         return [(number, slot) for number, slot in enumerate(self._slots[self.need :], self.need) if slot.freed_s >= 0][:most]
 
+    def give_up(self, rung: int, now_s: float) -> bool:
+        """Bring the idle slot down to cached that is at ``rung`` and would be asked last; False when none is."""
+        for number in range(len(self._slots) - 1, self.need - 1, -1):
+            slot = self._slots[number]
+            if slot.rung == rung:
+                slot.plan, slot.at, slot.begin_s = _CACHED, 0, now_s
+                self._hold(slot, int(Rung.CACHED), now_s)
+                return True
+        return False
+
     def settle(self, now_s: float) -> None:
         """Bring :attr:`idle_s` up to date."""
         self.advance(now_s)

@@ -22,6 +22,7 @@ from __future__ import annotations
 from agent.api.messages import Release, Start
 from scaler import forecasts, placement
 from scaler.commands import Need
+from scaler.ladder import Rung
 from scaler.levels import NS
 from scaler.placement import Node
 from scaler.state import FunctionState, Instance, Starting
@@ -61,10 +62,12 @@ def place(world: World, state: FunctionState, needs: list[Need], now_ns: int, pr
     for name in [name for name, until_ns in state.avoid.items() if until_ns <= now_ns]:
         del state.avoid[name]
     standby = state.free_standbys()
+    costs = forecasts.costs(world, state)
     for index, need in enumerate(needs):
         node = placement.choose(
             world.nodes.values(),
             memory_mb=function.spec.limits.memory_mb,
+            costs=costs,
             standby=standby,
             cached=state.checkpoint.cached,
             avoid=state.avoid,
@@ -83,7 +86,8 @@ def place(world: World, state: FunctionState, needs: list[Need], now_ns: int, pr
             standby[node.name] -= 1
             if not standby[node.name]:
                 del standby[node.name]
-        _start(world, state, node, need, thaws, now_ns)
+        expected_s = costs.delay_s[Rung.STANDBY if thaws else Rung.CACHED if node.name in state.checkpoint.cached else Rung.STORED]
+        _start(world, state, node, need, thaws, expected_s, now_ns)
 
 
 def failed(world: World, state: FunctionState, attempt: int, need: Need, now_ns: int) -> None:
@@ -92,6 +96,15 @@ def failed(world: World, state: FunctionState, attempt: int, need: Need, now_ns:
     state.retry_ns = now_ns + backoff_ns(world.config.retry_ns, state.failures)
     state.owed.append(need)
     world.timers.arm(TimerKey("retry", state.name, "failed"), state.retry_ns)
+
+
+def release(world: World, state: FunctionState, instance: Instance, now_ns: int) -> None:
+    """Let one instance go."""
+    header = world.header(state, now_ns, world.config.command_deadline_ns)
+    state.ready.pop(instance.id, None)
+    state.stale.pop(instance.id, None)
+    state.releasing[instance.id] = (instance, header["id"])
+    world.send(Pending("release", state.name, instance.node, instance.id), Release(**header, instance=instance.id))
 
 
 def forget_start(world: World, state: FunctionState, command_id: str) -> Starting | None:
@@ -137,7 +150,7 @@ def _start_missing(world: World, state: FunctionState, now_ns: int, need: Need |
     place(world, state, needs, now_ns, predicted)
 
 
-def _start(world: World, state: FunctionState, node: Node, need: Need, thaws: bool, now_ns: int) -> None:
+def _start(world: World, state: FunctionState, node: Node, need: Need, thaws: bool, expected_s: float, now_ns: int) -> None:
     function = state.function
     assert function is not None
     readiness_ns = int(function.spec.readiness.timeout_seconds * NS) + world.config.readiness_margin_ns
@@ -145,7 +158,7 @@ def _start(world: World, state: FunctionState, node: Node, need: Need, thaws: bo
     command_id = header["id"]
     state.starts[command_id] = Starting(command_id, node.name, state.digest, need, state.failures, thaws)
     state.starting += 1
-    node.begin(command_id, placement.THAW_MS if thaws else placement.RESTORE_MS)
+    node.begin(command_id, expected_s)
     node.book(command_id, forecasts.expected_mb(world, state))
     world.send(Pending("start", state.name, node.name), Start(**header, function=function), need)
 
@@ -196,8 +209,5 @@ def _release(world: World, state: FunctionState, pool: dict[str, Instance], coun
         else:
             chosen.append(instance)
     for instance in chosen:
-        header = world.header(state, now_ns, world.config.command_deadline_ns)
-        del pool[instance.id]
-        state.releasing[instance.id] = (instance, header["id"])
-        world.send(Pending("release", state.name, instance.node, instance.id), Release(**header, instance=instance.id))
+        release(world, state, instance, now_ns)
     return len(chosen)

@@ -3,11 +3,10 @@
 In: what the planner knows of its nodes (from their inventories and reports). Out: the name of one, or none. Used by
 :mod:`scaler.instances`, :mod:`scaler.standbys` and :mod:`scaler.checkpoints`.
 
-A start goes where it is expected to answer first. The score is an estimate of its delay in ms, from the prototype's
-figures (DESIGN, "the ladder"; FACTS, "fan-out"): 2 ms from a standby, 10 ms from the node's cache, about 60 ms more when
-the image has to come over the network, and the starts ahead of it on that node. A node that failed lately or whose
-memory looks full is chosen only when the others are worse. The agent has the last word: it refuses what it has no room
-for.
+A start goes where it is expected to answer first: the function's measured start delay from what the node holds of it
+(:mod:`scaler.costs`; a standby, its image, or nothing), times how slow this node has been, and the starts ahead of it
+there. A node that failed lately or whose memory looks full is chosen only when the others are worse. The agent has the
+last word: it refuses what it has no room for, or cannot restore with its kernel or processor.
 
 Standbys are spread: a lost node takes as few of a function's standbys with it as possible, and a burst is thawed by as
 many processors as there are.
@@ -18,11 +17,12 @@ from __future__ import annotations
 from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass, field
 
-THAW_MS = 2
-RESTORE_MS = 10
-IMAGE_AWAY_MS = 60
-FAILED_LATELY_MS = 1_000
-MEMORY_FULL_MS = 2_000
+from scaler.ladder import Rung, RungCosts
+
+FAILED_LATELY_S = 1.0
+MEMORY_FULL_S = 2.0
+#: Share of a new measurement in a node's slowness, and its bounds: one start may wait for what has nothing to do with the node.
+_NEW, _FASTEST, _SLOWEST = 0.1, 0.25, 8.0
 
 
 @dataclass(slots=True)
@@ -37,9 +37,11 @@ class Node:
     memory_free_mb: int = 0
     #: Of that: command or instance → MB, given back as it was taken.
     booked: dict[str, int] = field(default_factory=dict)
-    #: Starts sent and not answered: id → ms that it is expected to take; and their sum.
-    starts: dict[str, int] = field(default_factory=dict)
-    ahead_ms: int = 0
+    #: Starts sent and not answered: id → s that it is expected to take; and their sum.
+    starts: dict[str, float] = field(default_factory=dict)
+    ahead_s: float = 0.0
+    #: How many times as long its starts take as those of the same functions elsewhere.
+    slowness: float = 1.0
     #: Its instances: id → function name.
     instances: dict[str, str] = field(default_factory=dict)
     #: Its standbys: name → function name.
@@ -56,24 +58,40 @@ class Node:
         """It came to nothing, or has ended."""
         self.memory_free_mb = min(self.memory_mb, self.memory_free_mb + self.booked.pop(name, 0))
 
-    def begin(self, command_id: str, expected_ms: int) -> None:
+    def begin(self, command_id: str, expected_s: float) -> None:
         """A start was sent to it."""
-        self.starts[command_id] = expected_ms
-        self.ahead_ms += expected_ms
+        self.starts[command_id] = expected_s
+        self.ahead_s += expected_s
 
     def end(self, command_id: str) -> None:
         """A start was answered, or is not waited for any more."""
-        self.ahead_ms -= self.starts.pop(command_id, 0)
+        self.ahead_s -= self.starts.pop(command_id, 0.0)
+        if not self.starts:
+            self.ahead_s = 0.0
+
+    def took(self, measured_s: float, expected_s: float) -> None:
+        """A start there was measured, which takes ``expected_s`` on the average node."""
+        if expected_s > 0:
+            ratio = min(max(measured_s / expected_s, _FASTEST), _SLOWEST)
+            self.slowness += _NEW * (ratio - self.slowness)
 
 
 def choose(
-    nodes: Iterable[Node], *, memory_mb: int, standby: Container[str], cached: Container[str], avoid: Container[str], now_ns: int
+    nodes: Iterable[Node],
+    *,
+    memory_mb: int,
+    costs: RungCosts,
+    standby: Container[str],
+    cached: Container[str],
+    avoid: Container[str],
+    now_ns: int,
 ) -> Node | None:
     """The node on which a start is expected to answer first.
 
     Args:
         nodes: all known nodes, in a fixed order.
         memory_mb: the function's limit.
+        costs: of starting it.
         standby: names of nodes that hold a standby of it that no other start counts on.
         cached: names of nodes that hold its image.
         avoid: names of nodes that have just refused it.
@@ -83,22 +101,17 @@ def choose(
         None when no node is up that has not just refused.
     """
     best: Node | None = None
-    best_score: tuple[int, int, str] | None = None
+    best_score: tuple[float, int, str] | None = None
     for node in nodes:
         if not node.up or node.name in avoid:
             continue
-        delay_ms = node.ahead_ms
-        if node.name in standby:
-            delay_ms += THAW_MS
-        elif node.name in cached:
-            delay_ms += RESTORE_MS
-        else:
-            delay_ms += RESTORE_MS + IMAGE_AWAY_MS
+        rung = Rung.STANDBY if node.name in standby else Rung.CACHED if node.name in cached else Rung.STORED
+        delay_s = (node.ahead_s + costs.delay_s[rung]) * node.slowness
         if node.failed_until_ns > now_ns:
-            delay_ms += FAILED_LATELY_MS
+            delay_s += FAILED_LATELY_S
         if node.memory_free_mb < memory_mb:
-            delay_ms += MEMORY_FULL_MS
-        score = (delay_ms, -node.memory_free_mb, node.name)
+            delay_s += MEMORY_FULL_S
+        score = (round(delay_s, 6), -node.memory_free_mb, node.name)
         if best_score is None or score < best_score:
             best, best_score = node, score
     return best

@@ -24,7 +24,7 @@ from agent.api.messages import (
     StartDone,
     StartFailed,
 )
-from scaler import checkpoints, forecasts, instances, standbys
+from scaler import checkpoints, forecasts, instances, pressure, standbys
 from scaler.commands import Need
 from scaler.events import PlannerReport
 from scaler.placement import Node
@@ -33,6 +33,8 @@ from scaler.world import Pending, World, backoff_ns
 
 #: Reason of a failed release that means: it is gone already.
 GONE = "instance_gone"
+#: Reason of a refused start that means: the node's memory is full.
+NO_ROOM = "no_room"
 #: Functions that get another try when one instance ends: enough to use the room, few enough to keep an event cheap.
 WOKEN_PER_EXIT = 8
 
@@ -61,7 +63,9 @@ def start_done(world: World, node: str, report: StartDone, now_ns: int) -> None:
     _adopt(world, state, node, report.instance)
     state.last_start_mode = record.start_mode
     state.last_start_ms = (record.ended_ns - (start.need.since_ns if start else record.started_ns)) / 1e6
-    forecasts.measured(world, state, record.start_mode, state.last_start_ms / 1e3)
+    # Waiting for its turn says nothing of what a start costs.
+    queued_ns = sum(phase.end_ns - phase.start_ns for phase in record.phases if phase.name == "agent.queue")
+    forecasts.started(world, state, node, record.start_mode, state.last_start_ms / 1e3 - queued_ns / 1e9)
     if start is not None and start.thaws and record.start_mode != "thaw":
         standbys.not_used(state, node)
     if report.instance.function_digest == state.digest:
@@ -83,6 +87,8 @@ def start_failed(world: World, node: str, report: StartFailed, now_ns: int) -> N
             # Another node at once. With none left, this node again after a pause.
             state.failures = max(state.failures, start.attempt + 1)
             state.avoid[node] = now_ns + backoff_ns(world.config.retry_ns, state.failures)
+            if report.reason == NO_ROOM and where is not None and state.function is not None and start.need.origin is not None:
+                pressure.make_room(world, where, state.function.spec.limits.memory_mb, now_ns)
             if world.acting(state) and state.wanted > state.have + len(state.owed):
                 instances.place(world, state, [start.need], now_ns)
         else:

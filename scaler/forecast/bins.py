@@ -6,6 +6,7 @@ In: ages in seconds. Out: bin numbers and edges for :mod:`scaler.forecast.idle` 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from math import log10
 
 PER_DECADE = 16
@@ -32,3 +33,13 @@ def class_of(age_s: float) -> int:
     if age_s < 0.1:
         return 0
     return min(1 + int(2 * log10(age_s * 10)), 10)
+
+
+def interpolate(by_end: Sequence[float], age_s: float) -> float:
+    """A value at ``age_s``, of which ``by_end`` has that at the end of each bin: 0 at age 0, linear within a bin."""
+    where = bin_of(age_s)
+    before = by_end[where - 1] if where else 0.0
+    if where == COUNT - 1:
+        return before
+    low, high = EDGES[where], EDGES[where + 1]
+    return before + (by_end[where] - before) * min(max((age_s - low) / (high - low), 0.0), 1.0)

@@ -40,6 +40,12 @@ class FunctionForecast:
         """The chance that the next request for a slot comes before the end of each bin; see :class:`SlotForecast`."""
         return self._slots[slot].arrived_by(busy_s)
 
+    def chance_within(self, slot: int, busy_s: float, age_s: float, horizon_s: float) -> float:
+        """The chance that a slot's next request comes within ``horizon_s``, given that it has been idle for ``age_s``."""
+        arrived = self.arrived_by(slot, busy_s)
+        came = bins.interpolate(arrived, age_s)
+        return 0.0 if came > 1 - 1e-9 else (bins.interpolate(arrived, age_s + horizon_s) - came) / (1 - came)
+
     def windows(self, slot: int) -> list[Window]:
         """When a slot's next request is expected by a period; see :class:`SlotForecast`."""
         return self._slots[slot].windows

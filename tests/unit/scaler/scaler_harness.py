@@ -182,7 +182,7 @@ class Harness:
         report = StartFailed(
             command_id=command.message.id,
             function=command.message.function.name,
-            reason="refused" if refused else reason,
+            reason="refused" if refused and reason == "criu" else reason,
             message="m",
             refused=refused,
         )
