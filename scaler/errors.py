@@ -4,6 +4,7 @@ ScalerError
 ├── DemandInvalid       a demand record cannot be decoded; it goes to ``thaw.demand.rejected``
 ├── AgentUnreachable    no stream to a node
 ├── ShardingChanged     the demand topic has another number of partitions than when the scaler began
+├── SimulationBroken    a simulated installation did what none may: a bug
 └── InvalidTransition   the planner was asked for something impossible: a bug, with the function's story
 """
 
@@ -32,6 +33,18 @@ class InvalidTransition(ScalerError):
 
 class TraceUnreadable(ScalerError):
     """A trace for the simulator is none of the known formats, or damaged."""
+
+
+class CostsUnreadable(ScalerError):
+    """A file of measured costs is damaged or something else."""
+
+
+class SimulationBroken(ScalerError):
+    """A simulated installation did what none may: a bug, in the planner or in the simulator."""
+
+
+class InstallationTooSmall(ScalerError):
+    """A simulated installation has no node with memory for one instance of a function."""
 
 
 class UnknownPolicy(ScalerError):

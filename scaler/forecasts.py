@@ -11,12 +11,13 @@ document gives ``idleSeconds`` has no forecast.
 from __future__ import annotations
 
 import functools
+from math import ceil
 
 from scaler.costs import rung_of
 from scaler.forecast.function import FunctionForecast
 from scaler.forecast.slot import ForecastConfig
 from scaler.holding import Holding
-from scaler.ladder import FOREVER, RungCosts
+from scaler.ladder import FOREVER, Rung, RungCosts
 from scaler.levels import NS
 from scaler.state import FunctionState
 from scaler.timers import TimerKey
@@ -52,6 +53,21 @@ def costs(world: World, state: FunctionState) -> RungCosts:
     limit_mb = state.function.spec.limits.memory_mb
     found = world.costs.of(state.measured, state.checkpoint.image_mb or limit_mb, limit_mb)
     return _shared(_rounded(found.delay_s), _rounded(found.memory_mb))
+
+
+def expected_mb(world: World, state: FunctionState, start_mode: str = "") -> int:
+    """Memory that an instance takes on its node: what it touches, when it comes from a checkpoint, else up to its limit.
+
+    Args:
+        world: the planner's memory.
+        state: the function.
+        start_mode: how it was started; empty: it is still to be.
+    """
+    assert state.function is not None
+    limit_mb = state.function.spec.limits.memory_mb
+    if start_mode == "cold" or state.function.spec.policy.checkpoint == "off" or not state.checkpoint.id:
+        return limit_mb
+    return min(limit_mb, ceil(costs(world, state).memory_mb[Rung.RUNNING]))
 
 
 def follow(world: World, state: FunctionState, now_ns: int) -> None:

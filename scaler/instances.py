@@ -118,6 +118,7 @@ def forget_start(world: World, state: FunctionState, command_id: str) -> Startin
         state.starting -= 1
     if (node := world.nodes.get(start.node)) is not None:
         node.end(command_id)
+        node.unbook(command_id)
     return start
 
 
@@ -126,8 +127,7 @@ def forget_instance(world: World, state: FunctionState, instance_id: str) -> Ins
     instance = state.remove(instance_id)
     if instance is not None and (node := world.nodes.get(instance.node)) is not None:
         node.instances.pop(instance_id, None)
-        if state.function is not None:
-            node.memory_free_mb = min(node.memory_mb, node.memory_free_mb + state.function.spec.limits.memory_mb)
+        node.unbook(instance_id)
     return instance
 
 
@@ -161,7 +161,7 @@ def _start(world: World, state: FunctionState, node: Node, need: Need, thaws: bo
     state.starts[command_id] = Starting(command_id, node.name, state.digest, need, state.failures, thaws)
     state.starting += 1
     node.begin(command_id, expected_s)
-    node.memory_free_mb -= function.spec.limits.memory_mb
+    node.book(command_id, forecasts.expected_mb(world, state))
     world.send(Pending("start", state.name, node.name), Start(**header, function=function), need)
 
 

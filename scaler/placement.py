@@ -35,6 +35,8 @@ class Node:
     memory_mb: int = 0
     #: From the last inventory, less what was started since.
     memory_free_mb: int = 0
+    #: Of that: command or instance → MB, given back as it was taken.
+    booked: dict[str, int] = field(default_factory=dict)
     #: Starts sent and not answered: id → s that it is expected to take; and their sum.
     starts: dict[str, float] = field(default_factory=dict)
     ahead_s: float = 0.0
@@ -46,6 +48,15 @@ class Node:
     standbys: dict[str, str] = field(default_factory=dict)
     #: A start failed there; other nodes are preferred until then.
     failed_until_ns: int = 0
+
+    def book(self, name: str, memory_mb: int) -> None:
+        """A start was sent, or an instance is there that no start was known of."""
+        self.booked[name] = memory_mb
+        self.memory_free_mb -= memory_mb
+
+    def unbook(self, name: str) -> None:
+        """It came to nothing, or has ended."""
+        self.memory_free_mb = min(self.memory_mb, self.memory_free_mb + self.booked.pop(name, 0))
 
     def begin(self, command_id: str, expected_s: float) -> None:
         """A start was sent to it."""

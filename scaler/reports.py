@@ -81,8 +81,6 @@ def start_failed(world: World, node: str, report: StartFailed, now_ns: int) -> N
     if state is None or start is None:
         return
     where = world.nodes.get(node)
-    if where is not None and state.function is not None:
-        where.memory_free_mb = min(where.memory_mb, where.memory_free_mb + state.function.spec.limits.memory_mb)
     state.last_error = f"start on {node}: {report.reason}: {report.message}"
     if start.digest == state.digest:
         if report.refused:
@@ -131,7 +129,7 @@ def instance_exited(world: World, node: str, report: InstanceExited, now_ns: int
 def inventory(world: World, name: str, report: Inventory, now_ns: int, connected: bool) -> None:
     """All that exists on a node, and its room."""
     node = world.nodes.setdefault(name, Node(name))
-    node.up, node.memory_mb, node.memory_free_mb = True, report.memory_mb, report.memory_free_mb
+    node.up, node.memory_mb = True, report.memory_mb
     present = {info.instance for info in report.instances}
     changed: dict[str, None] = {}
     for instance_id, function in [item for item in node.instances.items() if item[0] not in present]:
@@ -153,6 +151,7 @@ def inventory(world: World, name: str, report: Inventory, now_ns: int, connected
                 changed[function] = None
             known.checkpoint.checked = True
     changed.update(_standbys_of(world, name, report))
+    node.memory_free_mb = report.memory_free_mb
     for state in list(world.functions.values()):
         if name in state.checkpoint.cached and state.name not in held:
             del state.checkpoint.cached[name]
@@ -171,11 +170,9 @@ def _standbys_of(world: World, name: str, report: Inventory) -> dict[str, None]:
     """Take over the standbys of a node; returns the functions that are concerned."""
     node, changed = world.nodes[name], dict[str, None]()
     present = {info.standby for info in report.standbys}
-    free_mb = node.memory_free_mb
     for standby, function in [item for item in node.standbys.items() if item[0] not in present]:
         standbys.forget(world, world.functions[function], standby, name)
         changed[function] = None
-    node.memory_free_mb = free_mb  # as the node measured it
     for info in sorted(report.standbys, key=lambda item: (item.made_ns, item.standby)):
         world.answered(info.command_id)
         state = world.function(info.function)
@@ -314,6 +311,7 @@ def _adopt(world: World, state: FunctionState, node: str, info: InstanceInfo) ->
     standbys.forget(world, state, info.instance, node)  # it was one until now
     where = world.nodes.setdefault(node, Node(node))
     where.instances[info.instance] = state.name
+    where.book(info.instance, forecasts.expected_mb(world, state, info.start_mode) if state.function is not None else 0)
     state.add(
         Instance(
             id=info.instance,

@@ -13,14 +13,16 @@ from pathlib import Path
 from typing import Any
 
 import click
+import msgspec
 from rich.console import Console
 from rich.table import Table
 
 from infra.settings import Settings
+from loadgen.bench import costs as bench_costs
 from loadgen.bench import goals, report
 from loadgen.bench import planner as planner_bench
-from loadgen.bench.figures import MODES
-from loadgen.bench.run import Bench, BenchOptions
+from loadgen.bench.figures import MODES, Measured
+from loadgen.bench.run import SUBJECT, Bench, BenchOptions
 from loadgen.checks import PROGRAMS
 from thaw import isolated
 
@@ -126,6 +128,16 @@ def planner(*, count: int, events: int, warm: int, paced: int, memory_functions:
         return
     for what, figure in result.items():
         click.echo(f"{what:24} {figure}")
+
+
+@bench.command()
+@click.argument("folder", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.option("--sample", "function", default=SUBJECT, show_default=True, help="Function whose costs are wanted.")
+def costs(folder: Path, function: str) -> None:
+    """Print what the bench in FOLDER (of ``restore --out``) measured, for ``thaw simulate --costs``."""
+    result = json.loads((folder / report.RESULT_FILE).read_text())
+    measured = [msgspec.json.decode(line, type=Measured) for line in (folder / report.STARTS_FILE).read_bytes().splitlines()]
+    click.echo(json.dumps(bench_costs.costs(result, measured, function), indent=1))
 
 
 def _tables(result: dict[str, Any], check: bool) -> None:

@@ -20,7 +20,7 @@ from rich.table import Table
 
 from loadgen import simulation
 from scaler.simulate import run, traces
-from thaw import simulate_minute, simulate_topic
+from thaw import simulate_minute, simulate_topic, simulate_world
 
 
 class _Jitter(click.ParamType[float | None]):
@@ -52,6 +52,7 @@ class _Jitter(click.ParamType[float | None]):
 @click.option("--subset", default="", help="A sample named in the trace's subset_ids.json; with a leading '-', all but it.")
 @click.option("--memory-mb", type=click.FloatRange(min=0, min_open=True), help="Of every function, in place of the trace's.")
 @simulate_topic.options
+@simulate_world.options
 @simulate_minute.options
 @click.option("--timing/--no-timing", default=True, help="Measure the time of policies; without it the output is the same byte for byte.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
@@ -68,6 +69,10 @@ def simulate(
     memory_mb: float | None,
     from_topic: bool,
     since_hours: float | None,
+    costs: str,
+    durations: str,
+    nodes: int | None,
+    node_memory_gb: float | None,
     resolution: str,
     concurrency: str | None,
     timing: bool,
@@ -85,14 +90,16 @@ def simulate(
         simulate_minute.simulate(path, policies, seed=seed, subset=subset, memory_mb=memory_mb, as_json=as_json)
         return
     else:
-        trace = traces.read(path, seed=seed, jitter_s=jitter_s, subset=subset, memory_mb=memory_mb)
+        trace = traces.read(path, seed=seed, jitter_s=jitter_s, subset=subset, memory_mb=memory_mb, varying=durations == "trace")
+    world, installation = simulate_world.chosen(costs, seed, nodes, node_memory_gb)
     console = Console(stderr=True)
     requests = sum(len(function.at_s) for function in trace.functions)
     console.print(f"{trace.name}: {len(trace.functions):,} functions, {requests:,} requests in {trace.span_s / 3600:.1f} h")
     names = list(dict.fromkeys(policies)) or ["all"]
     wanted = names if "all" in names else [*names, *([] if run.REFERENCE in names else [run.REFERENCE])]
     results: list[run.PolicyResult] = []
-    for result in run.run(trace, wanted, delay_weight=delay_weight, clock=time.perf_counter_ns if timing else None):
+    clock = time.perf_counter_ns if timing else None
+    for result in simulate_world.run(trace, wanted, installation, delay_weight=delay_weight, world=world, clock=clock):
         results.append(result)
         console.print(f"  {result.name}: RUM {result.summary['rum']:,.0f}", style="dim")
     reference = next(result for result in results if result.name == run.REFERENCE)
@@ -102,7 +109,8 @@ def simulate(
         for result in shown
     }
     if report is not None:
-        asked = simulation.Asked(repeat(context), seed, delay_weight, jitter_s, own_times=path is None or traces.has_own_times(path))
+        own_times = path is None or traces.has_own_times(path)
+        asked = simulation.Asked(repeat(context), seed, delay_weight, jitter_s, own_times, world)
         simulation.write(report, trace, results, asked)
         console.print(f"report: {report}")
     if as_json:

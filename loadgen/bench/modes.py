@@ -28,6 +28,7 @@ from agent.api.messages import (
     Evict,
     Evicted,
     Fetch,
+    InstanceExited,
     InstanceInfo,
     MakeCheckpoint,
     Prepare,
@@ -72,6 +73,7 @@ class Subject:
         image_bytes: of its checkpoint, once it has one.
         standby_pss: bytes of each standby, when it was made.
         cold_pss: bytes of each cold instance that was looked at, after its first request.
+        running_pss: bytes of each restored instance at its end, after its first request.
     """
 
     settings: Settings
@@ -81,6 +83,7 @@ class Subject:
     image_bytes: int = 0
     standby_pss: list[int] = field(default_factory=list)
     cold_pss: list[int] = field(default_factory=list)
+    running_pss: list[int] = field(default_factory=list)
 
     @property
     def name(self) -> str:
@@ -117,7 +120,9 @@ class Subject:
             self.book.answers(self.name, answers)
             if mode == "cold":
                 self.cold_pss.append(await asyncio.to_thread(host.pss_bytes, self.settings.agent.node_name, done.instance))
-            await self.release(done.instance)
+            held = await self.release(done.instance)
+            if mode == "restore" and held:
+                self.running_pss.append(held)
         if standby is not None and (done is None or done.instance != standby.standby):
             await self.release(standby.standby)
         if mode == "remote":
@@ -153,9 +158,10 @@ class Subject:
         self.standby_pss.append(report.standby.pss_bytes)
         return report.standby
 
-    async def release(self, instance: str) -> None:
-        """End an instance or a standby."""
-        await self.link.call(Release, instance=instance)
+    async def release(self, instance: str) -> int:
+        """End an instance or a standby; returns the bytes that an instance held just before, 0 when that is not known."""
+        report = await self.link.call(Release, instance=instance)
+        return report.pss_bytes if isinstance(report, InstanceExited) else 0
 
     async def evict(self) -> None:
         """Empty the node's cache of it; a download of the start before may still use the image."""
@@ -247,6 +253,7 @@ def figures(subject: Subject, modes: Sequence[str]) -> dict[str, Any]:
     remote = records.get("remote", [])
     found["standby_pss_mb"] = median((value / _MB for value in subject.standby_pss), 3)
     found["cold_pss_mb"] = median((value / _MB for value in subject.cold_pss), 3)
+    found["running_pss_mb"] = median((value / _MB for value in subject.running_pss), 3)
     found["image_bytes"] = subject.image_bytes
     found["working_set_bytes"] = int(median(item.pages_prefetched * 4096 for item in records.get("restore", [])))
     found["remote_bytes_before_response"] = int(median(item.bytes_by_tier.get("s3", 0) for item in remote))

@@ -12,8 +12,8 @@ from scaler.ladder import RUM_PER_MB_S, Rung
 from scaler.simulate.model import FunctionTrace, World
 
 
-def idle_times(function: FunctionTrace) -> tuple[list[float], int]:
-    """Idle times of all slots, and how many slots were used."""
+def idle_times(function: FunctionTrace) -> list[float]:
+    """How long the slot of each request was idle before; negative: the slot is new."""
     idle: list[int] = []
     serving: list[tuple[float, int]] = []
     freed: list[float] = []
@@ -27,9 +27,10 @@ def idle_times(function: FunctionTrace) -> tuple[list[float], int]:
         else:
             slot = len(freed)
             freed.append(0.0)
+            gaps.append(-1.0)
         freed[slot] = now_s + duration_s
         heappush(serving, (freed[slot], slot))
-    return gaps, len(freed)
+    return gaps
 
 
 def bounds(function: FunctionTrace, world: World, delay_weight: float) -> tuple[float, float]:
@@ -40,15 +41,18 @@ def bounds(function: FunctionTrace, world: World, delay_weight: float) -> tuple[
     """
     if not len(function.at_s):
         return 0.0, 0.0
-    costs = world.costs(function.memory_mb)
-    gaps, slots = idle_times(function)
-    cached, thaw = costs.delay_s[Rung.CACHED] * delay_weight, costs.delay_s[Rung.STANDBY] * delay_weight
-    standby, running = costs.memory_mb[Rung.STANDBY] * RUM_PER_MB_S, costs.memory_mb[Rung.RUNNING] * RUM_PER_MB_S
-    first = world.first_s * delay_weight
-    per_gap = first + (slots - 1) * cached
-    pre_thaw = first + (slots - 1) * thaw
-    for gap_s in gaps:
-        run = gap_s * running
-        per_gap += min(cached, thaw + gap_s * standby, run)
-        pre_thaw += min(thaw, run)
+    memory_mb = world.costs(function.memory_mb).memory_mb
+    delay_s = world.by_rung(function)
+    standby, running = memory_mb[Rung.STANDBY] * RUM_PER_MB_S, memory_mb[Rung.RUNNING] * RUM_PER_MB_S
+    per_gap = pre_thaw = delay_s[Rung.STORED][0] * delay_weight
+    gaps = zip(idle_times(function), delay_s[Rung.CACHED], delay_s[Rung.STANDBY], strict=True)
+    for gap_s, cached_s, thaw_s in list(gaps)[1:]:
+        cached, thaw = cached_s * delay_weight, thaw_s * delay_weight
+        if gap_s < 0:
+            per_gap += cached
+            pre_thaw += thaw
+        else:
+            run = gap_s * running
+            per_gap += min(cached, thaw + gap_s * standby, run)
+            pre_thaw += min(thaw, run)
     return per_gap, pre_thaw

@@ -130,8 +130,10 @@ class _Play:
         self._span_s = span_s
         self._half_s = span_s / 2
         self._running_mb = costs.memory_mb[Rung.RUNNING]
-        self._next_start = (world.first_s, StartMode.REMOTE if world.rungs else StartMode.COLD)
-        self._later_start = (costs.delay_s[Rung.CACHED], StartMode.RESTORE if world.rungs else StartMode.COLD)
+        self._drawn = world.drawn(function)
+        self._next_mode = StartMode.REMOTE if world.rungs else StartMode.COLD
+        self._later_mode = StartMode.RESTORE if world.rungs else StartMode.COLD
+        self._newest = 0
         self._free = 0
         self._busy: list[float] = []  # heap: when each taken instance is done
         self._starting: list[float] = []  # heap: when each instance that no request asked for is ready
@@ -151,6 +153,7 @@ class _Play:
             self._tick_until(at_s)
             self._pass_until(at_s)
             self._arrivals += 1
+            self._newest = number
             if self._free:
                 self._free -= 1
                 self._starts[StartMode.WARM] += 1
@@ -193,20 +196,19 @@ class _Play:
         if missing < 0:
             self._free -= min(self._free, -missing)
         for _ in range(missing):
-            heapq.heappush(self._starting, now_s + self._take_start()[0])
+            heapq.heappush(self._starting, now_s + self._take_start(self._newest)[0])
 
     def _start_for(self, number: int) -> None:
         """Starts an instance now for the request ``number``."""
-        start_s, mode = self._take_start()
+        start_s, mode = self._take_start(number)
         self._starts[mode] += 1
         self._delays_s[number] = self._clock_s - self._at_s[number] + start_s
         heapq.heappush(self._busy, self._clock_s + start_s + self._duration_s[number])
 
-    def _take_start(self) -> tuple[float, StartMode]:
-        """Delay and kind of a start made now; the first is the dear one."""
-        start = self._next_start
-        self._next_start = self._later_start
-        return start
+    def _take_start(self, number: int) -> tuple[float, StartMode]:
+        """Delay and kind of a start made now, with the luck of request ``number``; the first is the dear one."""
+        mode, self._next_mode = self._next_mode, self._later_mode
+        return self._drawn[mode][number], mode
 
     def _pass_until(self, until_s: float) -> None:
         """Lets requests end and instances become ready up to ``until_s``."""

@@ -8,6 +8,7 @@ Out: the arguments of the engines (:mod:`scaler.simulate.slots`, :mod:`scaler.si
 from __future__ import annotations
 
 import enum
+import zlib
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -73,6 +74,9 @@ class World:
         standby_mb: memory of a standby.
         running_share: memory of an idle running instance, as a share of the function's.
         running_floor_mb: the least it holds.
+        spread_s: start delays of thaw, restore, remote and cold as measured: quantiles in equal steps from the least to the
+            greatest. Empty: every start takes what is said above, which is otherwise the mean, and all that policies know.
+        seed: of the draws from them.
     """
 
     rungs: bool = True
@@ -83,6 +87,8 @@ class World:
     standby_mb: float = 4.1
     running_share: float = 0.06
     running_floor_mb: float = 8.0
+    spread_s: tuple[tuple[float, ...], ...] = ()
+    seed: int = 1
 
     def costs(self, memory_mb: float) -> RungCosts:
         """The rungs of a function with ``memory_mb``. In the classic world all but running are a cold start."""
@@ -95,6 +101,23 @@ class World:
     def first_s(self) -> float:
         """Delay of a function's first start."""
         return self.remote_s if self.rungs else self.cold_s
+
+    def drawn(self, function: FunctionTrace) -> list[list[float]]:
+        """What a start of each :class:`StartMode` takes if the function's request of that number causes it, s.
+
+        The luck is the request's, whatever the mode and the policy, so that policies are compared on equal luck.
+        """
+        number = len(function.at_s)
+        if not self.spread_s:
+            return [[delay_s] * number for delay_s in (0.0, self.thaw_s, self.restore_s, self.remote_s, self.cold_s)]
+        luck = np.random.default_rng((self.seed, zlib.crc32(function.name.encode()))).random(number)
+        drawn = [np.interp(luck, np.linspace(0, 1, len(quantiles)), quantiles).tolist() for quantiles in self.spread_s]
+        return [[0.0] * number, *drawn]
+
+    def by_rung(self, function: FunctionTrace) -> list[list[float]]:
+        """The same by the :class:`~scaler.ladder.Rung` that the request finds."""
+        warm, thaw, restore, remote, cold = self.drawn(function)
+        return [remote, restore, thaw, warm] if self.rungs else [cold, cold, cold, warm]
 
 
 @dataclass

@@ -33,7 +33,7 @@ def run(function: FunctionTrace, policy: HoldingPolicy, world: World, span_s: fl
         clock: ns; for the time that the policy takes. None: it is not measured.
     """
     costs = world.costs(function.memory_mb)
-    delay_s = costs.delay_s
+    delay_s = world.by_rung(function)
     arrivals: list[float] = function.at_s.tolist()
     durations: list[float] = function.duration_s.tolist()
     delays: list[float] = []
@@ -65,7 +65,7 @@ def run(function: FunctionTrace, policy: HoldingPolicy, world: World, span_s: fl
         if not delays:
             rung = 0
         found[rung] += 1
-        delay = delay_s[rung]
+        delay = delay_s[rung][len(delays)]
         delays.append(delay)
         heappush(ends, now_s + delay + duration_s)
     while ends and ends[0] < span_s:

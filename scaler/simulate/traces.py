@@ -38,6 +38,8 @@ from scaler.simulate.model import DEFAULT_MEMORY_MB, FunctionTrace, Trace
 #: Duration of a request where the trace has none: about the median over the functions of azure2019-500f-8h.
 DEFAULT_DURATION_S = 0.3
 _SHORTEST_S, _LONGEST_S = 0.001, 60.0
+#: The percentiles of durations that Azure 2019 has.
+_PERCENTS = (0, 1, 25, 50, 75, 99, 100)
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,8 @@ class MinuteTrace:
         memory_mb: [functions].
         durations_s: [functions].
         triggers: the trace's word; empty strings when it has none.
+        percentiles_s: percentiles 0, 1, 25, 50, 75, 99 and 100 of each function's durations, [functions, 7]; None: the
+            trace has none.
     """
 
     name: str
@@ -58,9 +62,18 @@ class MinuteTrace:
     memory_mb: NDArray[np.float64]
     durations_s: NDArray[np.float64]
     triggers: list[str]
+    percentiles_s: NDArray[np.float64] | None = None
 
 
-def read(path: Path, *, seed: int = 1, jitter_s: float | None = 0.05, subset: str = "", memory_mb: float | None = None) -> Trace:
+def read(
+    path: Path,
+    *,
+    seed: int = 1,
+    jitter_s: float | None = 0.05,
+    subset: str = "",
+    memory_mb: float | None = None,
+    varying: bool = False,
+) -> Trace:
     """The trace at ``path``, its requests placed within their minutes.
 
     Args:
@@ -69,9 +82,11 @@ def read(path: Path, *, seed: int = 1, jitter_s: float | None = 0.05, subset: st
         jitter_s: of timers; None: uniform.
         subset: name of a sample in the folder's ``subset_ids.json``; with a leading ``-``: all but it.
         memory_mb: of every function, in place of the trace's.
+        varying: draw each request's duration from its function's percentiles, linear between them, in place of their
+            median. Where requests are and what else is drawn stays the same. A trace of events has its own durations.
 
     Raises:
-        TraceUnreadable: it is none of the known formats, or damaged.
+        TraceUnreadable: it is none of the known formats, or damaged, or has no percentiles.
     """
     with _readable(path):
         if has_own_times(path):
@@ -91,7 +106,18 @@ def read(path: Path, *, seed: int = 1, jitter_s: float | None = 0.05, subset: st
             jitter_s=jitter_s,
             keep=keep,
         )
+        if varying:
+            if minutes.percentiles_s is None:
+                raise ValueError("it has no percentiles of durations")
+            percentiles_s = dict(zip(minutes.names, minutes.percentiles_s, strict=True))
+            functions = [_varying(function, percentiles_s[function.name], seed) for function in functions]
     return Trace(_title(minutes.name, subset), minutes.counts.shape[1] * MINUTE_S, functions)
+
+
+def _varying(function: FunctionTrace, percentiles_s: NDArray[np.float64], seed: int) -> FunctionTrace:
+    luck = np.random.default_rng((seed, zlib.crc32(function.name.encode()), 1)).random(len(function.at_s))
+    drawn_s = np.interp(luck * 100, _PERCENTS, np.maximum.accumulate(percentiles_s))
+    return replace(function, duration_s=np.clip(drawn_s, _SHORTEST_S, _LONGEST_S))
 
 
 def has_own_times(path: Path) -> bool:
@@ -125,6 +151,7 @@ def read_minutes(path: Path, *, seed: int = 1, subset: str = "", memory_mb: floa
         minutes.memory_mb[keep],
         minutes.durations_s[keep],
         [minutes.triggers[index] for index in keep],
+        minutes.percentiles_s[keep] if minutes.percentiles_s is not None else None,
     )
 
 
@@ -164,6 +191,8 @@ def _minute_files(path: Path, seed: int) -> MinuteTrace:
         memory_mb = np.array([memory[name] for name in names])
         durations_s = np.array([median_ms[name] for name in names]) / 1000
         triggers = [row[header.index("Trigger")] for row in rows]
+        percentiles = _percentiles(_required(path, "durations.csv"))
+        percentiles_s = np.array([percentiles[name] for name in names]) / 1000 if percentiles else None
     else:
         header, *rows = _rows(_only(path, "*_inv.csv*"))
         first = next(index for index, word in enumerate(header) if word.endswith("_minute"))
@@ -173,9 +202,22 @@ def _minute_files(path: Path, seed: int) -> MinuteTrace:
         memories = _values(_only(path, "*_mem.csv*"), "AverageAllocatedMb")
         medians_ms = _values(_only(path, "*_run.csv*"), "percentile_Average_50")
         memory_mb = random.permutation(np.resize(np.array(memories), len(names)))
-        durations_s = random.permutation(np.resize(np.array(medians_ms), len(names))) / 1000
+        paired = random.permutation(np.resize(np.arange(len(medians_ms)), len(names)))
+        durations_s = np.array(medians_ms)[paired] / 1000
         triggers = [""] * len(names)
-    return MinuteTrace(path.name, names, counts, memory_mb, np.clip(durations_s, _SHORTEST_S, _LONGEST_S), triggers)
+        percentiles = _percentiles(_only(path, "*_run.csv*"))
+        percentiles_s = np.array(list(percentiles.values()))[paired] / 1000 if len(percentiles) == len(medians_ms) else None
+    return MinuteTrace(path.name, names, counts, memory_mb, np.clip(durations_s, _SHORTEST_S, _LONGEST_S), triggers, percentiles_s)
+
+
+def _percentiles(path: Path) -> dict[str, list[float]]:
+    """Percentiles of each function's durations, ms; empty when the file has not all of them."""
+    header, *rows = _rows(path)
+    columns = [f"percentile_Average_{percent}" for percent in _PERCENTS]
+    if not set(columns) <= set(header):
+        return {}
+    where = [header.index(column) for column in columns]
+    return {row[header.index("HashFunction")]: [float(row[index]) for index in where] for row in rows}
 
 
 def _events(path: Path, memory_mb: float) -> Trace:

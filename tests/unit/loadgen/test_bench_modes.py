@@ -73,7 +73,8 @@ class ScriptedLink:
                 return Evicted(command_id=command.id, function="f")
             case Release():
                 self.standbys = [name for name in self.standbys if name != command.instance]
-                return InstanceExited(instance=command.instance, function="f", reason="released", command_id=command.id)
+                held = 9_000_000 if command.instance.startswith("i-") else 0
+                return InstanceExited(instance=command.instance, function="f", reason="released", command_id=command.id, pss_bytes=held)
 
     def prepare(self, command):
         if len(self.standbys) >= self.refuse_prepare_after:
@@ -183,6 +184,7 @@ async def test_every_mode_is_measured_and_counted(subject, link, asked):
         "cold": 2,
     }
     assert (found["standby_pss_mb"], found["cold_pss_mb"], found["image_bytes"]) == (4.0, 500.0, IMAGE_BYTES)
+    assert found["running_pss_mb"] == 9.0
     assert found["working_set_bytes"] == 40960
     assert found["other"] == {}
     assert found["requests"]["thaw"] == {"asked": 100, "wrong": 0, "failed": 0, "per_second": 100, "problems": []}

@@ -121,3 +121,57 @@ class TestShards:
         harness.do(ShardGained(shard=0, epoch=3))
         harness.demand(2)
         assert len(starts(harness.do(ShardReady(shard=0)))) == 1
+
+
+class TestMemoryThatIsBooked:
+    def room_mb(self, harness: Harness) -> int:
+        return harness.planner._world.nodes["n1"].memory_free_mb
+
+    def test_comes_back_when_a_deleted_function_is_gone(self):
+        harness = Harness()
+        harness.node(memory_free_mb=600)
+        running(harness, 1)
+        (release,) = releases(harness.delete())
+        harness.released(release)
+        assert self.room_mb(harness) == 600
+
+    def test_comes_back_as_it_was_booked_when_the_limit_has_changed(self):
+        harness = Harness()
+        harness.node(memory_free_mb=600)
+        running(harness, 1, memory_mb=512, idle_s=0)
+        harness.apply(function(memory_mb=64, idle_s=0))
+        (release,) = releases(harness.demand(0))
+        harness.released(release)
+        assert self.room_mb(harness) == 600
+
+    def test_is_what_the_node_says_when_instances_are_missing_from_its_inventory(self):
+        harness = Harness()
+        harness.node(memory_free_mb=6000)
+        running(harness, 2)
+        harness.demand(0)
+        harness.node(memory_free_mb=5900)
+        assert self.room_mb(harness) == 5900
+
+    def test_is_booked_for_an_instance_that_comes_after_its_start_was_given_up(self):
+        harness = Harness()
+        harness.node(memory_free_mb=6000)
+        harness.apply(function(checkpoint="off"))
+        (start,) = starts(harness.demand(1))
+        harness.demand(0)
+        harness.pass_s(73)
+        assert self.room_mb(harness) == 6000
+        (release,) = releases(harness.done(start) + harness.pass_s(31))
+        assert self.room_mb(harness) == 6000 - 512
+        harness.released(release)
+        assert self.room_mb(harness) == 6000
+
+    def test_of_a_restored_instance_is_what_it_touches_and_of_a_cold_one_its_limit(self):
+        harness = Harness()
+        harness.node(memory_free_mb=6000)
+        running(harness, 1)
+        restored_mb = self.room_mb(harness)
+        assert 6000 - 512 < restored_mb < 6000
+        harness.apply(function("g", checkpoint="off"))
+        (start,) = starts(harness.demand(1, name="g"))
+        harness.done(start, mode="cold")
+        assert self.room_mb(harness) == restored_mb - 512

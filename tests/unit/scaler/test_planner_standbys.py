@@ -132,9 +132,9 @@ class TestWhere:
     def test_room_that_an_instance_leaves_is_used(self):
         harness = Harness()
         harness.node(memory_free_mb=600)
-        fetched_everywhere(harness, harness.apply(function("g", idle_s=0)))
+        harness.apply(function("g", idle_s=0, checkpoint="off"))
         (start,) = starts(harness.demand(1, name="g"))
-        harness.done(start)
+        harness.done(start, mode="cold")
         fetched_everywhere(harness, harness.apply(function(standby=1)))
         assert prepares(harness.commands) == []
         (release,) = releases(harness.demand(0, name="g"))

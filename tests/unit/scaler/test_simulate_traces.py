@@ -108,3 +108,31 @@ def test_an_unknown_policy_is_named_with_those_there_are(folder: Path) -> None:
 def test_the_shipped_sample_is_whole() -> None:
     trace = traces.read(Path(loadgen.__file__).parent / "traces" / "azure2019-100f-8h")
     assert (len(trace.functions), sum(len(function.at_s) for function in trace.functions), trace.span_s) == (100, 339_657, 8 * 3600)
+
+
+def test_durations_are_drawn_from_the_percentiles_and_arrivals_stay(folder: Path) -> None:
+    with pytest.raises(TraceUnreadable, match="no percentiles"):
+        traces.read(folder, varying=True)
+    percents = (0, 1, 25, 50, 75, 99, 100)
+    with gzip.open(folder / "durations.csv.gz", "wt", newline="") as file:
+        rows = [["HashFunction", *(f"percentile_Average_{percent}" for percent in percents)]]
+        csv.writer(file).writerows([*rows, ["w", 100, 100, 200, 300, 400, 500, 500], ["t", 0, 0, 0, 0, 0, 0, 0]])
+    median, drawn, other = traces.read(folder), traces.read(folder, varying=True), traces.read(folder, varying=True, seed=2)
+    for before, after in zip(median.functions, drawn.functions, strict=True):
+        assert before.at_s.tolist() == after.at_s.tolist()
+    timer, web = drawn.functions
+    assert set(timer.duration_s) == {0.001}
+    assert all(0.1 <= duration_s <= 0.5 for duration_s in web.duration_s) and len(set(web.duration_s)) == 5
+    assert web.duration_s.tolist() == traces.read(folder, varying=True, subset="100").functions[0].duration_s.tolist()
+    assert web.duration_s.tolist() != other.functions[1].duration_s.tolist()
+
+
+def test_durations_of_the_shipped_sample_have_its_percentiles() -> None:
+    path = Path(loadgen.__file__).parent / "traces" / "azure2019-100f-8h"
+    minutes = traces.read_minutes(path)
+    assert minutes.percentiles_s is not None
+    busiest = int(minutes.counts.sum(1).argmax())
+    drawn_s = traces.read(path, varying=True).functions[busiest].duration_s
+    expected_s = np.maximum(minutes.percentiles_s[busiest], 0.001)
+    assert np.percentile(drawn_s, (25, 50, 75)) == pytest.approx(expected_s[2:5], rel=0.05)
+    assert expected_s[0] <= drawn_s.min() and drawn_s.max() <= expected_s[-1]
