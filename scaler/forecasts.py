@@ -55,6 +55,12 @@ def costs(world: World, state: FunctionState) -> RungCosts:
     return _shared(_rounded(found.delay_s), _rounded(found.memory_mb))
 
 
+def terms(world: World, state: FunctionState) -> tuple[ForecastConfig, RungCosts]:
+    """What a function's forecast is priced with; functions alike share it."""
+    assert state.function is not None
+    return _config(state.function.spec.policy.delay_weight), costs(world, state)
+
+
 def expected_mb(world: World, state: FunctionState, start_mode: str = "") -> int:
     """Memory that an instance takes on its node: what it touches, when it comes from a checkpoint, else up to its limit.
 
@@ -79,8 +85,7 @@ def follow(world: World, state: FunctionState, now_ns: int) -> None:
     if state.holding is None or state.forecast is None:
         if not need:
             return
-        assert state.function is not None
-        state.forecast = FunctionForecast(_config(state.function.spec.policy.delay_weight), costs(world, state))
+        state.forecast = FunctionForecast(*terms(world, state))
         state.holding = Holding(state.forecast)
     holding = state.holding
     # A record that is read again may be older than what is known; time does not go back.

@@ -15,8 +15,9 @@ The cost of an event does not grow with the number of slots: every slot has at m
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from heapq import heappop, heappush
-from typing import Protocol
+from typing import Any, Protocol
 
 from scaler.ladder import FOREVER, Plan, Rung, overlay
 
@@ -151,6 +152,28 @@ class Holding:
         slot.rung = slot.plan[0][1]
         self.held[slot.rung] += 1
         self._queue(number, slot)
+
+    def pack(self) -> list[object]:
+        """Plain values, for :meth:`unpack`; only while no slot is busy or held above cached."""
+        self.settle(self.now_s)
+        slots = []
+        for slot in self._slots:
+            ahead = (slot.begin_s, slot.plan[slot.at :]) if slot.queued_s < FOREVER else ()
+            slots.append([slot.freed_s, slot.arrived_s, slot.idle_s, slot.rise_s, *ahead])
+        return [self.now_s, self.idle_s, self.moves_up, slots]
+
+    @classmethod
+    def unpack(cls, packed: Sequence[Any], policy: HoldingPolicy) -> Holding:
+        """What :meth:`pack` gave."""
+        holding = cls(policy)
+        holding.now_s, holding.idle_s, holding.moves_up, slots = packed
+        for number, (freed_s, arrived_s, idle_s, rise_s, *plan) in enumerate(slots):
+            slot = holding._new(holding.now_s)
+            slot.freed_s, slot.arrived_s, slot.idle_s, slot.rise_s = freed_s, arrived_s, idle_s, rise_s
+            if plan:
+                slot.begin_s, slot.plan = plan[0], tuple(map(tuple, plan[1]))
+                holding._queue(number, slot)
+        return holding
 
     def idle_slots(self, most: int) -> list[tuple[int, Slot]]:
         """The lowest idle slots that were taken before, which are the next to be asked."""

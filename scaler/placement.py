@@ -32,6 +32,8 @@ class Node:
     name: str
     #: Its stream is open and its inventory known.
     up: bool = False
+    #: Changes each time that it connects.
+    connection: int = 0
     memory_mb: int = 0
     #: From the last inventory, less what was started since.
     memory_free_mb: int = 0

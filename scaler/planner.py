@@ -54,6 +54,7 @@ class Planner:
 
     def __init__(self, prefix: str, shard_of: Callable[[str], int], config: PlannerConfig | None = None) -> None:
         self._world = World(prefix, shard_of, config or PlannerConfig())
+        self._world.functions.terms = lambda state: forecasts.terms(self._world, state)
         self._handlers: dict[type[Any], Callable[[Any, int], None]] = {
             DemandSeen: self._demand_seen,
             FunctionApplied: self._function_applied,
@@ -74,9 +75,12 @@ class Planner:
             event: what happened.
             now_ns: wall clock, ns since the epoch.
         """
+        world = self._world
         self._handlers[type(event)](event, now_ns)
-        commands = self._world.out
-        self._world.out = []
+        for state in world.functions.drain_woken():
+            checkpoints.settle(world, state, now_ns)
+        world.functions.rest()
+        commands, world.out = world.out, []
         return commands
 
     @property
@@ -92,7 +96,9 @@ class Planner:
     def explain(self, name: str) -> FunctionSnapshot | None:
         """What the planner knows of a function; None when nothing."""
         state = self._world.functions.get(name)
-        return snapshot(state, standbys.wanted(state)) if state is not None else None
+        if state is None:
+            return None
+        return snapshot(state, standbys.wanted(state))
 
     def drain_touched(self) -> list[str]:
         """Functions that this scaler decides for and whose snapshot may have changed since the last call."""
@@ -231,7 +237,8 @@ class Planner:
             return
         shard.ready = True
         for name in list(world.by_shard.get(event.shard, {})):
-            state = world.functions[name]
+            if (state := world.functions.if_awake(name)) is None:
+                continue
             forecasts.follow(world, state, now_ns)
             checkpoints.settle(world, state, now_ns)
             instances.settle(world, state, now_ns, _waiting_demand(state, now_ns))
@@ -242,7 +249,8 @@ class Planner:
         if world.owned.pop(event.shard, None) is None:
             return
         for name in list(world.by_shard.get(event.shard, {})):
-            state = world.functions[name]
+            if (state := world.functions.if_awake(name)) is None:
+                continue  # it does not know of the shard, and will notice
             for command_id in list(state.starts):
                 instances.forget_start(world, state, command_id)
             state.disown()

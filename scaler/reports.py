@@ -130,6 +130,9 @@ def inventory(world: World, name: str, report: Inventory, now_ns: int, connected
     """All that exists on a node, and its room."""
     node = world.nodes.setdefault(name, Node(name))
     node.up, node.memory_mb = True, report.memory_mb
+    if connected or not node.connection:
+        world.connections += 1
+        node.connection = world.connections
     present = {info.instance for info in report.instances}
     changed: dict[str, None] = {}
     for instance_id, function in [item for item in node.instances.items() if item[0] not in present]:
@@ -144,7 +147,7 @@ def inventory(world: World, name: str, report: Inventory, now_ns: int, connected
                 state.checkpoint.cold_on = name
     held = {item.function: item for item in report.checkpoints}
     for function, item in held.items():
-        known = world.functions.get(function)
+        known = world.functions.if_awake(function)
         if known is not None and item.function_digest == known.digest:
             if known.checkpoint.id in ("", item.checkpoint):
                 checkpoints.held_by(known, item.checkpoint, name, item.image_bytes)
@@ -152,7 +155,7 @@ def inventory(world: World, name: str, report: Inventory, now_ns: int, connected
             known.checkpoint.checked = True
     changed.update(_standbys_of(world, name, report))
     node.memory_free_mb = report.memory_free_mb
-    for state in list(world.functions.values()):
+    for state in world.functions.awake():
         if name in state.checkpoint.cached and state.name not in held:
             del state.checkpoint.cached[name]
         if connected:
@@ -213,7 +216,7 @@ def node_lost(world: World, name: str, now_ns: int) -> None:
                 message="the node is away",
             )
             checkpoints.failed(world, state, name, lost, now_ns)
-    for state in list(world.functions.values()):
+    for state in world.functions.awake():
         state.checkpoint.cached.pop(name, None)
         state.checkpoint.asked.pop(name, None)
         state.avoid.pop(name, None)

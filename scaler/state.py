@@ -170,6 +170,8 @@ class FunctionState:
     function: Function | None = None
     #: The document was deleted; what is left of it must go at once.
     deleted: bool = False
+    #: The document as :mod:`scaler.dormant` stores it; empty: it has not been stored yet.
+    packed_document: bytes = b""
     digest: str = ""
     levels: Levels = field(default_factory=Levels)
     #: Newest demand record.
@@ -276,13 +278,16 @@ class FunctionState:
             return self.releasing.pop(instance_id)[0]
         return self.ready.pop(instance_id, None) or self.stale.pop(instance_id, None)
 
+    def take(self, function: Function, digest: str) -> None:
+        """Put a document in the place of the one before."""
+        self.function, self.digest, self.deleted, self.packed_document = _sharing(function), digest, False, b""
+
     def apply(self, function: Function) -> bool:
         """Take over a document; True when it describes another process than before."""
         digest = function.digest
         changed = digest != self.digest
-        self.function, self.deleted = _sharing(function), False
+        self.take(function, digest)
         if changed:
-            self.digest = digest
             serving = [*self.ready.values(), *self.stale.values()]
             self.ready.clear()
             self.stale.clear()
@@ -345,6 +350,20 @@ class FunctionState:
         self.ready, self.releasing, self.starts = self.ready or {}, self.releasing or {}, self.starts or {}
         checkpoint.fetching = checkpoint.fetching or {}
         standbys.held, standbys.leaving, standbys.making = standbys.held or {}, standbys.leaving or {}, standbys.making or {}
+
+    @property
+    def resting(self) -> bool:
+        """It has a document and nothing going on: no demand, nothing on any node but its image, nothing under way."""
+        function, checkpoint, standbys, holding = self.function, self.checkpoint, self.standbys, self.holding
+        if function is None or self.levels.sources or self.ready or self.stale or self.releasing:
+            return False
+        if self.starts or self.owed or self.surplus:
+            return False
+        if standbys.held or standbys.leaving or standbys.making or checkpoint.fetching or checkpoint.making:
+            return False
+        if function.spec.instances.min or function.spec.policy.standby:
+            return False
+        return holding is None or not (holding.need or holding.held[Rung.STANDBY] or holding.held[Rung.RUNNING])
 
     @property
     def empty(self) -> bool:

@@ -17,6 +17,7 @@ from typing import Literal, TypedDict
 from agent.api.messages import AgentCommand
 from scaler.commands import Need, NodeCommand
 from scaler.costs import CostBook
+from scaler.dormant import Functions
 from scaler.errors import InvalidTransition
 from scaler.levels import NS
 from scaler.placement import Node
@@ -100,7 +101,7 @@ class World:
     prefix: str
     shard_of: Callable[[str], int]
     config: PlannerConfig
-    functions: dict[str, FunctionState] = field(default_factory=dict)
+    functions: Functions = field(init=False)
     #: Names of :attr:`functions` by shard, owned or not.
     by_shard: dict[int, dict[str, None]] = field(default_factory=dict)
     owned: dict[int, Shard] = field(default_factory=dict)
@@ -120,19 +121,29 @@ class World:
     counters: Counter[str] = field(default_factory=Counter)
     out: list[NodeCommand] = field(default_factory=list)
     issued: int = 0
+    #: Connections of nodes so far.
+    connections: int = 0
+
+    def __post_init__(self) -> None:
+        self.functions = Functions(self.nodes, self._epoch_of)
+
+    def _epoch_of(self, shard: int) -> int:
+        owned = self.owned.get(shard)
+        return owned.epoch if owned is not None and owned.ready else 0
 
     def function(self, name: str) -> FunctionState:
         """The state of a function, made if need be."""
         state = self.functions.get(name)
         if state is None:
-            state = self.functions[name] = FunctionState(name, self.shard_of(name))
+            state = FunctionState(name, self.shard_of(name))
+            self.functions.add(state)
             self.by_shard.setdefault(state.shard, {})[name] = None
         return state
 
     def forget_if_empty(self, state: FunctionState) -> None:
         """Drop a function of which nothing is left."""
         if state.empty and self.functions.get(state.name) is state:
-            del self.functions[state.name]
+            self.functions.remove(state.name)
             self.by_shard[state.shard].pop(state.name, None)
             self.unknown.pop(state.name, None)
             self.waiting.pop(state.name, None)

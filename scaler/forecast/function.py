@@ -10,6 +10,9 @@ just risen to, which is what has the next instance ready while a burst grows, ho
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 from scaler.forecast import bins
 from scaler.forecast.idle import IdleTimes
 from scaler.forecast.periods import Window
@@ -44,6 +47,18 @@ class FunctionForecast:
         arrived = self.arrived_by(slot, busy_s)
         came = bins.interpolate(arrived, age_s)
         return 0.0 if came > 1 - 1e-9 else (bins.interpolate(arrived, age_s + horizon_s) - came) / (1 - came)
+
+    def pack(self) -> list[object]:
+        """Plain values, for :meth:`unpack`; what it shares with other functions is not among them."""
+        return [self._rises.pack(), [slot.pack() for slot in self._slots]]
+
+    @classmethod
+    def unpack(cls, packed: Sequence[Any], config: ForecastConfig, costs: RungCosts) -> FunctionForecast:
+        """What :meth:`pack` gave."""
+        forecast = cls(config, costs)
+        forecast._rises = IdleTimes.unpack(packed[0])
+        forecast._slots = [SlotForecast.unpack(slot, forecast.terms) for slot in packed[1]]
+        return forecast
 
     def windows(self, slot: int) -> list[Window]:
         """When a slot's next request is expected by a period; see :class:`SlotForecast`."""

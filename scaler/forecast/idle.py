@@ -9,8 +9,10 @@ risks). Without that the histogram and the period would each hold memory for the
 
 from __future__ import annotations
 
+import struct
 from array import array
 from collections.abc import Sequence
+from typing import Any
 
 from scaler.forecast import bins
 
@@ -55,6 +57,25 @@ class IdleTimes:
                 self._seen[position] /= self._unit
                 self._chance[position] /= self._unit
             self._unit = 1.0
+
+    def pack(self) -> list[object]:
+        """Plain values, for :meth:`unpack`; weights to three digits."""
+        halves = f"<{len(self._bins)}e"
+        seen = struct.pack(halves, *(weight / self._unit for weight in self._seen))
+        chance = struct.pack(halves, *(weight / self._unit for weight in self._chance))
+        return [self.count, bytes(self._bins), seen if chance == seen else seen + chance]
+
+    @classmethod
+    def unpack(cls, packed: Sequence[Any]) -> IdleTimes:
+        """What :meth:`pack` gave."""
+        times = cls()
+        times.count, where, weights = packed
+        if where:
+            halves = f"<{len(where)}e"
+            times._bins = bytearray(where)
+            times._seen = array("f", struct.unpack_from(halves, weights))
+            times._chance = array("f", struct.unpack_from(halves, weights, len(weights) - 2 * len(where)))
+        return times
 
     def expected(self, age_s: float) -> float:
         """How many idle times of that bin are remembered."""

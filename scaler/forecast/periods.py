@@ -10,8 +10,11 @@ idle times expects in its tolerance).
 
 from __future__ import annotations
 
+from array import array
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import sqrt
+from typing import Any
 
 from scaler.forecast.idle import KEEP
 
@@ -102,6 +105,25 @@ class Periods:
             self._next[self._last, hit] = self._next.get((self._last, hit), 0.0) + 1
         self._last = hit
         return 0.0 if explained else 1.0
+
+    def pack(self) -> list[object]:
+        """Plain values, for :meth:`unpack`; weights to seven digits."""
+        figures = array("f")
+        for known in self._followed:
+            figures.extend((known.length_s, known.deviation_s, known.weight if known.trusted else -known.weight))
+        pairs = bytes(before * FOLLOWED + after for before, after in self._next)
+        return [self._total, self._last, figures.tobytes(), pairs, array("f", self._next.values()).tobytes()]
+
+    @classmethod
+    def unpack(cls, packed: Sequence[Any]) -> Periods:
+        """What :meth:`pack` gave."""
+        periods = cls()
+        periods._total, periods._last = packed[0], packed[1]
+        figures = array("f", packed[2])
+        for length_s, deviation_s, weight in zip(figures[::3], figures[1::3], figures[2::3], strict=True):
+            periods._followed.append(Interval(length_s, deviation_s, abs(weight), weight > 0))
+        periods._next = {divmod(pair, FOLLOWED): weight for pair, weight in zip(packed[3], array("f", packed[4]), strict=True)}
+        return periods
 
     def missed(self) -> None:
         """The slot was asked outside the histogram's and the periods' reach; forget which interval came last."""

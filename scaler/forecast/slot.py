@@ -10,6 +10,7 @@ import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import sqrt
+from typing import Any
 
 from scaler import ladder
 from scaler.forecast import bins
@@ -109,6 +110,21 @@ class SlotForecast:
             self._class = bins.NONE
         self._arrived_s = arrived_s
         return self._with_windows(self._base(), busy_until_s - arrived_s)
+
+    def pack(self) -> list[object]:
+        """Plain values, for :meth:`unpack`; plans are made anew."""
+        after = {number: times.pack() for number, times in self._after.items()}
+        return [self._arrived_s, self._class, self._idle.pack(), after, self._periods.pack()]
+
+    @classmethod
+    def unpack(cls, packed: Sequence[Any], terms: Terms) -> SlotForecast:
+        """What :meth:`pack` gave."""
+        slot = cls(terms)
+        slot._arrived_s, slot._class = packed[0], packed[1]
+        slot._idle = IdleTimes.unpack(packed[2])
+        slot._after = {number: IdleTimes.unpack(times) for number, times in packed[3].items()}
+        slot._periods = Periods.unpack(packed[4])
+        return slot
 
     @property
     def windows(self) -> list[Window]:
