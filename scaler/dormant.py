@@ -95,6 +95,11 @@ class Functions:
         """How many sleep."""
         return len(self._asleep)
 
+    @property
+    def packed_bytes(self) -> int:
+        """What is stored of those that sleep; their names and the entries of dictionaries come to it."""
+        return sum(map(len, self._asleep.values()))
+
     def __iter__(self) -> Iterator[str]:
         yield from self._awake
         yield from self._asleep

@@ -107,6 +107,11 @@ class Planner:
         return [name for name in touched if (shard := world.owned.get(world.shard_of(name))) is not None and shard.ready]
 
     @property
+    def asleep(self) -> tuple[int, int]:
+        """How many functions have nothing going on and are packed (:mod:`scaler.dormant`), and their bytes."""
+        return self._world.functions.asleep, self._world.functions.packed_bytes
+
+    @property
     def functions(self) -> list[str]:
         """Names of all functions that it remembers."""
         return list(self._world.functions)

@@ -12,10 +12,11 @@ What is counted:
   because the first requests to a function find nothing running and each of them teaches much.
 - ``handle_*_ms``: durations of ``Planner.handle`` for demand records that come at 10,000 a second, paced by the real clock (open loop).
   ``late_*_ms`` is from when a record was due until it was handled, which has the ticks, answers and collections before it in it.
-- ``bytes_per_function``: growth of the resident set from before the first document until after ``memory_functions`` functions were
-  applied, their checkpoints found on :data:`NODES` nodes and each asked at least once, at the end of ten minutes of demand.
-- ``bytes_by_requests``: the same growth of a function with so many requests behind it (as the lower quartile, median and upper decile of
-  azure2019-100f-8h have in 8 h) ten minutes after the last one, from a smaller number of functions.
+- ``bytes_per_function``: growth of the resident set from before the first document until ``memory_functions`` functions were applied, their
+  checkpoints found on :data:`NODES` nodes, and a quarter as many requests as functions came within ten minutes and an hour of silence after
+  them. ``awake_after_demand`` is how many were not packed when the silence began.
+- ``packed_bytes_by_requests``: what is stored of a function with so many requests behind it (as the lower quartile, median and upper decile
+  of azure2019-100f-8h have in 8 h); its name and the entries of dictionaries come to it, about 0.3 KB.
 
 Popularity is that trace's, between its functions, and the time is such that all of them together ask 10,000 times a second.
 """
@@ -72,8 +73,8 @@ _TICK_NS = NS // 10
 _SHARES, _REQUESTS = (0, 5, 25, 50, 75, 90, 95, 99, 100), (1, 1, 8, 48, 240, 958, 2_927, 31_246, 273_379)
 _DURATION_S, _DURATION_SIGMA, _DURATION_MAX_S = 0.3, 1.0, 8.0
 _GATEWAYS = ("gateway-0", "gateway-1")
-#: Requests of the trace's functions: lower quartile, median, upper decile; and how many functions are measured with each.
-_HISTORIES, _HISTORY_FUNCTIONS = (8, 48, 958), (4_000, 1_000, 60)
+#: Requests of the trace's functions: lower quartile, median, upper decile.
+_HISTORIES = (8, 48, 958)
 _START_NS = {"thaw": 2_000_000, "restore": 10_000_000}
 
 
@@ -208,10 +209,10 @@ class Scaler:
             self.nodes_s += time.thread_time() - began
 
     def apply(self, numbers: Iterable[int]) -> None:
-        """Read documents, and find their checkpoints."""
+        """Read documents, a thousand in ten seconds, and find their checkpoints."""
         for number in numbers:
             self.handle(FunctionApplied(function=functions.decode(document(number))))
-            self.until(self.now_ns)
+            self.until(self.now_ns + NS // 100)
         self.planner.drain_touched()
 
     def read(self, payload: bytes) -> DemandSeen:
@@ -243,7 +244,7 @@ class Scaler:
         self.now_ns = max(self.now_ns, now_ns)
 
 
-def records(choices: np.ndarray, at_s: np.ndarray, seed: int, epoch: int = 1) -> Iterator[tuple[int, DemandEvent]]:
+def records(choices: np.ndarray, at_s: np.ndarray, begin_ns: int, seed: int, epoch: int = 1) -> Iterator[tuple[int, DemandEvent]]:
     """Demand events of requests to function ``choices[i]`` at ``at_s[i]``, in order: two of each request. The sources began in ``epoch``.
 
     Yields:
@@ -261,7 +262,7 @@ def records(choices: np.ndarray, at_s: np.ndarray, seed: int, epoch: int = 1) ->
         begins = index < len(choices)
         source[0] += 1
         source[1] += 1 if begins else -1
-        at_ns = _T0_NS + int(times[index] * NS)
+        at_ns = begin_ns + int(times[index] * NS)
         yield (
             at_ns,
             DemandEvent(
@@ -289,9 +290,9 @@ def speed(count: int, warm: int, events: int, paced: int, seed: int) -> dict[str
     chooser = np.random.default_rng(seed)
     choices = chooser.choice(count, requests, p=popularity(count, seed))
     at_s = np.sort(chooser.uniform(0, requests * 2 / OFFERED_PER_S, requests))
-    payloads = [(at_ns, demand.encode(event)) for at_ns, event in records(choices, at_s, seed)]
     scaler = Scaler()
     scaler.apply(range(count))
+    payloads = [(at_ns, demand.encode(event)) for at_ns, event in records(choices, at_s, scaler.now_ns, seed)]
     tame_collector()
     figures: dict[str, Any] = {"first_events_per_s": _rate(scaler, payloads[:warm])}
     tame_collector()
@@ -337,45 +338,44 @@ def _percentiles(what: str, values_ns: list[int]) -> dict[str, float]:
     return {f"{what}_p50_ms": round(p50, 4), f"{what}_p99_ms": round(p99, 4), f"{what}_max_ms": round(most, 3)}
 
 
-def memory(count: int, requests: int, seed: int) -> int:
-    """Bytes of a function, of ``count`` that are each asked once and ``requests`` times more by popularity, within ten minutes."""
+def memory(count: int, requests: int, seed: int) -> dict[str, Any]:
+    """Bytes of a function, of ``count`` that get ``requests`` by popularity within ten minutes and then none for an hour."""
     chooser = np.random.default_rng(seed)
-    choices = np.concatenate([chooser.permutation(count), chooser.choice(count, requests, p=popularity(count, seed))])
-    at_s = np.sort(chooser.uniform(0, 600, len(choices)))
-    chooser.shuffle(choices)
-    return _weigh(count, choices, at_s, 600.0, seed)
-
-
-def memory_by_requests(count: int, requests: int, seed: int) -> int:
-    """Bytes of a function that was asked ``requests`` times in 8 h and is left alone since ten minutes."""
-    chooser = np.random.default_rng(seed)
-    choices = np.repeat(np.arange(count), requests)
-    gaps = chooser.lognormal(0.0, 1.5, (count, requests))
-    at = np.cumsum(gaps, axis=1)
-    at_s = (at / at[:, -1:] * 28_800).ravel()
-    order = np.argsort(at_s, kind="stable")
-    return _weigh(count, choices[order], at_s[order], 29_400.0, seed)
-
-
-def _weigh(count: int, choices: np.ndarray, at_s: np.ndarray, until_s: float, seed: int) -> int:
     scaler = Scaler()
     scaler.apply([count])  # everything that is loaded once
     tame_collector()
     before = _resident_bytes()
     scaler.apply(range(count))
     tame_collector()
+    choices = chooser.choice(count, requests, p=popularity(count, seed))
+    at_s = np.sort(chooser.uniform(0, 600, requests))
     # In slices: what is only the bench's must not count, and all of it at once would leave holes.
-    slices = max(1, len(choices) // 50_000)
-    stream = itertools.chain.from_iterable(
-        records(part, times, seed + index, index + 1)
-        for index, (part, times) in enumerate(zip(np.array_split(choices, slices), np.array_split(at_s, slices), strict=True))
-    )
+    slices, begin_ns = max(1, requests // 50_000), scaler.now_ns
+    for index, (part, times) in enumerate(zip(np.array_split(choices, slices), np.array_split(at_s, slices), strict=True)):
+        _play(scaler, records(part, times, begin_ns, seed + index, index + 1))
+    awake = len(scaler.planner.functions) - scaler.planner.asleep[0]
+    scaler.until(scaler.now_ns + 3_600 * NS)
+    gc.collect()
+    grown = _resident_bytes() - before
+    return {"bytes_per_function": grown // count, "awake_after_demand": awake, "asleep_at_end": scaler.planner.asleep[0]}
+
+
+def packed_bytes(requests: int, seed: int) -> int:
+    """What is stored of a function that was asked ``requests`` times in 8 h and is left alone."""
+    chooser = np.random.default_rng(seed)
+    at_s = np.cumsum(chooser.lognormal(0.0, 1.5, requests))
+    scaler = Scaler()
+    scaler.apply([0])
+    _play(scaler, records(np.zeros(requests, int), at_s / at_s[-1] * 28_800, scaler.now_ns, seed))
+    scaler.until(scaler.now_ns + 36_000 * NS)
+    number, stored = scaler.planner.asleep
+    return stored // number
+
+
+def _play(scaler: Scaler, stream: Iterable[tuple[int, DemandEvent]]) -> None:
     for at_ns, event in stream:
         scaler.until(at_ns)
         scaler.handle(DemandSeen(event=event, shard=scaler.shard_of(event.function), seen_ns=event.at, origin=_origin(event)))
-    scaler.until(_T0_NS + int(until_s * NS))
-    gc.collect()
-    return (_resident_bytes() - before) // count
 
 
 def _origin(event: DemandEvent) -> Origin:
@@ -398,10 +398,6 @@ def run(count: int, warm: int, events: int, paced: int, memory_functions: int, s
     figures: dict[str, Any] = apart(speed, count, warm, events, paced, seed)
     say(f"memory: {memory_functions:,} functions")
     figures["memory_functions"] = memory_functions
-    figures["bytes_per_function"] = apart(memory, memory_functions, memory_functions // 4, seed)
-    figures["bytes_by_requests"] = {}
-    for requests, many in zip(_HISTORIES, _HISTORY_FUNCTIONS, strict=True):
-        many = min(many, max(2, count // 25))
-        say(f"memory: {many:,} functions with {requests:,} requests each")
-        figures["bytes_by_requests"][str(requests)] = apart(memory_by_requests, many, requests, seed)
+    figures |= apart(memory, memory_functions, memory_functions // 4, seed)
+    figures["packed_bytes_by_requests"] = {str(requests): apart(packed_bytes, requests, seed) for requests in _HISTORIES}
     return figures

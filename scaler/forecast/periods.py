@@ -131,13 +131,14 @@ class Periods:
 
     def windows(self) -> list[Window]:
         """Where the next arrival is expected, in no order; they may overlap."""
+        trusted = [(index, known) for index, known in enumerate(self._followed) if known.trusted]
+        if not trusted:
+            return []
         result: list[Window] = []
         followed_by = 0.0
         if self._last >= 0:
             followed_by = sum(weight for pair, weight in self._next.items() if pair[0] == self._last)
-        for index, known in enumerate(self._followed):
-            if not known.trusted:
-                continue
+        for index, known in trusted:
             chance = max(known.weight - _DISCOUNT, 0.0) / (self._total + 1)
             if self._last >= 0:
                 after = max(self._next.get((self._last, index), 0.0) - _DISCOUNT, 0.0)

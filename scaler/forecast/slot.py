@@ -172,9 +172,12 @@ class SlotForecast:
         return plan
 
     def _with_windows(self, base: Plan, busy_s: float) -> Plan:
+        windows = self._periods.windows()
+        if not windows:
+            return base
         plan, config, costs = base, self._terms.config, self._terms.costs
         taken: list[tuple[float, float]] = []
-        for window in self._periods.windows():
+        for window in windows:
             end_s = window.end_s - busy_s
             start_s = max(window.start_s - busy_s - config.lead_s, 0.0)
             if end_s <= 0 or any(start_s < other_end and end_s > other_start for other_start, other_end in taken):
