@@ -1,1 +1,1 @@
-"""Kubernetes: images without a Docker engine (:mod:`infra.kubernetes.oci`) and a cluster on one machine (:mod:`infra.kubernetes.cluster`)."""
+"""Kubernetes: images without a Docker engine (:mod:`.oci`) and a cluster on one machine (:mod:`.cluster`)."""

@@ -17,6 +17,8 @@ from infra.kubernetes.cluster.layout import API_PORT, CGROUP, CONTAINERD_SOCKET,
 
 #: Where Debian puts CNI plugins.
 CNI_PLUGINS = Path("/usr/lib/cni")
+#: Of every process: nothing of the caller's own.
+ENVIRONMENT = {"PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "HOME": "/root"}
 _ETCD = f"http://127.0.0.1:{ETCD_PORT}"
 _PODS_PER_NODE = 200
 
