@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -195,8 +196,7 @@ def _start(settings: Settings, layout: Layout, tools: Path, pause: Path, nodes: 
         launch("kube-apiserver", first, configuration.apiserver(layout, tools))
         for found in wanted:
             for name, text in configuration.files(layout, found).items():
-                (found.home / name).parent.mkdir(parents=True, exist_ok=True)
-                (found.home / name).write_text(text)
+                _write_changed(found.home / name, text)
             launch(f"{found.name}-containerd", pids[found.number], configuration.containerd(found))
         api = Api(layout)
         wait("API server", api.ready, "etcd", "kube-apiserver")
@@ -209,17 +209,24 @@ def _start(settings: Settings, layout: Layout, tools: Path, pause: Path, nodes: 
         launch("kube-scheduler", first, configuration.scheduler(layout, tools))
         for found in wanted:
             containerd = f"{found.name}-containerd"
-            wait(containerd, lambda pid=pids[found.number]: _containerd_answers(pid), containerd)  # type: ignore[misc]
+            wait(containerd, partial(_containerd_answers, pids[found.number]), containerd)
             _import(layout, found, pause)
             launch(f"{found.name}-kubelet", pids[found.number], configuration.kubelet(layout, found, tools))
             launch(f"{found.name}-kube-proxy", pids[found.number], configuration.kube_proxy(found, tools))
         for found in wanted:
             own = [name for name in _parts([found]) if name not in _CONTROL_PLANE]
-            wait(found.name, lambda name=found.name: api.node_ready(name), *_CONTROL_PLANE, *own)  # type: ignore[misc]
+            wait(found.name, partial(api.node_ready, found.name), *_CONTROL_PLANE, *own)
     with _timed("Service addresses", report):
         roots = "/api/v1/namespaces/default/configmaps/kube-root-ca.crt"
         wait("root certificate for pods", lambda: api.get(roots) is not None, "kube-controller-manager")
         wait("Service of the API server", lambda: api.ready(by_service=True), "node-1-kube-proxy")
+
+
+def _write_changed(path: Path, text: str) -> None:
+    # kube-proxy ends when its file is written, even with the same text.
+    if not path.exists() or path.read_text() != text:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
 
 
 def _remove(layout: Layout) -> int:
