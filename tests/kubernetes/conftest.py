@@ -16,20 +16,25 @@ from tests.kubernetes.cluster_world import Cluster, Machine
 
 
 @pytest.fixture(scope="session")
-def cluster_settings(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Settings]:
+def machine_before() -> Machine:
+    """This machine before the session's cluster."""
+    return Machine.now()
+
+
+@pytest.fixture(scope="session")
+def cluster_settings(tmp_path_factory: pytest.TempPathFactory, machine_before: Machine) -> Iterator[Settings]:
     """Settings of the session's cluster, which is surely gone afterwards, with nothing left."""
     settings = settings_module.load(environment={}, flags={"paths.state_dir": tmp_path_factory.mktemp("cluster")})
-    before = Machine.now()
     yield settings
     life.down(settings, print)
-    assert Machine.now().left_since(before) == []
+    assert Machine.now().left_since(machine_before) == []
 
 
 @pytest.fixture(scope="module")
 def cluster(cluster_settings: Settings) -> Cluster:
     """The session's cluster of two nodes, started by the first module that wants it, and again if a test ended it.
 
-    Tests keep apart by namespaces of their own. Tests that end parts of it see to it that they are started again.
+    Tests keep apart by namespaces of their own. Images are imported by fixtures of a module, because a cluster that was ended has none.
     """
     return Cluster(cluster_settings, life.up(cluster_settings, print, nodes=2))
 

@@ -54,7 +54,7 @@ def ip(lines: Sequence[str], pid: int | None = None) -> None:
     enter = [] if pid is None else ["nsenter", f"--target={pid}", "--net", "--"]
     done = subprocess.run([*enter, "ip", "-batch", "-"], input="\n".join(lines), capture_output=True, text=True, check=False)
     if done.returncode:
-        raise ClusterError(f"the cluster's network can't be made: {' | '.join(done.stderr.split(chr(10))).strip(' |')}")
+        raise ClusterError(f"the cluster's network can't be made: {done.stderr.strip()}")
 
 
 def connect(layout: Layout, pid: int) -> None:
