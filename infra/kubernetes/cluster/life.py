@@ -85,7 +85,6 @@ def install_all(settings: Settings, report: Report, *, force: bool = False) -> N
         InstallError: something could not be fetched or built.
     """
     binaries.ensure(settings, report, force=force)
-    binaries.pause_image(settings, report)
 
 
 def up(settings: Settings, report: Report, *, nodes: int = 1) -> Status:
@@ -101,9 +100,9 @@ def up(settings: Settings, report: Report, *, nodes: int = 1) -> Status:
     layout.node(nodes)
     _require(settings, layout)
     tools = binaries.ensure(settings, report)
-    pause = binaries.pause_image(settings, report)
     with _locked(settings, report):
         began = time.monotonic()
+        pause = binaries.pause_image(settings, report)
         if layout.home.exists() and not all(_pid(layout, node.part(found)) for found in layout.nodes):
             report("the cluster's nodes are gone, beginning anew")
             _remove(layout)
