@@ -91,7 +91,7 @@ def build() -> Path:
         Their folder.
 
     Raises:
-        subprocess.CalledProcessError: the compiler failed; its words are on standard error.
+        subprocess.CalledProcessError: the compiler failed; its words are in ``output``.
     """
     final = folder()
     if final.is_dir():
@@ -107,7 +107,9 @@ def build() -> Path:
             [sys.executable, work / "setup.py", paths, work / "c", "-q", "build_ext", "--build-lib", output, "--build-temp", work / "o"],
             cwd=root,
             env=os.environ | {"CFLAGS": _FLAGS, "MYPYPATH": str(root), "MYPY_CACHE_DIR": str(work / "types"), "THAW_COMPILED": "0"},
-            stdout=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
             check=True,
         )
         for old in _FOLDERS.iterdir():
@@ -129,6 +131,6 @@ def main() -> None:
     try:
         build()
     except subprocess.CalledProcessError as error:
-        print(f"the planner is not compiled, only slower for that: {error}")
+        print(f"the planner is not compiled, only slower for that: the compiler ended with code {error.returncode}: {error.output[-2000:]}")
         return
     print(f"the planner is compiled, in {time.monotonic() - began:.0f} s")
