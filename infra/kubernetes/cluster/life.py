@@ -103,7 +103,7 @@ def up(settings: Settings, report: Report, *, nodes: int = 1) -> Status:
     with _locked(settings, report):
         began = time.monotonic()
         pause = binaries.pause_image(settings, report)
-        if layout.home.exists() and not all(_pid(layout, node.part(found)) for found in layout.nodes):
+        if layout.home.exists() and not all(found.made.exists() and _pid(layout, node.part(found)) for found in layout.nodes):
             report("the cluster's nodes are gone, beginning anew")
             _remove(layout)
         new = not layout.home.exists()
@@ -124,6 +124,8 @@ def down(settings: Settings, report: Report) -> None:
         ClusterError: the cluster is that of another state folder, or something can't be removed.
     """
     layout = Layout.of(settings)
+    if os.geteuid() != 0:
+        raise ClusterError("ending a cluster needs root (sudo -E)")
     with _locked(settings, report):
         _refuse_others(layout)
         began = time.monotonic()
@@ -185,6 +187,7 @@ def _start(settings: Settings, layout: Layout, tools: Path, pause: Path, nodes: 
             if pid is None:
                 host.make_cgroup(found.name)
                 node.connect(layout, found, pids)
+                found.made.touch()
         certificates.write(layout, wanted)
     first = pids[1]
 
