@@ -59,8 +59,7 @@ def ip(lines: Sequence[str], pid: int | None = None) -> None:
 
 def connect(layout: Layout, pid: int) -> None:
     """Make the link between this machine and the first node, whose namespace is that of ``pid``."""
-    with contextlib.suppress(ClusterError):
-        ip([f"link delete {LINK}"])
+    _disconnect()
     ip(
         [
             f"link add {LINK} type veth peer name machine netns {pid}",
@@ -70,6 +69,15 @@ def connect(layout: Layout, pid: int) -> None:
             f"route add {layout.services} via {layout.node(1).address}",
         ]
     )
+
+
+def _disconnect() -> None:
+    try:
+        ip([f"link delete {LINK}"])
+    except ClusterError:
+        # It also goes by itself, some time after the last process of the first node.
+        if owner() is not None:
+            raise
 
 
 def route(node: Node) -> None:
@@ -101,7 +109,7 @@ def take(layout: Layout) -> None:
 def give_back(layout: Layout) -> None:
     """Undo what :func:`take` and :func:`connect` did and what processes left, once they are gone."""
     if owner() == layout.home:
-        ip([f"link delete {LINK}"])
+        _disconnect()
     _remove_cgroups()
     found = read_json(layout.home / "machine.json")
     for name, value in found.get("sysctls", {}).items():
