@@ -75,6 +75,13 @@ class Functions:
         self._seen[name] = None
         return state
 
+    def peek(self, name: str) -> FunctionState | None:
+        """The function of that name to look at, not to change: one that sleeps sleeps on."""
+        state = self._awake.get(name)
+        if state is None and (packed := self._asleep.get(name)) is not None:
+            state = self._wake(name, packed)
+        return state
+
     def __getitem__(self, name: str) -> FunctionState:
         state = self.get(name)
         if state is None:

@@ -95,8 +95,8 @@ class Planner:
         return self._world.counters
 
     def explain(self, name: str) -> FunctionSnapshot | None:
-        """What the planner knows of a function; None when nothing."""
-        state = self._world.functions.get(name)
+        """What the planner knows of a function; None when nothing. It changes nothing: events alone say what is decided."""
+        state = self._world.functions.peek(name)
         if state is None:
             return None
         return snapshot(state, standbys.wanted(state))
