@@ -31,6 +31,8 @@ class TimerKey(NamedTuple):
 
 #: Due time of a disarmed timer whose heap entry has not surfaced yet.
 _NEVER = 1 << 63
+#: So many entries of cancelled timers are not worth a look.
+_DEAD_MOST = 1000
 
 
 class Timers:
@@ -41,6 +43,8 @@ class Timers:
         #: key → (due, time of its earliest entry in the heap)
         self._due: dict[TimerKey, tuple[int, int]] = {}
         self._pushed = 0
+        #: Entries in the heap of cancelled timers, about.
+        self._dead = 0
 
     def arm(self, key: TimerKey, due_ns: int) -> None:
         """Set or move the timer of ``key``."""
@@ -59,6 +63,17 @@ class Timers:
             # disarmed with every event must not grow the heap.
             self._due[key] = (_NEVER, pending[1])
 
+    def cancel(self, key: TimerKey) -> None:
+        """Stop the timer of ``key``, if any, which is not armed again: nothing of it is kept for long."""
+        if self._due.pop(key, None) is None:
+            return
+        self._dead += 1
+        if self._dead > max(_DEAD_MOST, len(self._heap) // 2):
+            # Most are answers that came long before their deadlines.
+            self._heap = [entry for entry in self._heap if entry[2] in self._due]
+            heapq.heapify(self._heap)
+            self._dead = 0
+
     @property
     def next_due_ns(self) -> int | None:
         """Time at which :meth:`pop_due` has work to do; never later than the first due time, sometimes earlier."""
@@ -71,6 +86,7 @@ class Timers:
             at_ns, _, key = heapq.heappop(self._heap)
             pending = self._due.get(key)
             if pending is None or pending[1] != at_ns:
+                self._dead = max(self._dead - 1, 0)
                 continue
             if now_ns < pending[0] < _NEVER:
                 self._due[key] = (pending[0], pending[0])

@@ -172,7 +172,7 @@ class World:
 
     def answered(self, command_id: str) -> Pending | None:
         """Stop waiting for a command; None when it was not (or no longer) waited for."""
-        self.timers.disarm(TimerKey("answer", command_id))
+        self.timers.cancel(TimerKey("answer", command_id))
         return self.pending.pop(command_id, None)
 
 

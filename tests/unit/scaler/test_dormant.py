@@ -185,6 +185,36 @@ def test_applying_and_deleting_reach_those_that_sleep(harness):
     assert harness.planner.functions == []
 
 
+def with_standby(harness: Harness) -> None:
+    """f was asked every ten minutes and has come down to a standby."""
+    for _ in range(12):
+        fire(harness)
+        harness.now += 9 * NS
+    for _ in range(600):
+        if harness.planner.explain("f").standbys and not harness.planner.explain("f").instances:
+            return
+        for command in harness.pass_s(1):
+            if starts([command]):
+                harness.done(command)
+            elif prepares([command]):
+                harness.prepared(command)
+            elif releases([command]):
+                harness.released(command)
+    raise AssertionError("no standby was held")
+
+
+def test_with_a_standby_it_sleeps_after_a_while_and_both_are_still_there(harness):
+    with_standby(harness)
+    assert asleep(harness) == 0
+    before = harness.planner.explain("f")
+    slept = False
+    for _ in range(12):
+        harness.pass_s(10)
+        slept = slept or (asleep(harness) == 1 and harness.planner.explain("f").standbys == 1)
+    assert slept
+    assert harness.planner.explain("f").checkpoint == before.checkpoint
+
+
 def test_functions_that_promise_something_stay_awake():
     harness = Harness()
     harness.node()
