@@ -367,7 +367,9 @@ class FunctionState:
             return not standbys.held
         if holding.need or holding.held[Rung.RUNNING] or holding.held[Rung.STANDBY] != standbys.count:
             return False
-        return all(item.digest == self.digest and item.checkpoint == checkpoint.id for held in standbys.held.values() for item in held.values())
+        return all(
+            item.digest == self.digest and item.checkpoint == checkpoint.id for held in standbys.held.values() for item in held.values()
+        )
 
     @property
     def empty(self) -> bool:
