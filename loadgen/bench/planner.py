@@ -17,7 +17,7 @@ What is counted:
   them. Memory that was in use once stays resident, so the figure has the busiest moment in it. ``bytes_before_demand`` is the growth
   until the first request. ``awake_after_demand`` is how many were not packed when the silence began, ``memory_s`` the processor time.
 - ``packed_bytes_by_requests``: what is stored of a function with so many requests behind it (as the lower quartile, median and upper decile
-  of azure2019-100f-8h have in 8 h); its name and the entries of dictionaries come to it, about 0.3 KB.
+  of azure2019-100f-8h have in 8 h); its name and the entries of dictionaries come to it, about 0.2 KB.
 
 Popularity is that trace's, between its functions, and the time is such that all of them together ask 10,000 times a second.
 """
