@@ -15,4 +15,4 @@ def test_a_small_run_gives_every_figure() -> None:
     assert figures["functions"] == 50 and figures["memory_functions"] == 200
     assert figures["events_per_s"] > 0 and figures["first_events_per_s"] > 0 and figures["bytes_per_function"] > 0
     assert 0 < figures["handle_p50_ms"] <= figures["handle_p99_ms"] <= figures["handle_max_ms"]
-    assert list(figures["bytes_by_requests"]) == ["8", "48", "958"]
+    assert list(figures["packed_bytes_by_requests"]) == ["8", "48", "958"]
