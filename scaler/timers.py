@@ -31,7 +31,7 @@ class TimerKey(NamedTuple):
 
 #: Due time of a disarmed timer whose heap entry has not surfaced yet.
 _NEVER = 1 << 63
-#: So many entries of cancelled timers are not worth a look.
+#: So many entries that do not count are not worth a look.
 _DEAD_MOST = 1000
 
 
@@ -43,8 +43,6 @@ class Timers:
         #: key → (due, time of its earliest entry in the heap)
         self._due: dict[TimerKey, tuple[int, int]] = {}
         self._pushed = 0
-        #: Entries in the heap of cancelled timers, about.
-        self._dead = 0
 
     def arm(self, key: TimerKey, due_ns: int) -> None:
         """Set or move the timer of ``key``."""
@@ -65,14 +63,10 @@ class Timers:
 
     def cancel(self, key: TimerKey) -> None:
         """Stop the timer of ``key``, if any, which is not armed again: nothing of it is kept for long."""
-        if self._due.pop(key, None) is None:
-            return
-        self._dead += 1
-        if self._dead > max(_DEAD_MOST, len(self._heap) // 2):
-            # Most are answers that came long before their deadlines.
-            self._heap = [entry for entry in self._heap if entry[2] in self._due]
-            heapq.heapify(self._heap)
-            self._dead = 0
+        self._due.pop(key, None)
+        # Each key has one entry that counts. Most of the others are of answers that came long before their deadlines.
+        if len(self._heap) - len(self._due) > max(_DEAD_MOST, len(self._due)):
+            self._compact()
 
     @property
     def next_due_ns(self) -> int | None:
@@ -86,7 +80,6 @@ class Timers:
             at_ns, _, key = heapq.heappop(self._heap)
             pending = self._due.get(key)
             if pending is None or pending[1] != at_ns:
-                self._dead = max(self._dead - 1, 0)
                 continue
             if now_ns < pending[0] < _NEVER:
                 self._due[key] = (pending[0], pending[0])
@@ -99,6 +92,17 @@ class Timers:
 
     def __len__(self) -> int:
         return len(self._heap)
+
+    def _compact(self) -> None:
+        """Drop the entries that do not count."""
+        kept: dict[TimerKey, tuple[int, int, TimerKey]] = {}
+        for entry in self._heap:
+            at_ns, _, key = entry
+            pending = self._due.get(key)
+            if pending is not None and pending[1] == at_ns:
+                kept[key] = min(entry, kept.get(key, entry))
+        self._heap = list(kept.values())
+        heapq.heapify(self._heap)
 
     def _push(self, key: TimerKey, at_ns: int) -> None:
         self._pushed += 1
