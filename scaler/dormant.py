@@ -19,7 +19,6 @@ from __future__ import annotations
 import zlib
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import msgspec
 
@@ -30,6 +29,7 @@ from scaler.forecast.slot import ForecastConfig
 from scaler.holding import Holding
 from scaler.ladder import RungCosts
 from scaler.levels import NS
+from scaler.packed import Packed
 from scaler.placement import Node
 from scaler.state import FunctionState, Standby
 
@@ -192,55 +192,6 @@ class Functions:
 #: What is measured, by place (:mod:`scaler.costs`).
 _MEASURED = ("thaw", "restore", "remote", "cold", "standby", "running")
 _PLACES: dict[str, int | str] = {what: place for place, what in enumerate(_MEASURED)}
-#: Names of fields are stored with every function.
-_SHORT = {
-    "shard": "s",
-    "epoch": "e",
-    "document": "d",
-    "connections": "n",
-    "checkpoint": "c",
-    "checkpoint_number": "x",
-    "checked": "k",
-    "image_mb": "i",
-    "cold_on": "o",
-    "given_up": "g",
-    "attempts": "a",
-    "measured": "m",
-    "start_ms": "t",
-    "start_mode": "w",
-    "error": "r",
-    "standbys": "b",
-    "holding": "h",
-    "forecast": "f",
-}
-
-
-class _Packed(msgspec.Struct, omit_defaults=True, rename=_SHORT):
-    """A resting function. What is as it usually is takes no room."""
-
-    shard: int
-    epoch: int
-    document: bytes
-    connections: list[int] = []
-    #: Checkpoint's name; hexadecimal ones as the number that they are.
-    checkpoint: str = ""
-    checkpoint_number: bytes = b""
-    checked: bool = False
-    image_mb: int = 0
-    cold_on: str = ""
-    given_up: str = ""
-    #: Failures and pauses: of starts, prepares, checkpoints and fetches.
-    attempts: list[int] = []
-    #: By place in :data:`_MEASURED`, or name.
-    measured: dict[int | str, float] = {}
-    #: Of the last start, ms; 0 is left out.
-    start_ms: float | None = None
-    start_mode: str = ""
-    error: str = ""
-    #: Name, node, MB, when made, attempt.
-    standbys: list[tuple[str, str, float, int, int]] = []
-    holding: list[Any] = []
-    forecast: list[Any] = []
 
 
 def pack(state: FunctionState, epoch: int, connections: list[int]) -> bytes:
@@ -254,7 +205,7 @@ def pack(state: FunctionState, epoch: int, connections: list[int]) -> bytes:
     attempts += [checkpoint.failures, checkpoint.retry_ns, checkpoint.fetch_failures, checkpoint.fetch_retry_ns]
     predicted = state.holding is not None and state.forecast is not None
     return msgspec.msgpack.encode(
-        _Packed(
+        Packed(
             shard=state.shard,
             epoch=epoch,
             document=state.packed_document,
@@ -312,7 +263,7 @@ def _number(name: str) -> bytes:
     return number if number.hex() == name else b""
 
 
-_STATES = msgspec.msgpack.Decoder(_Packed)
+_STATES = msgspec.msgpack.Decoder(Packed)
 _DOCUMENTS = msgspec.msgpack.Decoder(Function)
 _TYPICAL = msgspec.msgpack.encode(
     Function(
