@@ -79,7 +79,8 @@ class Planner:
         self._handlers[type(event)](event, now_ns)
         for state in world.functions.drain_woken():
             checkpoints.settle(world, state, now_ns)
-        world.functions.rest()
+            standbys.settle(world, state, now_ns)
+        world.functions.rest(now_ns)
         commands, world.out = world.out, []
         return commands
 
@@ -94,8 +95,8 @@ class Planner:
         return self._world.counters
 
     def explain(self, name: str) -> FunctionSnapshot | None:
-        """What the planner knows of a function; None when nothing."""
-        state = self._world.functions.get(name)
+        """What the planner knows of a function; None when nothing. It changes nothing: events alone say what is decided."""
+        state = self._world.functions.peek(name)
         if state is None:
             return None
         return snapshot(state, standbys.wanted(state))
@@ -241,9 +242,7 @@ class Planner:
         if shard is None or shard.ready:
             return
         shard.ready = True
-        for name in list(world.by_shard.get(event.shard, {})):
-            if (state := world.functions.if_awake(name)) is None:
-                continue
+        for state in world.functions.of_shard(event.shard):
             forecasts.follow(world, state, now_ns)
             checkpoints.settle(world, state, now_ns)
             instances.settle(world, state, now_ns, _waiting_demand(state, now_ns))
@@ -253,15 +252,13 @@ class Planner:
         world = self._world
         if world.owned.pop(event.shard, None) is None:
             return
-        for name in list(world.by_shard.get(event.shard, {})):
-            if (state := world.functions.if_awake(name)) is None:
-                continue  # it does not know of the shard, and will notice
+        for state in world.functions.of_shard(event.shard):
             for command_id in list(state.starts):
                 instances.forget_start(world, state, command_id)
             state.disown()
-            world.unknown.pop(name, None)
-            world.waiting.pop(name, None)
-            world.short.pop(name, None)
+            world.unknown.pop(state.name, None)
+            world.waiting.pop(state.name, None)
+            world.short.pop(state.name, None)
             world.forget_if_empty(state)
         for command_id, pending in list(world.pending.items()):
             if world.shard_of(pending.function) == event.shard:
