@@ -4,10 +4,11 @@ In: an instance whose watchers have been told that it goes. Out: nothing; the wa
 hurry. Next: :mod:`agent.node` ends it.
 
 The kernel tells when data last came and went, in clock ticks. Data after which nothing was sent is a request without its answer. When both
-were in one tick, the order is told by what came of the delayed acknowledgement: an answer carries it, so the peer confirms the answer later,
-or the kernel holds the connection for one that answers promptly. Known limits: a request in two or more segments, sent in the tick of the
-answer before, looks answered; one-sided messages (a WebSocket's last word, HTTP/2 window updates) look like requests, and an answer that
-pauses for longer than :data:`RECENT_MS` like a finished one.
+were in one tick (a client that asks again at once, or an answer within a tick), the delayed acknowledgement of the data received tells: if the
+peer confirmed something later, that was the answer; if the kernel had to send a bare one, there was no answer, and it notes that.
+
+Known limits: a request in two or more segments, sent in the tick of the answer before, looks answered; one-sided messages (a WebSocket's last
+word, HTTP/2 window updates) look like requests, and an answer that pauses for longer than :data:`RECENT_MS` like a finished one.
 """
 
 from __future__ import annotations

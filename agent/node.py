@@ -143,7 +143,8 @@ class Node:
     async def reconcile(self) -> None:
         """Housekeeping: cut long logs, drop old ones, keep the cache within its ceiling."""
         await self._catalog.trim()
-        await asyncio.to_thread(_trim_logs, self._workshop.furnisher.logs, {*self.instances, *self._leaving}, self._workshop.settings.log_mb << 20)
+        live = {*self.instances, *self._leaving}
+        await asyncio.to_thread(_trim_logs, self._workshop.furnisher.logs, live, self._workshop.settings.log_mb << 20)
 
     async def _carry_out(self, command: AgentCommand, received_ns: int) -> None:
         function = getattr(command, "function", None)
@@ -336,8 +337,8 @@ class Node:
             finally:
                 del self._leaving[instance.id]
                 instance.stopped.set()
-        if drain_s:
-            self._report(EndpointDown(function=instance.function.name, instance=instance.id))
+                if drain_s:
+                    self._report(EndpointDown(function=instance.function.name, instance=instance.id))
         if reason == "pager_lost":
             self._report(report)
         return report

@@ -31,7 +31,6 @@ class Instance:
         busy: requests on it now.
         failures: failed requests in a row.
         suspect_until: event loop time before which it gets no request.
-        down: its agent has taken it down.
         attempts: time limits of the requests on it now.
     """
 
@@ -40,7 +39,6 @@ class Instance:
     busy: int = 0
     failures: int = 0
     suspect_until: float = 0.0
-    down: bool = False
     attempts: set[asyncio.Timeout] = field(default_factory=set)
 
 
@@ -68,7 +66,6 @@ class EndpointPool:
 
     def up(self, agent: str, endpoint: Endpoint) -> None:
         """An instance answers."""
-        self._draining[agent].pop((endpoint.function, endpoint.instance), None)  # an agent that came back has taken it over
         self._by_agent[agent].add((endpoint.function, endpoint.instance))
         known = self._instances[endpoint.function].get(endpoint.instance)
         if known is None or known.endpoint.address != endpoint.address:
@@ -155,7 +152,6 @@ class EndpointPool:
 
 def _limit(instance: Instance, left_s: float) -> None:
     """Give up the requests on an instance after a time: a sandbox can vanish without a word to those connected to it."""
-    instance.down = True
     limit = asyncio.get_running_loop().time() + left_s
     for attempt in instance.attempts:
         if (when := attempt.when()) is None or when > limit:
