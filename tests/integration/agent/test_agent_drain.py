@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import http.client
+import json
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -60,9 +61,8 @@ def ask(connection: http.client.HTTPConnection, *paths: str) -> bytes:
 
 
 async def watch(agent: AgentUnderTest) -> Connection:
-    assert agent.connection is not None
-    host, _, port = agent.connection.peer.rpartition(":")
-    watcher, _ = await connect(host, int(port), "watcher", "watcher")
+    where = json.loads((agent.state / "agent.json").read_text())
+    watcher, _ = await connect(where["host"], where["port"], "watcher", "watcher")
     await watcher.receive()
     return watcher
 
