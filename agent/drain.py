@@ -4,11 +4,11 @@ In: an instance whose watchers have been told that it goes. Out: nothing; the wa
 hurry. Next: :mod:`agent.node` ends it.
 
 The kernel tells when data last came and went, in clock ticks. Data after which nothing was sent is a request without its answer. When both
-were in one tick (a client that asks again at once, or an answer within a tick), the delayed acknowledgement of the data received tells: if the
-peer confirmed something later, that was the answer; if the kernel had to send a bare one, there was no answer, and it notes that.
+were in one tick (a client that asks again at once, or an answer within a tick), the delayed acknowledgement of what came tells: if the peer
+confirmed something later, that was the answer; if the kernel had to send a bare one, there was no answer, and it notes that.
 
-Known limits: a request in two or more segments, sent in the tick of the answer before, looks answered; one-sided messages (a WebSocket's last
-word, HTTP/2 window updates) look like requests, and an answer that pauses for longer than :data:`RECENT_MS` like a finished one.
+Known limits: a request in two or more segments, sent in the tick of the answer before, looks answered; one-sided messages (a WebSocket's
+last word, HTTP/2 window updates) look like requests, and an answer that pauses for longer than :data:`RECENT_MS` like a finished one.
 """
 
 from __future__ import annotations
@@ -44,19 +44,21 @@ class Drainer:
         """End the thread; nothing drains any more."""
         self._thread.shutdown(wait=False)
 
-    async def drain(self, instance: Instance, end: float) -> bool:
-        """Wait until the instance is idle, until ``end`` (time of the event loop) at most, and not when it is gone or has to hurry.
+    async def drain(self, instance: Instance, timeout_s: float) -> bool:
+        """Wait until the instance is idle, at most ``timeout_s``, and no longer than it lives and has time (:attr:`Instance.hurry`).
 
         Returns:
-            Whether it is idle.
+            Whether there was nothing to wait for.
         """
         loop = asyncio.get_running_loop()
-        pause = _PAUSE_S[0]
+        end, pause = loop.time() + timeout_s, _PAUSE_S[0]
+        waited = False
         hurry = loop.create_task(instance.hurry.wait())
         try:
             while not (instance.ended.done() or instance.sandbox.gone.done()):
                 if not await loop.run_in_executor(self._thread, is_busy, instance.sandbox.init_pid, instance.function.spec.port):
-                    return True
+                    break
+                waited = True
                 left_s = end - loop.time()
                 if left_s <= 0 or hurry.done():
                     logger.warning("instance %s is ended with requests in progress", instance.id)
@@ -68,7 +70,7 @@ class Drainer:
                 logger.warning("instance %s is ended without waiting for its requests: cannot %s", instance.id, error)
         finally:
             hurry.cancel()
-        return False
+        return not waited
 
 
 def is_busy(pid: int, port: int) -> bool:

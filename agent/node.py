@@ -344,12 +344,10 @@ class Node:
         return report
 
     async def _drain(self, instance: Instance, drain_s: float) -> int:
-        """Wait for the requests that it serves; returns its memory after that."""
-        end = asyncio.get_running_loop().time() + drain_s
-        idle = drain_s > 0 and await self._drainer.drain(instance, end)
-        pss_bytes = await asyncio.to_thread(instance.measure)
-        if idle:
-            await self._drainer.drain(instance, end)  # measuring takes a while: one more may have come
+        """Wait for the requests that it serves; returns its memory, 0 if it was not idle."""
+        pss_bytes = await asyncio.to_thread(instance.measure)  # first, so that nothing comes between the last look and the end
+        if drain_s > 0 and not await self._drainer.drain(instance, drain_s):
+            return 0
         return pss_bytes
 
 

@@ -1,7 +1,7 @@
 """TCP connections of a network namespace and what goes on in them: asks the kernel by sock_diag(7).
 
 In: the descriptor of a network namespace (:func:`open_in`) and a local port. Out: :class:`TcpConnection`. Used by :mod:`agent.drain` and
-:mod:`infra.doctor`. Layouts and numbers are of linux/sock_diag.h, linux/inet_diag.h, linux/tcp.h (``struct tcp_info``),
+:mod:`infra.probe`. Layouts and numbers are of linux/sock_diag.h, linux/inet_diag.h, linux/tcp.h (``struct tcp_info``),
 include/net/tcp_states.h and Documentation/networking/proc_net_tcp.rst.
 """
 
