@@ -1,0 +1,1 @@
+"""Kubernetes: the manifests that kubectl and Terraform apply."""
