@@ -71,6 +71,9 @@ class StackSettings:
     s3_port: int = 0
     #: Longest wait for one part to become healthy, s.
     start_timeout_s: float = 60.0
+    #: For tests of infra/terraform: folder laid out as a filesystem mirror of Terraform's that has hashicorp/aws. Empty: looked for in
+    #: the usual places.
+    terraform_mirror: str = ""
 
 
 @dataclass(frozen=True)
