@@ -81,5 +81,7 @@ resource "kafka_acl" "this" {
   acl_operation       = each.value[0].operation
   acl_permission_type = "Allow"
 
+  resource_pattern_type_filter = "Literal"
+
   depends_on = [kafka_topic.this]
 }
