@@ -4,6 +4,8 @@ InfraError
 ├── SettingsError
 ├── InstallError
 ├── StackError
+├── ClusterError
+├── ImageError
 ├── KafkaUnavailable
 └── StoreError
     ├── StoreUnavailable
@@ -28,6 +30,14 @@ class InstallError(InfraError):
 
 class StackError(InfraError):
     """A part of the embedded stack did not start, stop or answer."""
+
+
+class ClusterError(InfraError):
+    """The test cluster, or a part of it, did not start, stop or answer."""
+
+
+class ImageError(InfraError):
+    """A container image can't be made or imported from what was given."""
 
 
 class KafkaUnavailable(InfraError):

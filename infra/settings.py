@@ -71,6 +71,19 @@ class StackSettings:
     s3_port: int = 0
     #: Longest wait for one part to become healthy, s.
     start_timeout_s: float = 60.0
+    #: For tests of infra/terraform: folder laid out as a filesystem mirror of Terraform's that has hashicorp/aws. Empty: looked for in
+    #: the usual places.
+    terraform_mirror: str = ""
+
+
+@dataclass(frozen=True)
+class ClusterSettings:
+    """The Kubernetes cluster on this machine (``thaw cluster``)."""
+
+    #: Addresses of nodes, pods and Services; a /16. The half of 198.18/15 that the agent's instances leave.
+    subnet: str = "198.19.0.0/16"
+    #: Longest wait for one part to become ready, s.
+    start_timeout_s: float = 60.0
 
 
 @dataclass(frozen=True)
@@ -150,6 +163,7 @@ class Settings:
     kafka: KafkaSettings = field(default_factory=KafkaSettings)
     s3: S3Settings = field(default_factory=S3Settings)
     stack: StackSettings = field(default_factory=StackSettings)
+    cluster: ClusterSettings = field(default_factory=ClusterSettings)
     agent: AgentSettings = field(default_factory=AgentSettings)
     scaler: ScalerSettings = field(default_factory=ScalerSettings)
     telemetry: TelemetrySettings = field(default_factory=TelemetrySettings)

@@ -19,7 +19,7 @@ import zipfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from infra.local import debian, native, objectstore
+from infra.local import debian, golang, native
 from infra.local.install import Report, discard, install_folder, run
 from loadgen.checks import FUNCTIONS_DIR, SAMPLES, WEB_ENTRIES, WEB_PAGES, web_entry, web_page
 from loadgen.errors import SampleUnavailable
@@ -187,11 +187,7 @@ def _prepare_router(cache_dir: Path, report: Report) -> Path:
         caches, log = folder / "go", folder / "build.log"
         for name in sources:
             shutil.copy(FUNCTIONS_DIR / "router" / name, folder)
-        go = objectstore.go_toolchain(caches, log, report)
-        environment = {"CGO_ENABLED": "0", "GOTOOLCHAIN": "local", "GOFLAGS": "", "GOWORK": "off", "GOPROXY": "off"}
-        environment |= {"GOMODCACHE": str(caches / "modules"), "GOCACHE": str(caches / "objects")}
-        command: list[str | Path] = [go, "build", "-trimpath", "-ldflags=-s -w", "-o", "router", "."]
-        run(command, what="compiling the router function", log=log, cwd=folder, environment=environment)
+        golang.build(folder, ".", folder / "router", caches=caches, log=log, report=report, offline=True)
         discard(caches)
         return ["router"]
 

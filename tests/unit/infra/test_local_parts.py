@@ -7,7 +7,7 @@ import pytest
 
 from infra import settings as settings_module
 from infra.errors import KafkaUnavailable, StackError
-from infra.local import broker, debian, health, objectstore, parts, ports
+from infra.local import broker, debian, golang, health, parts, ports
 from infra.settings import Settings
 
 
@@ -121,7 +121,7 @@ def test_packages_are_not_missing_when_their_command_is_there(monkeypatch: pytes
     [("go version go1.26.8 linux/amd64", (1, 26)), ("go version go1.9 linux/amd64", (1, 9)), ("", (0, 0))],
 )
 def test_go_versions(text: str, version: tuple[int, int]) -> None:
-    assert objectstore.go_version(text) == version
+    assert golang.version(text) == version
 
 
 def test_no_pinned_file_names_a_host_of_ours() -> None:
