@@ -14,6 +14,7 @@ python:
 
 tools: setup
 	@.venv/bin/thaw stack install
+	@.venv/bin/thaw cluster install
 
 demo: setup ## the whole path on this machine: a trace, Kafka, S3, CRIU, and a report (needs root)
 	@.venv/bin/thaw demo
