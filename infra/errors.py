@@ -6,6 +6,7 @@ InfraError
 ├── StackError
 ├── ClusterError
 ├── ImageError
+├── PodTemplateInvalid
 ├── KafkaUnavailable
 └── StoreError
     ├── StoreUnavailable
@@ -38,6 +39,10 @@ class ClusterError(InfraError):
 
 class ImageError(InfraError):
     """A container image can't be made or imported from what was given."""
+
+
+class PodTemplateInvalid(InfraError):
+    """A Function's pod template can't be made a placeholder pod; names the field."""
 
 
 class KafkaUnavailable(InfraError):
