@@ -61,7 +61,8 @@ def test_the_template_stays_as_it_is_beside_that() -> None:
     }  # fmt: skip
     spec = {
         "containers": [{"name": "logs", "image": "logs:1"}, container], "initContainers": [{"name": "first", "image": "first:1"}],
-        "volumes": [{"name": "data", "emptyDir": {}}], "securityContext": {"runAsUser": 1000}, "readinessGates": [{"conditionType": "mine"}],
+        "volumes": [{"name": "data", "emptyDir": {}}], "securityContext": {"runAsUser": 1000},
+        "readinessGates": [{"conditionType": "mine"}],
     }  # fmt: skip
     document = function({"spec": spec}, environment={"A": "1"})
     before = copy.deepcopy(document)
