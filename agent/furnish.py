@@ -25,8 +25,8 @@ class Furnisher:
 
     #: Open CRIU executable.
     criu_fd: int
-    #: Folder of CRIU's kernel feature cache; without it each restore would probe the kernel for 10 ms.
-    features: Path
+    #: Descriptor of the folder of CRIU's kernel feature cache; without it each restore would probe the kernel for 10 ms.
+    features: int
     #: Directory of all images of the node.
     images: Path
     #: Output of instances, one file each.

@@ -34,6 +34,7 @@ from agent.furnish import Furnisher
 from agent.instance import Workshop
 from agent.node import Node, endpoint
 from agent.pager.client import PagerClient
+from agent.sandbox import mounts
 from agent.sandbox.cgroup import CgroupTree
 from agent.sandbox.factory import SandboxFactory
 from agent.sandbox.network import Network
@@ -121,8 +122,8 @@ class Agent:
         for path in set(logs.glob(".*")) - {logs / f".{instance.sandbox.id}" for instance in instances}:
             path.unlink()  # of sandboxes that were never used
         await network.sweep()
-        features = runtime / "criu"
-        features.mkdir(mode=0o700, exist_ok=True)
+        features = mounts.memory_folder()
+        stack.callback(os.close, features)
         await asyncio.to_thread(tool.probe, self._tools.criu, features)
         furnisher = Furnisher(criu_fd, features, state / "images", logs)
         pool = SandboxPool(factory, settings.pool_size, self._tasks, furnisher.prepare)
