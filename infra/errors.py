@@ -14,6 +14,7 @@ InfraError
 │   ├── ApiMissing
 │   ├── ApiForbidden
 │   └── ApiInvalid
+├── PodTemplateInvalid
 ├── KafkaUnavailable
 └── StoreError
     ├── StoreUnavailable
@@ -96,6 +97,10 @@ class ApiForbidden(ApiError):
 
 class ApiInvalid(ApiError):
     """400, 415, 422: the object is wrong; asking again gives the same."""
+
+
+class PodTemplateInvalid(InfraError):
+    """A Function's pod template can't be made a placeholder pod; names the field."""
 
 
 class KafkaUnavailable(InfraError):
