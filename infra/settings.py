@@ -94,6 +94,8 @@ class KubernetesSettings:
     kubeconfig: str = ""
     #: Namespace whose functions are scaled. Empty: all.
     functions_namespace: str = ""
+    #: Image of the agents: it brings placeholder pods their first process.
+    agent_image: str = "thaw-agent:0.1.0"
     #: Namespace of the agents' pods.
     agents_namespace: str = "thaw"
     #: Longest wait for an answer, s.

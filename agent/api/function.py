@@ -280,6 +280,21 @@ def _check_template(pod: dict[str, Any]) -> None:
             for field in ("name", "image"):
                 if not isinstance(item.get(field), str) or not item[field]:
                     raise FunctionInvalid(f"spec.template.spec.{kind}[{index}].{field}: must be given")
+    _check_plain(pod, "spec.template.spec")
+
+
+def _check_plain(value: Any, where: str) -> None:
+    """Only what JSON has: YAML has dates too, and numbers of any size."""
+    if isinstance(value, dict):
+        for key, item in value.items():
+            if not isinstance(key, str):
+                raise FunctionInvalid(f"{where}: the name {key!r} must be a string")
+            _check_plain(item, f"{where}.{key}")
+    elif isinstance(value, list):
+        for index, item in enumerate(value):
+            _check_plain(item, f"{where}[{index}]")
+    elif value is not None and not isinstance(value, (str, bool, float)) and not (isinstance(value, int) and abs(value) < 1 << 63):
+        raise FunctionInvalid(f"{where}: {value!r} must be a string, a number or true or false")
 
 
 def _shape(pod: dict[str, Any]) -> Any:
