@@ -17,8 +17,7 @@ from agent.api.records import StartMode
 from agent.errors import SandboxError
 from agent.furnish import Furnisher
 from agent.pager.client import PagerClient
-from agent.sandbox.local import Sandbox
-from agent.sandbox.pool import SandboxPool
+from agent.sandbox.protocol import Sandbox, Sandboxes
 from agent.store.cache import CachedImage
 from infra import probe
 from infra.settings import AgentSettings
@@ -31,7 +30,7 @@ class Workshop:
 
     settings: AgentSettings
     furnisher: Furnisher
-    pool: SandboxPool
+    pool: Sandboxes
     tasks: TaskGroup
 
 
@@ -46,6 +45,8 @@ class Instance:
     log: Path
     start_mode: StartMode = "cold"
     root_pid: int = 0
+    #: Of a donor: names of its outputs.
+    outputs: tuple[str, ...] = ()
     image: CachedImage | None = None
     pager: PagerClient | None = None
     #: When it first answered; 0 on standby.

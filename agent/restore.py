@@ -28,7 +28,6 @@ from agent.pager.client import PagerClient, Served
 from agent.ready import wait_ready
 from agent.sandbox import rootfs
 from agent.sandbox.rootfs import RootLayers
-from agent.store import archive
 from agent.store.cache import IMAGES, CachedImage
 
 logger = logging.getLogger(__name__)
@@ -102,7 +101,7 @@ async def restore(
     """
     image = what.image
     with clock.phase("sandbox"):
-        sandbox = await workshop.pool.take(what.layers.root)
+        sandbox = await workshop.pool.take(what.function, what.layers)
         instance = Instance(what.instance_id, what.function, sandbox, sandbox.output or workshop.furnisher.log(what.instance_id))
         instance.image, instance.pager = image, pager if what.lazy else None
         image.users += 1
@@ -142,7 +141,7 @@ async def _fill(workshop: Workshop, what: Restoration, instance: Instance, clock
     try:
         with clock.phase("sandbox.root"):
             if image.layer.stat().st_size:  # the thread costs more than the call when there is nothing to unpack
-                await asyncio.to_thread(archive.unpack_layer, image.layer, sandbox.layer_fd, sandbox.open_root)
+                await asyncio.to_thread(sandbox.unpack_files, image.layer)
             await workshop.furnisher.furnish(sandbox, what.function, what.layers, instance.id, image.checkpoint)
         if what.background:
             for pid in sandbox.processes():
@@ -152,6 +151,7 @@ async def _fill(workshop: Workshop, what: Restoration, instance: Instance, clock
             left_s = max(0.001, (what.deadline_ns - time.time_ns()) / 1e9)
             path = f"{image.directory.name}/{IMAGES}"
             await tool.restore(worker, path, image.manifest.outputs, work, lazy=pager is not None, timeout_s=left_s)
+        sandbox.confine()
     finally:
         if serving is not None:
             await serving
@@ -177,8 +177,7 @@ async def resume(workshop: Workshop, instance: Instance, deadline_ns: int, clock
     if instance.standby:
         instance.start_mode = "thaw"
         checkpoint = instance.image.checkpoint if instance.image else ""
-        user = workshop.furnisher.run_as
-        rootfs.write_identity(sandbox.layer_fd, instance=instance.id, function=function.name, checkpoint=checkpoint, user=user)
+        sandbox.write_identity(rootfs.identity(instance=instance.id, function=function.name, checkpoint=checkpoint))
     resumed_ns = 0
 
     def go() -> None:
@@ -193,6 +192,7 @@ async def resume(workshop: Workshop, instance: Instance, deadline_ns: int, clock
     clock.add("ready", start_ns, accepted_ns)
     clock.add("resume", accepted_ns, resumed_ns)
     clock.add("first_response", resumed_ns, readiness.responded_ns)
+    sandbox.complete(instance.root_pid)
     instance.started_ns = readiness.responded_ns
 
 

@@ -28,6 +28,7 @@ from agent.api.messages import (
 )
 from agent.catalog import Catalog
 from agent.checkpoint import Checkpointer
+from agent.criu import tool
 from agent.errors import AgentError, CriuError, PagerError, ProtocolError, SandboxError
 from agent.furnish import Furnisher
 from agent.instance import Workshop
@@ -45,7 +46,6 @@ from infra.settings import AgentSettings, Settings
 from infra.tasks import TaskGroup
 
 logger = logging.getLogger(__name__)
-_CRIU_TIMEOUT_S = 30.0
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,7 @@ class Agent:
         runtime = self._settings.runtime_folder
         runtime.mkdir(mode=0o700, parents=True, exist_ok=True)
         network, cgroups = Network(settings.bridge, settings.subnet), CgroupTree(f"thaw-{settings.node_name}")
-        factory = SandboxFactory(self._tools.init, runtime / "sandboxes", cgroups, network, settings.orphan_s)
+        factory = SandboxFactory(self._tools.init, runtime / "sandboxes", cgroups, network, settings.orphan_s, settings.run_as)
         self._inherits = bool(factory.left())
         stack.push_async_callback(self._close_node, network, runtime)
         stack.callback(cgroups.close)
@@ -121,7 +121,10 @@ class Agent:
         for path in set(logs.glob(".*")) - {logs / f".{instance.sandbox.id}" for instance in instances}:
             path.unlink()  # of sandboxes that were never used
         await network.sweep()
-        furnisher = Furnisher(criu_fd, await _probe_criu(factory, criu_fd), state / "images", logs, settings.run_as)
+        features = runtime / "criu"
+        features.mkdir(mode=0o700, exist_ok=True)
+        await asyncio.to_thread(tool.probe, self._tools.criu, features)
+        furnisher = Furnisher(criu_fd, features, state / "images", logs)
         pool = SandboxPool(factory, settings.pool_size, self._tasks, furnisher.prepare)
         stack.push_async_callback(pool.close)
         workshop = Workshop(settings, furnisher, pool, self._tasks)
@@ -257,26 +260,6 @@ def _claim(what: str, name: str) -> socket.socket:
         claim.close()
         raise AgentError(f"another agent of this machine has agent.{what}={name}; stop it or set another one") from error
     return claim
-
-
-async def _probe_criu(factory: SandboxFactory, criu_fd: int) -> bytes:
-    """CRIU's kernel feature cache, made once by ``criu check`` in a sandbox.
-
-    The check may complain of devices that a sandbox lacks; what counts is the cache that it writes.
-
-    Raises:
-        CriuError: it wrote none.
-    """
-    sandbox = await factory.create()
-    try:
-        await sandbox.mount_root("/")
-        await sandbox.run_tool(criu_fd, ["criu", "check"], [], _CRIU_TIMEOUT_S)
-        path = sandbox.layer / "run" / "criu.kdat"
-        if not path.exists():
-            raise CriuError("criu check found that this kernel cannot be used; run `thaw doctor`", stage="criu.check")
-        return path.read_bytes()
-    finally:
-        await sandbox.destroy(factory.network)
 
 
 async def serve(settings: Settings, tools: Tools) -> None:
