@@ -51,7 +51,7 @@ class Pod:
         finished: it ran and never will again.
         restored: an instance has answered in it.
         occupied: something is in it, or will be soon.
-        used_up: nothing may be put into it any more.
+        used_up: nothing may be put into it any more: a pod is used once, because what an instance wrote into its volumes stays.
         requests: what its container requests now.
         full: what it shall request while an instance runs in it.
         resize_trouble: why the node has not changed its requests as asked.
@@ -133,7 +133,8 @@ def read(value: Object) -> Pod:
     containers: list[Object] = spec.get("containers") or []
     own = next((item for item in containers if item.get("name") == placeholders.CONTAINER), {})
     requests = (own.get("resources") or {}).get("requests") or {}
-    states = {item["name"]: item.get("state") or {} for item in status.get("containerStatuses") or []}
+    container: Object = next((item for item in status.get("containerStatuses") or [] if item.get("name") == placeholders.CONTAINER), {})
+    state = container.get("state") or {}
     resize = conditions.get("PodResizePending") or {}
     return Pod(
         function=labels.get(placeholders.FUNCTION_LABEL, ""),
@@ -146,11 +147,12 @@ def read(value: Object) -> Pod:
         digest=annotations.get(placeholders.DIGEST_ANNOTATION, ""),
         manifest=annotations.get(MANIFEST_ANNOTATION, ""),
         leaving="deletionTimestamp" in metadata,
-        running=phase == "Running" and "running" in states.get(placeholders.CONTAINER, {}),
+        running=phase == "Running" and "running" in state,
         finished=phase in ("Succeeded", "Failed"),
         restored=restored,
         occupied=restored or gate.get("reason") in OCCUPIED,
-        used_up=gate.get("status") == "False" and gate.get("reason") == USED_UP,
+        # Its first process ends with the instance, so a container that was started again had one.
+        used_up=bool(container.get("restartCount")) or "terminated" in state or (not restored and gate.get("reason") == USED_UP),
         requests=dict(requests),
         full=_full(annotations, requests),
         resize_trouble=f"{resize.get('reason')}: {resize.get('message', '')}" if resize.get("status") == "True" else "",
@@ -197,7 +199,8 @@ def plan(pods: Sequence[Pod], wanted: Wanted | None, held: Container[str] = ()) 
     if wanted is None:
         return Plan(delete=[(pod, "its function is gone") for pod in alive])
     delete = [(pod, "it has ended") for pod in alive if pod.finished]
-    delete += [(pod, "it was used") for pod in alive if pod.used_up and not pod.finished]
+    used = [pod for pod in alive if pod.used_up and not pod.finished]
+    delete += [(pod, "it was used") for pod in used if not (pod.occupied or pod.name in held)]
     rest = [pod for pod in alive if not (pod.finished or pod.used_up)]
     resize = [(pod, requests) for pod in rest if (requests := _requests(pod, busy=pod.restored))]
     ours = [pod for pod in rest if pod.owner == wanted.owner and pod.digest == wanted.digest]
