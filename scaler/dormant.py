@@ -159,6 +159,7 @@ def pack(state: FunctionState, epoch: int, connections: dict[str, int]) -> bytes
         [checkpoint.failures, checkpoint.retry_ns, checkpoint.fetch_failures, checkpoint.fetch_retry_ns],
         list(state.measured.of.items()),
         [state.last_start_ms, state.last_start_mode, state.last_error],
+        state.placeholders,
     ]
     if state.holding is not None and state.forecast is not None:
         values += [state.holding.pack(), state.forecast.pack()]
@@ -168,7 +169,7 @@ def pack(state: FunctionState, epoch: int, connections: dict[str, int]) -> bytes
 def unpack(name: str, packed: bytes, terms: Terms) -> tuple[FunctionState, int, dict[str, int]]:
     """What :func:`pack` packed, of the function of that name."""
     values: list[Any] = msgspec.msgpack.decode(packed)
-    epoch, connections, shard, document, digest, attempts, image, image_attempts, measured, last, *forecast = values
+    epoch, connections, shard, document, digest, attempts, image, image_attempts, measured, last, placeholders, *forecast = values
     state = FunctionState(name, shard)
     state.take(_DECODER.decode(_inflate(document)), digest.hex())
     state.packed_document = document
@@ -178,6 +179,7 @@ def unpack(name: str, packed: bytes, terms: Terms) -> tuple[FunctionState, int, 
     checkpoint.failures, checkpoint.retry_ns, checkpoint.fetch_failures, checkpoint.fetch_retry_ns = image_attempts
     state.measured = Means(dict(measured))
     state.last_start_ms, state.last_start_mode, state.last_error = last
+    state.placeholders = placeholders
     if forecast:
         state.forecast = FunctionForecast.unpack(forecast[1], *terms(state))
         state.holding = Holding.unpack(forecast[0], state.forecast)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import os
 import signal
+import subprocess
+import sys
 
 import pytest
 
@@ -34,6 +36,17 @@ def test_down_leaves_nothing_and_so_does_a_failed_start(cluster: Cluster, busybo
         life.up(hurried, print)
     assert Machine.now().left_since(machine_before) == []
     assert not (cluster.settings.paths.state_dir / "cluster").exists()
+
+
+def test_up_after_an_up_that_was_killed(cluster: Cluster) -> None:
+    life.down(cluster.settings, print)
+    home = cluster.settings.paths.state_dir / "cluster"
+    interrupted = subprocess.Popen([sys.executable, "-m", "thaw", "--state-dir", str(home.parent), "cluster", "up"])
+    while not (home / "node-1").exists():
+        assert interrupted.poll() is None
+    interrupted.kill()
+    interrupted.wait()
+    assert life.up(cluster.settings, print, nodes=2).state == "running"
 
 
 def test_up_begins_anew_when_a_node_is_gone(cluster: Cluster) -> None:

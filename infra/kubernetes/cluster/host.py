@@ -66,7 +66,7 @@ def connect(layout: Layout, pid: int) -> None:
             f"link add {LINK} type veth peer name machine netns {pid}",
             f"address add {layout.machine}/24 dev {LINK}",
             # Says whose it is, to runs with another state folder.
-            f"link set {LINK} up alias {layout.home}",
+            f'link set {LINK} up alias "{layout.home}"',
             f"route add {layout.services} via {layout.node(1).address}",
         ]
     )

@@ -85,7 +85,6 @@ def install_all(settings: Settings, report: Report, *, force: bool = False) -> N
         InstallError: something could not be fetched or built.
     """
     binaries.ensure(settings, report, force=force)
-    binaries.pause_image(settings, report)
 
 
 def up(settings: Settings, report: Report, *, nodes: int = 1) -> Status:
@@ -101,10 +100,10 @@ def up(settings: Settings, report: Report, *, nodes: int = 1) -> Status:
     layout.node(nodes)
     _require(settings, layout)
     tools = binaries.ensure(settings, report)
-    pause = binaries.pause_image(settings, report)
     with _locked(settings, report):
         began = time.monotonic()
-        if layout.home.exists() and not all(_pid(layout, node.part(found)) for found in layout.nodes):
+        pause = binaries.pause_image(settings, report)
+        if layout.home.exists() and not all(found.made.exists() and _pid(layout, node.part(found)) for found in layout.nodes):
             report("the cluster's nodes are gone, beginning anew")
             _remove(layout)
         new = not layout.home.exists()
@@ -125,6 +124,8 @@ def down(settings: Settings, report: Report) -> None:
         ClusterError: the cluster is that of another state folder, or something can't be removed.
     """
     layout = Layout.of(settings)
+    if os.geteuid() != 0:
+        raise ClusterError("ending a cluster needs root (sudo -E)")
     with _locked(settings, report):
         _refuse_others(layout)
         began = time.monotonic()
@@ -186,6 +187,7 @@ def _start(settings: Settings, layout: Layout, tools: Path, pause: Path, nodes: 
             if pid is None:
                 host.make_cgroup(found.name)
                 node.connect(layout, found, pids)
+                found.made.touch()
         certificates.write(layout, wanted)
     first = pids[1]
 
