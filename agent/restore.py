@@ -56,7 +56,7 @@ class Restoration:
         image: the checkpoint.
         function: what it is a checkpoint of.
         layers: its root files.
-        instance_id: name of the new instance.
+        instance_id: name of the new instance, if its sandbox gives it none.
         deadline_ns: wall clock ns at which to give up.
         opened: makes sure that the pager has the image open.
         record: copy nothing ahead and note each touched page.
@@ -102,7 +102,8 @@ async def restore(
     image = what.image
     with clock.phase("sandbox"):
         sandbox = await workshop.pool.take(what.function, what.layers)
-        instance = Instance(what.instance_id, what.function, sandbox, sandbox.output or workshop.furnisher.log(what.instance_id))
+        name = sandbox.name(what.instance_id)
+        instance = Instance(name, what.function, sandbox, sandbox.output or workshop.furnisher.log(name))
         instance.image, instance.pager = image, pager if what.lazy else None
         image.users += 1
         image.used_at = time.monotonic()

@@ -50,8 +50,10 @@ int main(int count, char **arguments) {
         if (write(groups[i], "0", 1) < 0) die("cgroup");
         close(groups[i]);
     }
-    for (int i = 0; i < fd_count; i++) fcntl(fds[i], F_SETFD, FD_CLOEXEC);
-    fcntl(control, F_SETFD, FD_CLOEXEC);
+    // Out of the way of the numbers that they shall have.
+    for (int i = 0; i < fd_count; i++)
+        if ((fds[i] = fcntl(fds[i], F_DUPFD_CLOEXEC, TOOL_FD + 2 * FDS_MAX)) < 0) die("fcntl");
+    if ((control = fcntl(control, F_DUPFD_CLOEXEC, TOOL_FD + 2 * FDS_MAX)) < 0) die("fcntl");
     // Opened where it can be written; what counts is the pid namespace of who writes.
     int last_pid = mode == 'L' ? open("/proc/sys/kernel/ns_last_pid", O_WRONLY | O_CLOEXEC) : -1;
     if (mode == 'L' && last_pid < 0) die("ns_last_pid");

@@ -78,6 +78,9 @@ class Sandbox(Protocol):
     def gone(self) -> asyncio.Future[None]:
         """Completed when PID 1 is gone, whatever the reason."""
 
+    def name(self, proposed: str) -> str:
+        """What the instance in it is called, if not as the sandbox is."""
+
     async def set_up(self, root: str, logs: Path) -> None:
         """Before anything is known of the instance: the root ``root``, and an output among ``logs``."""
 
@@ -120,6 +123,12 @@ class Sandbox(Protocol):
 
     def complete(self, pid: int) -> None:
         """An instance with the main process ``pid`` (inside) has answered: from now on the sandbox is its own."""
+
+    def rest(self) -> None:
+        """What is in it is on standby."""
+
+    def retire(self) -> None:
+        """What is in it is about to end: nobody should send requests there any more."""
 
     def lift_memory_limit(self) -> None:
         """Before CRIU's dump, whose output may be charged here."""
