@@ -20,8 +20,7 @@ from agent.errors import AgentError, InstanceGone
 from agent.instance import Instance
 from agent.pager.client import PagerClient
 from agent.restore import served_callbacks
-from agent.sandbox.factory import SandboxFactory
-from agent.sandbox.local import Sandbox
+from agent.sandbox.protocol import Keeper, Sandbox
 from agent.store.cache import ImageCache
 from infra.local.processes import parse_stat
 
@@ -65,7 +64,7 @@ def write_down(instance: Instance) -> None:
         path.with_suffix(".new").rename(path)
 
 
-async def adopt(factory: SandboxFactory, cache: ImageCache, pager: PagerClient, logs: Path) -> list[Instance]:
+async def adopt(keeper: Keeper, cache: ImageCache, pager: PagerClient, logs: Path) -> list[Instance]:
     """Take over what an agent that is gone has left, and end the rest of it.
 
     Returns:
@@ -79,22 +78,22 @@ async def adopt(factory: SandboxFactory, cache: ImageCache, pager: PagerClient, 
             record = msgspec.msgpack.decode((folder / _RECORD).read_bytes(), type=InstanceRecord)
             if record.lazy and record.id not in sound:
                 raise InstanceGone("its pager is gone", instance=record.id)
-            sandbox = await factory.adopt(folder)
+            sandbox = await keeper.adopt(folder)
         except FileNotFoundError:
-            await factory.discard(folder)
+            await keeper.discard(folder)
             return None
         except (OSError, AgentError, msgspec.MsgspecError) as error:
             logger.warning("what an earlier agent left in %s is ended: %s", folder.name, error)
-            await factory.discard(folder)
+            await keeper.discard(folder)
             return None
         try:
             return _instance(record, sandbox, cache, pager, logs)
         except AgentError as error:
             logger.warning("instance %s is not taken over but ended: %s", record.id, error)
-            await sandbox.destroy(factory.network)
+            await sandbox.destroy()
             return None
 
-    found = [instance for instance in await asyncio.gather(*map(one, factory.left())) if instance is not None]
+    found = [instance for instance in await asyncio.gather(*map(one, keeper.left())) if instance is not None]
     for name in {item["restore"] for item in known} - {instance.id for instance in found}:
         await pager.release(name)
     return found

@@ -13,13 +13,11 @@ import contextlib
 import functools
 import hashlib
 import logging
-import os
 import platform
 import shutil
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager
 from pathlib import Path
 
 import msgpack
@@ -108,23 +106,23 @@ class Checkpointer:
         self, function: Function, layers: RootLayers, donor_id: str, building: Path, deadline_ns: int, clock: PhaseClock
     ) -> Manifest:
         """Start, warm up and dump a donor; returns the manifest as far as it is known."""
-        async with _pipe_to(self._workshop.furnisher.log(donor_id)) as (write_fd, pipe_name):
-            with clock.phase("start"):
-                donor = await start_cold(self._workshop, function, layers, donor_id, deadline_ns, PhaseClock(), output_fd=write_fd)
-            try:
-                with clock.phase("warm_up"):
-                    await warm_up(donor.sandbox.address, function, WARM_UP_TIMEOUT_S)
-                await asyncio.to_thread(freezable.check, donor.sandbox.processes())
-                with clock.phase("mapped_files"):
-                    mapped = await asyncio.to_thread(host.mapped_files, donor.sandbox.processes(), layers.search)
-                donor.sandbox.cgroup.lift_memory_limit()
-                with clock.phase("dump"):
-                    left_s = max(1.0, (deadline_ns - time.time_ns()) / 1e9)
-                    await tool.dump(donor.sandbox, self._workshop.furnisher.criu_fd, donor.root_pid, building / IMAGES, left_s)
-                with clock.phase("pack_files"):
-                    layer = await asyncio.to_thread(archive.pack_layer, donor.sandbox.layer, layers.targets)
-            finally:
-                await donor.stop(self._workshop)
+        with clock.phase("start"):
+            donor = await start_cold(self._workshop, function, layers, donor_id, deadline_ns, PhaseClock(), donor=True)
+        try:
+            with clock.phase("warm_up"):
+                await warm_up(donor.sandbox.address, function, WARM_UP_TIMEOUT_S)
+            await asyncio.to_thread(freezable.check, donor.sandbox.processes())
+            with clock.phase("mapped_files"):
+                mapped = await asyncio.to_thread(host.mapped_files, donor.sandbox.processes(), layers.search)
+            donor.sandbox.lift_memory_limit()
+            with clock.phase("dump"):
+                left_s = max(1.0, (deadline_ns - time.time_ns()) / 1e9)
+                furnisher = self._workshop.furnisher
+                await tool.dump(donor.sandbox, furnisher.criu_fd, furnisher.features, donor.root_pid, building / IMAGES, left_s)
+            with clock.phase("pack_files"):
+                layer = await asyncio.to_thread(donor.sandbox.pack_files, layers)
+        finally:
+            await donor.stop(self._workshop)
         (building / LAYER).write_bytes(layer)
         with clock.phase("digest"):
             pages = await asyncio.to_thread(_digest_pages, building / IMAGES)
@@ -138,7 +136,7 @@ class Checkpointer:
             machine=platform.machine(),
             cpu_flags=list(host.cpu_flags()),
             root_pid=donor.root_pid,
-            outputs=[pipe_name],
+            outputs=list(donor.outputs),
             mapped_files=mapped,
             archive=_NOTHING,
             working_set=_NOTHING,
@@ -250,27 +248,3 @@ def _digest_pages(directory: Path) -> dict[str, Pages]:
         spans = [Span(start, end - start) for start, end in workingset.merge(zeros)]
         found[str(pages_id)] = Pages(path.stat().st_size, digests, spans)
     return found
-
-
-@asynccontextmanager
-async def _pipe_to(log: Path) -> AsyncIterator[tuple[int, str]]:
-    """A pipe whose content goes to ``log``; yields its write end and the name by which CRIU knows it."""
-    read_fd, write_fd = os.pipe2(os.O_CLOEXEC)
-    name = f"pipe:[{os.fstat(write_fd).st_ino}]"
-    os.set_blocking(read_fd, False)
-    loop = asyncio.get_running_loop()
-    log.parent.mkdir(parents=True, exist_ok=True)
-    with log.open("ab") as output:
-
-        def drain() -> None:
-            with contextlib.suppress(BlockingIOError):
-                output.write(os.read(read_fd, 65536))
-
-        loop.add_reader(read_fd, drain)
-        try:
-            yield write_fd, name
-        finally:
-            loop.remove_reader(read_fd)
-            os.close(write_fd)
-            drain()
-            os.close(read_fd)

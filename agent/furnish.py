@@ -1,7 +1,7 @@
 """What is in a sandbox: before demand, whatever every start needs; at a start, what makes it the function's.
 
-In: sandboxes of :mod:`agent.sandbox.pool`. Out: sandboxes in which :mod:`agent.cold` runs a command or :mod:`agent.restore` an image. What
-can be there before the function is known is put there before: the root, CRIU's feature cache, a waiting CRIU worker, an output file.
+In: sandboxes of either kind. Out: sandboxes in which :mod:`agent.cold` runs a command or :mod:`agent.restore` an image. What can be there
+before the function is known is put there before: the root, a waiting CRIU worker, an output file.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from pathlib import Path
 from agent.api.function import Function
 from agent.criu import tool
 from agent.sandbox import rootfs
-from agent.sandbox.local import Sandbox
+from agent.sandbox.protocol import Sandbox
 from agent.sandbox.rootfs import RootLayers
 
 _WORK = "work"
@@ -25,38 +25,29 @@ class Furnisher:
 
     #: Open CRIU executable.
     criu_fd: int
-    #: CRIU's kernel feature cache (criu.kdat); without it each restore would probe the kernel for 10 ms.
-    kdat: bytes
+    #: Descriptor of the folder of CRIU's kernel feature cache; without it each restore would probe the kernel for 10 ms.
+    features: int
     #: Directory of all images of the node.
     images: Path
     #: Output of instances, one file each.
     logs: Path
-    #: User that functions run as.
-    run_as: int
 
-    async def prepare(self, sandbox: Sandbox, root: str) -> None:
-        """Before demand: root, feature cache, output file, waiting worker."""
-        kdat = sandbox.layer / "run" / "criu.kdat"
-        kdat.write_bytes(self.kdat)
-        kdat.chmod(0o600)
-        (sandbox.layer / "run" / "thaw").mkdir(mode=0o755)
-        await sandbox.mount_root(root)
+    async def prepare(self, sandbox: Sandbox, root: str = "") -> None:
+        """Before demand: root, output, waiting worker."""
+        await sandbox.set_up(root, self.logs)
         work = work_directory(sandbox)
         work.mkdir()
-        # Under a name of its own: the instance's is given when there is time, because renaming takes the disk 0.4 ms.
-        sandbox.output = self.logs / f".{sandbox.id}"
-        output = open_output(sandbox.output)
+        outputs = sandbox.open_outputs()
         try:
-            await tool.start_worker(sandbox, self.criu_fd, self.images, work, output)
+            await tool.start_worker(sandbox, self.criu_fd, self.features, self.images, work, outputs)
         finally:
-            os.close(output)
+            for fd in outputs:
+                os.close(fd)
 
     async def furnish(self, sandbox: Sandbox, function: Function, layers: RootLayers, instance_id: str, checkpoint: str) -> None:
-        """At a start: limits, identity, name and the function's files."""
-        limits = function.spec.limits
-        sandbox.cgroup.limit(limits.memory_mb << 20, limits.pids + 1)
-        rootfs.write_identity(sandbox.layer_fd, instance=instance_id, function=function.name, checkpoint=checkpoint, user=self.run_as)
-        await sandbox.bind_files(f"{function.name}-{instance_id[-6:]}"[:63], layers.binds)
+        """At a start: identity, and what the sandbox takes from the document."""
+        sandbox.write_identity(rootfs.identity(instance=instance_id, function=function.name, checkpoint=checkpoint))
+        await sandbox.furnish(function, layers, f"{function.name}-{instance_id[-6:]}"[:63])
 
     def log(self, instance_id: str) -> Path:
         """Where an instance's output is kept."""
@@ -66,11 +57,6 @@ class Furnisher:
 def work_directory(sandbox: Sandbox) -> Path:
     """Where the sandbox's CRIU worker writes."""
     return sandbox.folder / _WORK
-
-
-def open_output(path: Path) -> int:
-    """A descriptor that an instance writes its output to; the caller closes its copy."""
-    return os.open(path, os.O_CREAT | os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC, 0o640)
 
 
 def last_output(log: Path, size: int = 400) -> str:

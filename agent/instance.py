@@ -17,8 +17,7 @@ from agent.api.records import StartMode
 from agent.errors import SandboxError
 from agent.furnish import Furnisher
 from agent.pager.client import PagerClient
-from agent.sandbox.local import Sandbox
-from agent.sandbox.pool import SandboxPool
+from agent.sandbox.protocol import Sandbox, Sandboxes
 from agent.store.cache import CachedImage
 from infra import probe
 from infra.settings import AgentSettings
@@ -31,7 +30,7 @@ class Workshop:
 
     settings: AgentSettings
     furnisher: Furnisher
-    pool: SandboxPool
+    pool: Sandboxes
     tasks: TaskGroup
 
 
@@ -39,6 +38,7 @@ class Workshop:
 class Instance:
     """A process tree of a function in its sandbox."""
 
+    #: As reported; a pod's own name is that of its instance.
     id: str
     function: Function
     sandbox: Sandbox
@@ -46,6 +46,8 @@ class Instance:
     log: Path
     start_mode: StartMode = "cold"
     root_pid: int = 0
+    #: Of a donor: names of its outputs.
+    outputs: tuple[str, ...] = ()
     image: CachedImage | None = None
     pager: PagerClient | None = None
     #: When it first answered; 0 on standby.
@@ -107,6 +109,7 @@ class Instance:
     async def stop(self, workshop: Workshop, grace_s: float = 0.0) -> None:
         """End the instance: SIGTERM, then after ``grace_s`` everything; nothing of it is left when this returns."""
         self.releasing = True
+        self.sandbox.retire()
         if grace_s > 0 and not self.standby and not self.ended.done() and not self.sandbox.gone.done():
             with contextlib.suppress(TimeoutError, SandboxError):
                 self.sandbox.signal_all(signal.SIGTERM)

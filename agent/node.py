@@ -49,7 +49,7 @@ from agent.drain import Drainer
 from agent.errors import AgentError, Refused
 from agent.furnish import last_output
 from agent.instance import Instance, Workshop
-from agent.room import check_room, memory_mb
+from agent.room import memory_mb
 from agent.standbys import Standbys
 from agent.starts import Starter, StartFailure, instance_id
 from agent.store.cache import CachedImage
@@ -244,7 +244,7 @@ class Node:
         self._tasks.spawn(self._watch(instance), f"watch of {instance.id}")
 
     async def _prepare(self, command: Prepare) -> Message:
-        check_room(0)
+        self._workshop.pool.check_room(command.function, 0)
         instance, seconds = await self._standbys.make(command, instance_id(command.function))
         self._hold(instance)
         self._settle(instance)
@@ -296,7 +296,7 @@ class Node:
         if instance.releasing:
             return
         code = os.waitstatus_to_exitcode(status)
-        oom = instance.sandbox.cgroup.was_oom_killed()
+        oom = instance.sandbox.was_oom_killed()
         why = "it used more memory than its limit" if oom else f"exit code {code}"
         logger.warning("instance %s ended by itself: %s; last output: %s", instance.id, why, last_output(instance.log))
         report = await self._end(instance, "killed" if code < 0 else "exited", code)

@@ -28,7 +28,6 @@ from agent.pager.client import PagerClient, Served
 from agent.ready import wait_ready
 from agent.sandbox import rootfs
 from agent.sandbox.rootfs import RootLayers
-from agent.store import archive
 from agent.store.cache import IMAGES, CachedImage
 
 logger = logging.getLogger(__name__)
@@ -57,7 +56,7 @@ class Restoration:
         image: the checkpoint.
         function: what it is a checkpoint of.
         layers: its root files.
-        instance_id: name of the new instance.
+        instance_id: name of the new instance, if its sandbox gives it none.
         deadline_ns: wall clock ns at which to give up.
         opened: makes sure that the pager has the image open.
         record: copy nothing ahead and note each touched page.
@@ -102,8 +101,9 @@ async def restore(
     """
     image = what.image
     with clock.phase("sandbox"):
-        sandbox = await workshop.pool.take(what.layers.root)
-        instance = Instance(what.instance_id, what.function, sandbox, sandbox.output or workshop.furnisher.log(what.instance_id))
+        sandbox = await workshop.pool.take(what.function, what.layers)
+        name = sandbox.name(what.instance_id)
+        instance = Instance(name, what.function, sandbox, sandbox.output or workshop.furnisher.log(name))
         instance.image, instance.pager = image, pager if what.lazy else None
         image.users += 1
         image.used_at = time.monotonic()
@@ -142,7 +142,7 @@ async def _fill(workshop: Workshop, what: Restoration, instance: Instance, clock
     try:
         with clock.phase("sandbox.root"):
             if image.layer.stat().st_size:  # the thread costs more than the call when there is nothing to unpack
-                await asyncio.to_thread(archive.unpack_layer, image.layer, sandbox.layer_fd, sandbox.open_root)
+                await asyncio.to_thread(sandbox.unpack_files, image.layer)
             await workshop.furnisher.furnish(sandbox, what.function, what.layers, instance.id, image.checkpoint)
         if what.background:
             for pid in sandbox.processes():
@@ -152,6 +152,7 @@ async def _fill(workshop: Workshop, what: Restoration, instance: Instance, clock
             left_s = max(0.001, (what.deadline_ns - time.time_ns()) / 1e9)
             path = f"{image.directory.name}/{IMAGES}"
             await tool.restore(worker, path, image.manifest.outputs, work, lazy=pager is not None, timeout_s=left_s)
+        sandbox.confine()
     finally:
         if serving is not None:
             await serving
@@ -177,8 +178,7 @@ async def resume(workshop: Workshop, instance: Instance, deadline_ns: int, clock
     if instance.standby:
         instance.start_mode = "thaw"
         checkpoint = instance.image.checkpoint if instance.image else ""
-        user = workshop.furnisher.run_as
-        rootfs.write_identity(sandbox.layer_fd, instance=instance.id, function=function.name, checkpoint=checkpoint, user=user)
+        sandbox.write_identity(rootfs.identity(instance=instance.id, function=function.name, checkpoint=checkpoint))
     resumed_ns = 0
 
     def go() -> None:
@@ -193,6 +193,7 @@ async def resume(workshop: Workshop, instance: Instance, deadline_ns: int, clock
     clock.add("ready", start_ns, accepted_ns)
     clock.add("resume", accepted_ns, resumed_ns)
     clock.add("first_response", resumed_ns, readiness.responded_ns)
+    sandbox.complete(instance.root_pid)
     instance.started_ns = readiness.responded_ns
 
 

@@ -26,7 +26,6 @@ from agent.fetch import Fetched
 from agent.instance import Instance, Workshop
 from agent.pager.client import PagerClient
 from agent.restore import Restoration, RestoreEvidence, evidence_of, resume, start_restored
-from agent.room import check_room
 from agent.sandbox.rootfs import RootLayers
 from agent.standbys import Standbys
 from agent.store.cache import CachedImage
@@ -134,7 +133,7 @@ class Starter:
                 clock.add("agent.queue", attempt.waiting_since_ns, time.time_ns())
                 if await self._tried(attempt, image, self._resumed(attempt, standby)):
                     return standby
-        check_room(function.spec.limits.memory_mb)  # a standby has its place already
+        self._workshop.pool.check_room(function, function.spec.limits.memory_mb)  # a standby has its place already
         if image is not None:
             clock.add("agent.queue", attempt.waiting_since_ns, time.time_ns())
             restored = await self._tried(attempt, image, self._restored(attempt, image, resolution.layers))

@@ -6,6 +6,15 @@ InfraError
 ├── StackError
 ├── ClusterError
 ├── ImageError
+├── ApiError                 the Kubernetes API server refused a request, or did not answer
+│   ├── ApiUnavailable
+│   ├── ApiBusy
+│   ├── ApiConflict
+│   ├── ApiExpired
+│   ├── ApiMissing
+│   ├── ApiForbidden
+│   └── ApiInvalid
+├── PodTemplateInvalid
 ├── KafkaUnavailable
 └── StoreError
     ├── StoreUnavailable
@@ -38,6 +47,60 @@ class ClusterError(InfraError):
 
 class ImageError(InfraError):
     """A container image can't be made or imported from what was given."""
+
+
+class ApiError(InfraError):
+    """The Kubernetes API server did not do what it was asked.
+
+    Attributes:
+        reason: the server's word for it (``AlreadyExists``, ``Invalid`` …), or ours.
+        fields: the fields of the object that it complains of, if it does.
+    """
+
+    def __init__(self, message: str, *, reason: str = "", fields: tuple[str, ...] = ()) -> None:
+        super().__init__(message)
+        self.reason = reason
+        self.fields = fields
+
+
+class ApiUnavailable(ApiError):
+    """No answer, or one that says: later. What was asked may have been done."""
+
+
+class ApiBusy(ApiUnavailable):
+    """429: too many requests.
+
+    Attributes:
+        retry_after_s: how long the server wants to be left alone.
+    """
+
+    def __init__(self, message: str, *, reason: str = "", fields: tuple[str, ...] = (), retry_after_s: float = 1.0) -> None:
+        super().__init__(message, reason=reason, fields=fields)
+        self.retry_after_s = retry_after_s
+
+
+class ApiConflict(ApiError):
+    """409: the object is there already, or is not as it was assumed to be."""
+
+
+class ApiExpired(ApiError):
+    """410: the version to watch from is too old; list again."""
+
+
+class ApiMissing(ApiError):
+    """404: there is no such object, or no such kind of object."""
+
+
+class ApiForbidden(ApiError):
+    """401, 403: not allowed to us, or by a quota or policy."""
+
+
+class ApiInvalid(ApiError):
+    """400, 415, 422: the object is wrong; asking again gives the same."""
+
+
+class PodTemplateInvalid(InfraError):
+    """A Function's pod template can't be made a placeholder pod; names the field."""
 
 
 class KafkaUnavailable(InfraError):

@@ -71,6 +71,9 @@ class StackSettings:
     s3_port: int = 0
     #: Longest wait for one part to become healthy, s.
     start_timeout_s: float = 60.0
+    #: For tests of infra/terraform: folder laid out as a filesystem mirror of Terraform's that has hashicorp/aws. Empty: looked for in
+    #: the usual places.
+    terraform_mirror: str = ""
 
 
 @dataclass(frozen=True)
@@ -84,6 +87,27 @@ class ClusterSettings:
 
 
 @dataclass(frozen=True)
+class KubernetesSettings:
+    """How to reach the API server, for scalers and agents in a cluster."""
+
+    #: Empty: the service account of the pod that this runs in; outside of one $KUBECONFIG or ~/.kube/config.
+    kubeconfig: str = ""
+    #: Namespace whose functions are scaled. Empty: all.
+    functions_namespace: str = ""
+    #: Image of the agents: it brings placeholder pods their first process.
+    agent_image: str = "thaw-agent:0.1.0"
+    #: Namespace of the agents' pods.
+    agents_namespace: str = "thaw"
+    #: Longest wait for an answer, s.
+    request_timeout_s: float = 10.0
+    #: A watch is opened anew after this long, s; and after half of it in which the server said nothing.
+    watch_s: float = 240.0
+    #: Pause after a failed request, s; doubles up to the second, with jitter.
+    retry_s: float = 0.2
+    retry_max_s: float = 10.0
+
+
+@dataclass(frozen=True)
 class AgentSettings:
     """One node agent."""
 
@@ -91,6 +115,9 @@ class AgentSettings:
     #: 0: a free port, published in state_dir/agent.json.
     listen_port: int = 7070
     node_name: str = "node-1"
+    #: Where instances live: ``local`` (sandboxes that the agent makes) or ``pods`` (placeholder pods of the Kubernetes node that is
+    #: named as this one).
+    sandboxes: str = "local"
     #: Addresses of instances, one each; the first is the bridge. 198.18/15 is reserved for benchmarks (RFC 2544).
     subnet: str = "198.18.0.0/16"
     bridge: str = "thaw0"
@@ -127,8 +154,15 @@ class AgentSettings:
 class ScalerSettings:
     """One scaler replica."""
 
-    #: Node agents, comma-separated host:port. Empty: the one on this machine (state_dir/agent.json).
+    #: Node agents, comma-separated host:port. Empty: the one on this machine (state_dir/agent.json). ``kubernetes``: the agents' pods.
     agents: str = ""
+    #: Where functions come from: ``topic`` (``thaw apply``) or ``kubernetes`` (``kubectl apply``). With the latter the scaler makes
+    #: placeholder pods and tells the functions' status.
+    functions: str = "topic"
+    #: Empty placeholder pods of each function beyond what is running, held and expected: the next start needs one.
+    placeholders_ahead: int = 1
+    #: Empty placeholders beyond that are removed after this long, s.
+    placeholder_idle_s: float = 60.0
     group: str = "thaw-scaler"
     #: Age at which a source that sent nothing counts as zero, s, when its event names none.
     source_ttl_s: float = 10.0
@@ -164,6 +198,7 @@ class Settings:
     s3: S3Settings = field(default_factory=S3Settings)
     stack: StackSettings = field(default_factory=StackSettings)
     cluster: ClusterSettings = field(default_factory=ClusterSettings)
+    kubernetes: KubernetesSettings = field(default_factory=KubernetesSettings)
     agent: AgentSettings = field(default_factory=AgentSettings)
     scaler: ScalerSettings = field(default_factory=ScalerSettings)
     telemetry: TelemetrySettings = field(default_factory=TelemetrySettings)

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from agent.api.messages import CheckpointPublished, CommandFailed, Evict, Fetch, FetchDone, MakeCheckpoint
 from agent.api.records import StartRecord
-from scaler import forecasts, placement
+from scaler import forecasts, placeholders, placement
 from scaler.levels import NS
 from scaler.state import FunctionState
 from scaler.timers import TimerKey
@@ -38,8 +38,9 @@ def settle(world: World, state: FunctionState, now_ns: int) -> None:
         return
     if now_ns < checkpoint.retry_ns:
         return
+    possible = placeholders.free(world, state)
     where = world.nodes.get(checkpoint.cold_on)
-    if where is None or not where.up:
+    if where is None or not where.up or (possible is not None and where.name not in possible):
         where = placement.choose(
             world.nodes.values(),
             memory_mb=function.spec.limits.memory_mb,
@@ -47,10 +48,11 @@ def settle(world: World, state: FunctionState, now_ns: int) -> None:
             standby={},
             cached={},
             avoid={},
+            possible=possible,
             now_ns=now_ns,
         )
     if where is None:
-        return  # the next inventory comes back here
+        return  # the next inventory comes back here, and so does the next placeholder
     readiness_ns = int(function.spec.readiness.timeout_seconds * NS) + world.config.readiness_margin_ns
     header = world.header(state, now_ns, max(world.config.checkpoint_deadline_ns, readiness_ns))
     checkpoint.making = header["id"]

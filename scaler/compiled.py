@@ -26,8 +26,8 @@ from types import ModuleType
 #: needed at run time.
 MODULES = (
     "checkpoints", "costs", "dormant", "forecast.bins", "forecast.function", "forecast.idle", "forecast.periods", "forecast.slot",
-    "forecasts", "holding", "instances", "ladder", "levels", "placement", "planner", "pressure", "reports", "simulate.slots", "standbys",
-    "state", "timers", "world",
+    "forecasts", "holding", "instances", "ladder", "levels", "placeholders", "placement", "planner", "pressure", "reports",
+    "simulate.slots", "standbys", "state", "timers", "world",
 )  # fmt: skip
 _PACKAGE = Path(__file__).parent
 _FOLDERS = _PACKAGE / "_compiled"

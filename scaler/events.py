@@ -74,6 +74,20 @@ class FunctionDeleted(msgspec.Struct, frozen=True, kw_only=True):
     name: str
 
 
+class PlaceholdersSeen(msgspec.Struct, frozen=True, kw_only=True):
+    """A function's placeholder pods, in Kubernetes, are these from now on.
+
+    Attributes:
+        function: its name.
+        digest: of the document that they were made for.
+        nodes: node → how many run there that can be used or are in use.
+    """
+
+    function: str
+    digest: str
+    nodes: dict[str, int]
+
+
 class Tick(msgspec.Struct, frozen=True, kw_only=True):
     """Time has passed; due timers are handled.
 
@@ -135,4 +149,16 @@ class ShardLost(msgspec.Struct, frozen=True, kw_only=True):
     shard: int
 
 
-Event = DemandSeen | FunctionApplied | FunctionDeleted | Tick | NodeReport | NodeDown | NodeLost | ShardGained | ShardReady | ShardLost
+Event = (
+    DemandSeen
+    | FunctionApplied
+    | FunctionDeleted
+    | PlaceholdersSeen
+    | Tick
+    | NodeReport
+    | NodeDown
+    | NodeLost
+    | ShardGained
+    | ShardReady
+    | ShardLost
+)

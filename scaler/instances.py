@@ -20,7 +20,7 @@ The policy at this stage:
 from __future__ import annotations
 
 from agent.api.messages import Release, Start
-from scaler import forecasts, placement
+from scaler import forecasts, placeholders, placement
 from scaler.commands import Need
 from scaler.ladder import Rung
 from scaler.levels import NS
@@ -64,6 +64,7 @@ def place(world: World, state: FunctionState, needs: list[Need], now_ns: int, pr
     for name in [name for name, until_ns in state.avoid.items() if until_ns <= now_ns]:
         del state.avoid[name]
     standby = state.free_standbys()
+    sandboxes = placeholders.free(world, state)
     costs = forecasts.costs(world, state)
     for index, need in enumerate(needs):
         node = placement.choose(
@@ -73,6 +74,7 @@ def place(world: World, state: FunctionState, needs: list[Need], now_ns: int, pr
             standby=standby,
             cached=state.checkpoint.cached,
             avoid=state.avoid,
+            possible=sandboxes,
             now_ns=now_ns,
         )
         if index >= len(needs) - predicted and (node is None or node.memory_free_mb < function.spec.limits.memory_mb):
@@ -88,6 +90,8 @@ def place(world: World, state: FunctionState, needs: list[Need], now_ns: int, pr
             standby[node.name] -= 1
             if not standby[node.name]:
                 del standby[node.name]
+        else:
+            placeholders.take(sandboxes, node.name)
         expected_s = costs.delay_s[Rung.STANDBY if thaws else Rung.CACHED if node.name in state.checkpoint.cached else Rung.STORED]
         _start(world, state, node, need, thaws, expected_s, now_ns)
 

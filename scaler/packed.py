@@ -27,6 +27,7 @@ _SHORT = {
     "start_ms": "t",
     "start_mode": "w",
     "error": "r",
+    "placeholders": "p",
     "standbys": "b",
     "holding": "h",
     "forecast": "f",
@@ -55,6 +56,8 @@ class Packed(msgspec.Struct, omit_defaults=True, rename=_SHORT):
     start_ms: float | None = None
     start_mode: str = ""
     error: str = ""
+    #: Placeholder pods by node; None: a function without pods.
+    placeholders: dict[str, int] | None = None
     #: Name, node, MB, when made, attempt.
     standbys: list[tuple[str, str, float, int, int]] = []
     holding: list[Any] = []

@@ -86,6 +86,7 @@ def choose(
     standby: Container[str],
     cached: Container[str],
     avoid: Container[str],
+    possible: Container[str] | None = None,
     now_ns: int,
 ) -> Node | None:
     """The node on which a start is expected to answer first.
@@ -97,15 +98,18 @@ def choose(
         standby: names of nodes that hold a standby of it that no other start counts on.
         cached: names of nodes that hold its image.
         avoid: names of nodes that have just refused it.
+        possible: names of nodes that have a sandbox for it, beside those that hold a standby; None: all.
         now_ns: the time.
 
     Returns:
-        None when no node is up that has not just refused.
+        None when no node is up that has a sandbox and has not just refused.
     """
     best: Node | None = None
     best_score: tuple[float, int, str] | None = None
     for node in nodes:
         if not node.up or node.name in avoid:
+            continue
+        if possible is not None and node.name not in possible and node.name not in standby:
             continue
         rung = Rung.STANDBY if node.name in standby else Rung.CACHED if node.name in cached else Rung.STORED
         delay_s = (node.ahead_s + costs.delay_s[rung]) * node.slowness

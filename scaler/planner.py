@@ -17,7 +17,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from scaler import checkpoints, forecasts, instances, reports, standbys
+from scaler import checkpoints, forecasts, instances, placeholders, reports, standbys
 from scaler.commands import Need, NodeCommand
 from scaler.events import (
     DemandSeen,
@@ -27,6 +27,7 @@ from scaler.events import (
     NodeDown,
     NodeLost,
     NodeReport,
+    PlaceholdersSeen,
     ShardGained,
     ShardLost,
     ShardReady,
@@ -59,6 +60,7 @@ class Planner:
             DemandSeen: self._demand_seen,
             FunctionApplied: self._function_applied,
             FunctionDeleted: self._function_deleted,
+            PlaceholdersSeen: self._placeholders_seen,
             Tick: self._tick,
             NodeReport: self._node_report,
             NodeDown: self._node_down,
@@ -106,6 +108,36 @@ class Planner:
         world = self._world
         touched, world.touched = world.touched, {}
         return [name for name in touched if (shard := world.owned.get(world.shard_of(name))) is not None and shard.ready]
+
+    def acts_for(self, name: str) -> bool:
+        """This scaler decides for a function of that name, now."""
+        shard = self._world.owned.get(self._world.shard_of(name))
+        return shard is not None and shard.ready
+
+    def occupants(self, name: str) -> dict[str, str]:
+        """What of a function is on nodes, or is believed to be: name → ``instance`` or ``standby``."""
+        state = self._world.functions.get(name)
+        if state is None:
+            return {}
+        found = {standby: "standby" for held in state.standbys.held.values() for standby in held}
+        found.update(dict.fromkeys(state.standbys.leaving, "standby"))
+        found.update({instance.id: "instance" for instance in state.instances()})
+        return found
+
+    def placeholders_wanted(self, name: str, ahead: int) -> int:
+        """How many placeholder pods of its current digest a function shall have; ``ahead`` of them are for the unexpected."""
+        state = self._world.functions.get(name)
+        if state is None or state.function is None:
+            return 0
+        checkpoint, policy = state.checkpoint, state.function.spec.policy
+        due = bool(checkpoint.cold_on) and not (checkpoint.id or checkpoint.given_up) and policy.checkpoint != "off"
+        return placeholders.target(
+            wanted=state.wanted,
+            standbys=standbys.wanted(state),
+            making=bool(checkpoint.making) or due,
+            maximum=state.function.spec.instances.max,
+            ahead=ahead,
+        )
 
     @property
     def asleep(self) -> tuple[int, int]:
@@ -166,6 +198,10 @@ class Planner:
         world, state = self._world, self._world.function(event.function.name)
         world.unknown.pop(state.name, None)
         state.apply(event.function)
+        if not (world.config.pods and event.function.spec.template is not None):
+            state.placeholders = None
+        elif state.placeholders is None:
+            state.placeholders = {}
         world.touched[state.name] = None
         forecasts.follow(world, state, now_ns)
         checkpoints.settle(world, state, now_ns)
@@ -188,6 +224,17 @@ class Planner:
         if state.levels.sources:
             world.unknown[state.name] = None
         world.forget_if_empty(state)
+
+    def _placeholders_seen(self, event: PlaceholdersSeen, now_ns: int) -> None:
+        world = self._world
+        state = world.functions.get(event.function)
+        if state is None or state.function is None or state.digest != event.digest or state.placeholders == event.nodes:
+            return
+        state.placeholders = dict(event.nodes)
+        world.touched[state.name] = None
+        instances.settle(world, state, now_ns)
+        standbys.settle(world, state, now_ns)
+        checkpoints.settle(world, state, now_ns)
 
     def _tick(self, event: Tick, now_ns: int) -> None:
         world = self._world

@@ -1,8 +1,9 @@
 """The live scaler: one event loop that connects the planner to Kafka and the agents.
 
-In: demand and functions (:mod:`scaler.edges.kafka`, :mod:`scaler.edges.functions`), agents' reports (:mod:`scaler.edges.agents`), time.
-Out: commands to agents, start records and traces (:mod:`scaler.edges.starts`), state (:mod:`scaler.edges.statefeed`). Every input becomes
-one event of :class:`scaler.planner.Planner`; from the arrival of a demand record to its command on the wire nothing is awaited.
+In: demand and functions (:mod:`scaler.edges.kafka`, :mod:`scaler.edges.functions`), agents' reports (:mod:`scaler.edges.agents`), time;
+in a cluster functions and agents come from its API server (:mod:`scaler.edges.kubernetes`). Out: commands to agents, start records and
+traces (:mod:`scaler.edges.starts`), state (:mod:`scaler.edges.statefeed`). Every input becomes one event of
+:class:`scaler.planner.Planner`; from the arrival of a demand record to its command on the wire nothing is awaited.
 
 A gained shard is decided on when three things are known: its replayed demand, the functions, and what exists on the nodes.
 """
@@ -18,17 +19,19 @@ import secrets
 import signal
 import socket
 import time
+from typing import TYPE_CHECKING
 
 from aiokafka import AIOKafkaProducer
 from aiokafka.errors import KafkaError
 
 from agent.api.messages import InstanceExited, StartDone, StartFailed
 from infra import kafka
+from infra.errors import SettingsError
 from infra.settings import ScalerSettings, Settings
 from infra.tasks import TaskGroup
 from infra.telemetry import Tracer
 from scaler.demand import DEMAND_TOPIC
-from scaler.edges.agents import Agents
+from scaler.edges.agents import DISCOVER, Agents
 from scaler.edges.functions import FunctionsFeed
 from scaler.edges.kafka import DemandFeed, DemandRecord
 from scaler.edges.membership import Membership
@@ -45,6 +48,7 @@ from scaler.events import (
     NodeLost,
     NodeReport,
     Origin,
+    PlaceholdersSeen,
     PlannerReport,
     ShardGained,
     ShardLost,
@@ -55,9 +59,14 @@ from scaler.levels import NS
 from scaler.planner import Planner
 from scaler.world import PlannerConfig
 
+if TYPE_CHECKING:
+    from scaler.edges.kubernetes.operator import Operator
+
 logger = logging.getLogger(__name__)
 _FLUSH_S = 2.0
 _HOUSEKEEPING_S = 1.0
+#: Values of the setting ``scaler.functions``.
+TOPIC, KUBERNETES = "topic", "kubernetes"
 
 
 def planner_config(settings: ScalerSettings) -> PlannerConfig:
@@ -67,6 +76,7 @@ def planner_config(settings: ScalerSettings) -> PlannerConfig:
         start_deadline_ns=int(settings.start_deadline_s * NS),
         checkpoint_deadline_ns=int(settings.checkpoint_deadline_s * NS),
         retry_ns=int(settings.retry_s * NS),
+        pods=settings.functions == KUBERNETES,
     )
 
 
@@ -86,15 +96,19 @@ class Service:
         self._replayed: dict[int, None] = {}
         self._nodes_known = False
         self._membership = Membership(settings)
+        self._operator: Operator | None = None
 
     async def run(self, stop: asyncio.Event) -> None:
         """Serve until ``stop`` is set or an essential part fails.
 
         Raises:
             KafkaUnavailable: the broker cannot be reached at the start.
+            SettingsError: where functions or agents are is not understood, or there is no way to the API server.
             ScalerError: an essential part failed.
         """
         settings = self._settings
+        if settings.scaler.functions not in (TOPIC, KUBERNETES):
+            raise SettingsError(f"setting scaler.functions must be {TOPIC} or {KUBERNETES}, not {settings.scaler.functions!r}")
         await kafka.ensure_topics(settings.kafka, TOPICS)
         await self._membership.end_predecessors()
         async with contextlib.AsyncExitStack() as stack:
@@ -111,8 +125,11 @@ class Service:
             self._starts = StartBook(self._tracer, publisher)
             self._state = StateFeed(self._planner, publisher)
             tasks = TaskGroup("scaler")
-            self._agents = Agents(settings, self, tasks, f"scaler-{socket.gethostname()}-{os.getpid()}")
-            self._functions = FunctionsFeed(settings.kafka, self._function)
+            identity = f"scaler-{socket.gethostname()}-{os.getpid()}"
+            self._agents = Agents(settings, self, tasks, identity)
+            self._functions: FunctionsFeed | Operator = FunctionsFeed(settings.kafka, self._known)
+            if KUBERNETES in (settings.scaler.functions, settings.scaler.agents):
+                await self._join_cluster(stack, tasks, identity)
             demand = DemandFeed(settings, self, publisher, shard_of, partitions)
             sending = tasks.spawn(publisher.run(), "publisher", essential=True)
             tasks.spawn(self._starts.run(), "start records", essential=True)
@@ -136,6 +153,21 @@ class Service:
                 if not sending.done():
                     await publisher.flush(_FLUSH_S)
                 await tasks.close()
+
+    async def _join_cluster(self, stack: contextlib.AsyncExitStack, tasks: TaskGroup, identity: str) -> None:
+        """Take functions or agents, or both, from the API server."""
+        # Here, because the import takes 0.7 s, and most of what a scaler does without a cluster is to be there again quickly.
+        from infra.kubernetes.client import connect
+        from scaler.edges.kubernetes.agents import SELECTOR, AgentTable
+        from scaler.edges.kubernetes.operator import Operator, follow_agents
+
+        settings = self._settings
+        server = await stack.enter_async_context(connect(settings.kubernetes))
+        if settings.scaler.agents == DISCOVER:
+            table = AgentTable(settings.agent.listen_port, self._agents.discovered)
+            tasks.spawn(follow_agents(server, settings, table.take, SELECTOR), "watch of agents", essential=True)
+        if settings.scaler.functions == KUBERNETES:
+            self._functions = self._operator = Operator(settings, server, self._planner, self._known, tasks, identity)
 
     # What the edges tell
 
@@ -179,6 +211,8 @@ class Service:
             logger.warning("start of %s on %s failed: %s: %s", report.function, node, report.reason, report.message)
         elif isinstance(report, InstanceExited) and report.reason != "released":
             logger.warning("instance %s of %s on %s ended: %s", report.instance, report.function, node, report.reason)
+        if self._operator is not None:
+            self._operator.reported(node, report)
 
     def node_down(self, node: str) -> None:
         """See :class:`scaler.edges.agents.AgentSink`."""
@@ -194,7 +228,7 @@ class Service:
         self._nodes_known = True
         self._decide_when_known()
 
-    def _function(self, event: FunctionApplied | FunctionDeleted) -> None:
+    def _known(self, event: FunctionApplied | FunctionDeleted | PlaceholdersSeen) -> None:
         self._handle(event, time.time_ns())
 
     async def _load_functions(self) -> None:
@@ -230,6 +264,10 @@ class Service:
             due_ns = self._planner.next_due_ns
             if due_ns is not None and due_ns <= now_ns:
                 self._handle(Tick(), now_ns)
+            touched = self._planner.drain_touched()
+            self._state.touched(touched)
+            if self._operator is not None:
+                self._operator.touched(touched)
             for _ in self._state.publish(now_ns):
                 await asyncio.sleep(0)  # demand that arrives meanwhile goes first
             if time.monotonic() >= housekeeping:

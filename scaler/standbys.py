@@ -18,10 +18,10 @@ The policy at this stage:
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 
 from agent.api.messages import CommandFailed, Prepare, PrepareDone, Release, StandbyInfo
-from scaler import forecasts, placement
+from scaler import forecasts, placeholders, placement
 from scaler.ladder import Rung
 from scaler.placement import Node
 from scaler.state import FunctionState, Preparing, Standby
@@ -176,9 +176,15 @@ def _prepare(world: World, state: FunctionState, now_ns: int) -> None:
     for item in standbys.making.values():
         making[item.node] = making.get(item.node, 0) + 1
     held = {name: len(standbys.held.get(name, {})) + making.get(name, 0) for name in checkpoint.cached}
+    sandboxes = placeholders.free(world, state)
     world.short.pop(state.name, None)
     for _ in range(missing):
-        node = placement.spread(_preparers(world, state, making), memory_mb=function.spec.limits.memory_mb, held=held, avoid=standbys.avoid)
+        node = placement.spread(
+            _preparers(world, state, making, sandboxes),
+            memory_mb=function.spec.limits.memory_mb,
+            held=held,
+            avoid=standbys.avoid,
+        )
         if node is None:
             # Nodes that are busy with prepares come back here with their answers, the others with what ends on them.
             world.short[state.name] = None
@@ -187,16 +193,17 @@ def _prepare(world: World, state: FunctionState, now_ns: int) -> None:
             return
         held[node.name] += 1
         making[node.name] = making.get(node.name, 0) + 1
+        placeholders.take(sandboxes, node.name)
         header = world.header(state, now_ns, world.config.command_deadline_ns)
         standbys.making[header["id"]] = Preparing(node.name, standbys.failures)
         world.send(Pending("prepare", state.name, node.name), Prepare(**header, function=function))
 
 
-def _preparers(world: World, state: FunctionState, making: dict[str, int]) -> Iterator[Node]:
+def _preparers(world: World, state: FunctionState, making: dict[str, int], possible: Container[str] | None) -> Iterator[Node]:
     """Nodes that may be asked for one more."""
     for name in state.checkpoint.cached:
         node = world.nodes.get(name)
-        if node is not None and making.get(name, 0) < world.config.prepares_ahead:
+        if node is not None and (possible is None or name in possible) and making.get(name, 0) < world.config.prepares_ahead:
             yield node
 
 

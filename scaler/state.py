@@ -195,6 +195,8 @@ class FunctionState:
     avoid: dict[str, int] = field(default_factory=dict)
     #: For each instance (or start) more than wanted: since when. Oldest first.
     surplus: list[int] = field(default_factory=list)
+    #: Placeholder pods of the current digest by node, used or not; None: it has no pods (:mod:`scaler.placeholders`).
+    placeholders: dict[str, int] | None = None
     checkpoint: CheckpointState = field(default_factory=CheckpointState)
     standbys: StandbyState = field(default_factory=StandbyState)
     #: What its idle slots hold, and why; None: it is not predicted, or was never asked.
@@ -298,6 +300,8 @@ class FunctionState:
             self.owed.clear()
             self.failures = self.retry_ns = 0
             self.avoid.clear()
+            if self.placeholders is not None:
+                self.placeholders = {}
             # One at a time per function: a checkpoint of the old digest that is being made is waited for.
             self.checkpoint = CheckpointState(making=self.checkpoint.making)
             self._renew_standbys()
@@ -311,6 +315,7 @@ class FunctionState:
         self.starting = 0
         self.surplus.clear()
         self.owed.clear()
+        self.placeholders = None
         self.checkpoint = CheckpointState(making=self.checkpoint.making)
         self._renew_standbys()
 

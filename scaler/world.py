@@ -64,6 +64,8 @@ class PlannerConfig:
     unknown_sources_max: int = 100
     #: Sources of a known function.
     sources_max: int = 10_000
+    #: A function with a pod template gets its instances only into placeholder pods that it was told of.
+    pods: bool = False
 
 
 @dataclass(slots=True)

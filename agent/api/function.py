@@ -3,7 +3,8 @@
 In: YAML text (``thaw apply -f``) or the plain maps of the wire. Out: :class:`Function`, an immutable value that travels
 in commands and in the ``thaw.functions`` topic. The agent runs it (:mod:`agent.restore`), the planner reads its policy.
 
-Field names in YAML are camelCase as in Kubernetes, because the same document is the custom resource there.
+Field names in YAML are camelCase as in Kubernetes, because the same document is the custom resource there. Only there it has
+``spec.template``, the pod of an instance, and a namespace; both come along, because they say what the process is.
 """
 
 from __future__ import annotations
@@ -87,6 +88,30 @@ class Policy(_Struct, frozen=True, kw_only=True):
     memory: Literal["auto", "lazy", "whole"] = "auto"
 
 
+class TemplateMetadata(_Struct, frozen=True, kw_only=True):
+    """What the pods of a function are labelled with."""
+
+    labels: dict[str, str] = {}
+    annotations: dict[str, str] = {}
+
+
+class PodTemplate(_Struct, frozen=True, kw_only=True):
+    """The pod of an instance. Its body is Kubernetes' own, checked when a pod is made of it (:mod:`infra.kubernetes.pods`)."""
+
+    metadata: TemplateMetadata = msgspec.field(default_factory=TemplateMetadata)
+    spec: dict[str, Any]
+
+
+#: Fields of a pod and of a container that say where it runs and what it may take, not what runs in it. All others are part of the
+#: digest, also those that are not known here: a checkpoint too few is made again, one too many would be restored.
+_NOT_SHAPING = {
+    *("activeDeadlineSeconds", "affinity", "imagePullSecrets", "nodeName", "nodeSelector", "overhead", "preemptionPolicy", "priority"),
+    *("priorityClassName", "readinessGates", "resources", "schedulerName", "schedulingGates", "terminationGracePeriodSeconds"),
+    *("tolerations", "topologySpreadConstraints"),
+}
+_NOT_SHAPING_CONTAINER = {"imagePullPolicy", "resizePolicy", "resources", "terminationMessagePath", "terminationMessagePolicy"}
+
+
 class FunctionSpec(_Struct, frozen=True, kw_only=True):
     """The body of a Function document."""
 
@@ -104,12 +129,16 @@ class FunctionSpec(_Struct, frozen=True, kw_only=True):
     limits: Limits = msgspec.field(default_factory=Limits)
     instances: Instances = msgspec.field(default_factory=Instances)
     policy: Policy = msgspec.field(default_factory=Policy)
+    #: The pod of an instance, in Kubernetes; its image is the root.
+    template: PodTemplate | None = None
 
 
 class Metadata(_Struct, frozen=True, kw_only=True):
     """Identity of the document."""
 
     name: str
+    #: In Kubernetes: where its pods are. Names are unique in an installation all the same.
+    namespace: str = ""
     labels: dict[str, str] = {}
 
 
@@ -147,6 +176,9 @@ class Function(_Struct, frozen=True, kw_only=True):
             spec.root,
             [(item.source, item.target) for item in spec.files],
         ]
+        if spec.template is not None:
+            # With the namespace: what one tenant's process held must not be restored for another.
+            shape += [self.metadata.namespace, _shape(spec.template.spec)]
         return hashlib.sha256(msgpack.packb(shape)).hexdigest()
 
 
@@ -221,6 +253,8 @@ def _check(function: Function) -> None:
         raise FunctionInvalid(f"spec.instances: min {spec.instances.min} is above max {spec.instances.max}")
     if spec.readiness.path and not spec.readiness.path.startswith("/"):
         raise FunctionInvalid(f"spec.readiness.path: {spec.readiness.path!r} must begin with / or be empty")
+    if spec.template is not None:
+        _check_template(spec.template.spec)
     for index, item in enumerate(spec.files):
         target = PurePosixPath(item.target)
         if not target.is_absolute() or ".." in target.parts or target == PurePosixPath("/"):
@@ -230,6 +264,52 @@ def _check(function: Function) -> None:
     for index, request in enumerate(spec.warm_up):
         if not request.path.startswith("/") or any(char in request.path for char in " \r\n"):
             raise FunctionInvalid(f"spec.warmUp[{index}].path: {request.path!r} must begin with / and hold no white space")
+
+
+def _check_template(pod: dict[str, Any]) -> None:
+    containers = pod.get("containers")
+    if not isinstance(containers, list) or not containers:
+        raise FunctionInvalid("spec.template.spec.containers: the function's container is missing")
+    for kind in ("containers", "initContainers"):
+        items = pod.get(kind) or []
+        if not isinstance(items, list):
+            raise FunctionInvalid(f"spec.template.spec.{kind}: must be a list")
+        for index, item in enumerate(items):
+            if not isinstance(item, dict):
+                raise FunctionInvalid(f"spec.template.spec.{kind}[{index}]: must be a container")
+            for field in ("name", "image"):
+                if not isinstance(item.get(field), str) or not item[field]:
+                    raise FunctionInvalid(f"spec.template.spec.{kind}[{index}].{field}: must be given")
+    _check_plain(pod, "spec.template.spec")
+
+
+def _check_plain(value: Any, where: str) -> None:
+    """Only what JSON has: YAML has dates too, and numbers of any size."""
+    if isinstance(value, dict):
+        for key, item in value.items():
+            if not isinstance(key, str):
+                raise FunctionInvalid(f"{where}: the name {key!r} must be a string")
+            _check_plain(item, f"{where}.{key}")
+    elif isinstance(value, list):
+        for index, item in enumerate(value):
+            _check_plain(item, f"{where}[{index}]")
+    elif value is not None and not isinstance(value, (str, bool, float)) and not (isinstance(value, int) and abs(value) < 1 << 63):
+        raise FunctionInvalid(f"{where}: {value!r} must be a string, a number or true or false")
+
+
+def _shape(pod: dict[str, Any]) -> Any:
+    """What of a pod says what runs in it, in an order of its own."""
+    shape = {key: value for key, value in pod.items() if key not in _NOT_SHAPING}
+    for kind in ("containers", "initContainers"):
+        shape[kind] = [{key: value for key, value in item.items() if key not in _NOT_SHAPING_CONTAINER} for item in pod.get(kind) or []]
+    return _ordered(shape)
+
+
+def _ordered(value: Any) -> Any:
+    """The same with every map's keys in order: two that are equal give the same bytes."""
+    if isinstance(value, dict):
+        return [[key, _ordered(value[key])] for key in sorted(value)]
+    return [_ordered(item) for item in value] if isinstance(value, list) else value
 
 
 def _resolve(function: Function, base: Path) -> Function:

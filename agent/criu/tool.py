@@ -1,6 +1,6 @@
 """CRIU inside a sandbox.
 
-In: a :class:`~agent.sandbox.local.Sandbox`, directories by descriptor. Out: image files (:func:`dump`) or a process tree
+In: a :class:`~agent.sandbox.protocol.Sandbox`, directories by descriptor. Out: image files (:func:`dump`) or a process tree
 (:func:`start_worker`, then :func:`restore`). CRIU reaches every directory through /proc/self/fd, so nothing is mounted into the sandbox
 for it. Next: :mod:`agent.checkpoint` and :mod:`agent.restore`. Field numbers: images/rpc.proto of CRIU 4.2.
 """
@@ -15,7 +15,7 @@ from pathlib import Path
 
 from agent.criu import protobuf
 from agent.errors import CriuError, NotFreezable
-from agent.sandbox.local import Sandbox, Worker
+from agent.sandbox.protocol import Sandbox, Worker
 
 #: Log level 2 is errors and warnings; more costs milliseconds.
 LOG_LEVEL = 2
@@ -26,8 +26,9 @@ _OPTION = {
     "tcp_close": 52, "network_lock": 64, "leave_stopped": 69,
 }  # fmt: skip
 _NETWORK_LOCK_SKIP = 3
-#: Descriptors of a waiting worker.
-_IMAGES_FD, _WORK_FD, _OUTPUT_FD = 100, 101, 102
+#: Descriptors of a waiting worker. CRIU is built to keep what it knows of the kernel in the third (:mod:`infra.local.criu`).
+_IMAGES_FD, _WORK_FD, _FEATURES_FD, _OUTPUT_FD = 100, 101, 102, 103
+_FEATURES = "criu.kdat"
 
 #: Said on every host without CAP_SYS_RESOURCE, also when all goes well.
 _HARMLESS = "Can't setup RLIMIT_NOFILE"
@@ -49,7 +50,26 @@ def work_log(work_directory: Path, name: str) -> str:
     return " | ".join(line.strip() for line in (marked or lines)[-6:]) or "the log is empty"
 
 
-async def dump(sandbox: Sandbox, criu_fd: int, pid: int, images: Path, timeout_s: float) -> None:
+def probe(criu: Path, features: int) -> None:
+    """Have CRIU ask the kernel once what it can, and keep the answers in the folder ``features``. Blocking; 0.1 s.
+
+    The check itself may complain of devices that are missing here; what counts are the answers.
+
+    Args:
+        criu: the executable.
+        features: descriptor of a folder in memory; CRIU keeps nothing on a disk, where answers of another boot could be.
+
+    Raises:
+        CriuError: it wrote none.
+    """
+    null = [(os.POSIX_SPAWN_OPEN, number, "/dev/null", os.O_RDWR, 0) for number in (0, 1, 2)]
+    actions = [(os.POSIX_SPAWN_DUP2, features, _FEATURES_FD), *null]
+    os.waitpid(os.posix_spawn(criu, ["criu", "check"], {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin"}, file_actions=actions), 0)
+    if _FEATURES not in os.listdir(features):
+        raise CriuError("criu check found that this kernel cannot be used; run `thaw doctor`", stage="criu.check")
+
+
+async def dump(sandbox: Sandbox, criu_fd: int, features: int, pid: int, images: Path, timeout_s: float) -> None:
     """Freeze the process tree of ``pid`` (a pid inside) into ``images`` and end it.
 
     Raises:
@@ -61,7 +81,7 @@ async def dump(sandbox: Sandbox, criu_fd: int, pid: int, images: Path, timeout_s
     ]  # fmt: skip
     directory = os.open(images, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        status = await sandbox.run_tool(criu_fd, arguments, [directory], timeout_s)
+        status = await sandbox.run_tool(criu_fd, arguments, [directory, directory, features], timeout_s)
     finally:
         os.close(directory)
     if status:
@@ -72,19 +92,20 @@ async def dump(sandbox: Sandbox, criu_fd: int, pid: int, images: Path, timeout_s
         raise CriuError(f"criu dump failed: {log}", stage="criu.dump")
 
 
-async def start_worker(sandbox: Sandbox, criu_fd: int, images: Path, work_directory: Path, output_fd: int) -> None:
+async def start_worker(sandbox: Sandbox, criu_fd: int, features: int, images: Path, work_directory: Path, outputs: Sequence[int]) -> None:
     """Let a CRIU process wait in the sandbox for :func:`restore`.
 
     Args:
         sandbox: with its root mounted.
         criu_fd: the open executable.
+        features: of :func:`probe`.
         images: directory of all images of the node; which one is said later.
         work_directory: gets CRIU's log and statistics, and holds the pager's socket.
-        output_fd: what takes the place of the donor's output.
+        outputs: what takes the place of the donor's outputs: one for all, or one each.
     """
     directories = [os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC) for path in (images, work_directory)]
     try:
-        await sandbox.start_worker(criu_fd, ["criu", "swrk", "3"], [*directories, output_fd])
+        await sandbox.start_worker(criu_fd, ["criu", "swrk", "3"], [*directories, features, *outputs])
     finally:
         for fd in directories:
             os.close(fd)
@@ -96,7 +117,7 @@ async def restore(worker: Worker, images: str, outputs: Sequence[str], work_dire
     Args:
         worker: of :func:`start_worker`.
         images: CRIU's image directory, relative to the directory of all images.
-        outputs: names at dump time (``pipe:[123]``) of the descriptors that the worker's output takes the place of.
+        outputs: names at dump time (``pipe:[123]``) of the descriptors that the worker's outputs take the place of.
         work_directory: the worker's.
         lazy: leave lazy pages to the pager behind ``lazy-pages.socket`` in the work directory.
         timeout_s: longest wait.
@@ -108,7 +129,7 @@ async def restore(worker: Worker, images: str, outputs: Sequence[str], work_dire
         "images_dir_fd": -1, "images_dir": f"/proc/self/fd/{_IMAGES_FD}/{images}", "work_dir_fd": _WORK_FD, "log_level": LOG_LEVEL,
         "log_file": "restore.log", "tcp_close": True, "manage_cgroups_mode": 0, "network_lock": _NETWORK_LOCK_SKIP,
         "file_locks": True, "link_remap": True, "ext_unix_sk": True, "lazy_pages": lazy, "leave_stopped": True,
-        "inherit_fd": [protobuf.encode({1: name, 2: _OUTPUT_FD}) for name in outputs],
+        "inherit_fd": [protobuf.encode({1: name, 2: _OUTPUT_FD + number}) for number, name in enumerate(outputs)],
     }  # fmt: skip
     encoded = protobuf.encode({_OPTION[name]: value for name, value in options.items()})
     loop = asyncio.get_running_loop()

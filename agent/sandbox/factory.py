@@ -1,6 +1,6 @@
 """Makes sandboxes, and takes over or ends those that an agent which is gone has left.
 
-In: a folder for the records, what gives limits and addresses. Out: :class:`~agent.sandbox.local.Sandbox`. A sandbox's folder holds the
+In: a folder for the records, what gives limits and addresses. Out: :class:`~agent.sandbox.local.LocalSandbox`. A sandbox's folder holds the
 socket of its PID 1 and, once it has an address, a record that tells a later agent which process that is. Used by :mod:`agent.sandbox.pool`
 and :mod:`agent.adoption`.
 """
@@ -22,7 +22,7 @@ import msgspec
 
 from agent.errors import SandboxError
 from agent.sandbox.cgroup import Cgroup, CgroupTree
-from agent.sandbox.local import Sandbox
+from agent.sandbox.local import LocalSandbox
 from agent.sandbox.network import Link, Network
 from infra.local.processes import Identity, identity_of
 
@@ -40,7 +40,7 @@ class SandboxRecord(msgspec.Struct, frozen=True):
 class SandboxFactory:
     """Makes the sandboxes of one agent, and takes over those of an agent that is gone."""
 
-    def __init__(self, init_path: Path, folders: Path, cgroups: CgroupTree, network: Network, orphan_s: float) -> None:
+    def __init__(self, init_path: Path, folders: Path, cgroups: CgroupTree, network: Network, orphan_s: float, user: int) -> None:
         """Prepare.
 
         Args:
@@ -48,18 +48,20 @@ class SandboxFactory:
             folders: gets one folder per sandbox, and an empty one that is mounted over in each.
             cgroups, network: what sandboxes get limits and addresses from.
             orphan_s: sandboxes end when no agent came for so long.
+            user: whom functions run as.
         """
         self._init_path = init_path
         self._folders = folders
         self._mount_point = folders / "mount"
         self._cgroups = cgroups
-        self.network = network
+        self._network = network
+        self._user = user
         self._orphan_s = max(1, round(orphan_s))
         self._serial = 0
         self._prefix = f"{time.time_ns():x}"  # ids do not meet those of an earlier agent
         self._mount_point.mkdir(parents=True, exist_ok=True)
 
-    async def create(self) -> Sandbox:
+    async def create(self) -> LocalSandbox:
         """A sandbox with namespaces, limits (open) and an address, but no root yet.
 
         Raises:
@@ -71,17 +73,17 @@ class SandboxFactory:
             cgroup, pid = await asyncio.to_thread(self._spawn, folder)
         except (OSError, ValueError, subprocess.SubprocessError) as error:
             raise SandboxError(f"cannot make a sandbox: {error}", stage="sandbox") from error
-        sandbox = Sandbox(folder, pid, _connect(folder), cgroup)
+        sandbox = LocalSandbox(folder, pid, _connect(folder), cgroup, self._network, self._user)
         try:
             await sandbox.ready()
-            sandbox.link = await self.network.attach(pid)
-            await sandbox.configure_network(sandbox.link, self.network.gateway)
+            sandbox.link = await self._network.attach(pid)
+            await sandbox.configure_network(sandbox.link, self._network.gateway)
             init = identity_of(pid)
             if init is None:
                 raise SandboxError("its PID 1 has ended", sandbox=folder.name)
             (folder / _RECORD).write_bytes(msgspec.msgpack.encode(SandboxRecord(init, sandbox.link)))
         except BaseException:
-            await sandbox.destroy(self.network)
+            await sandbox.destroy()
             raise
         return sandbox
 
@@ -89,7 +91,7 @@ class SandboxFactory:
         """Folders of sandboxes that an agent which is gone has left."""
         return [path for path in sorted(self._folders.iterdir()) if path != self._mount_point]
 
-    async def adopt(self, folder: Path) -> Sandbox:
+    async def adopt(self, folder: Path) -> LocalSandbox:
         """Take over a sandbox.
 
         Raises:
@@ -99,11 +101,12 @@ class SandboxFactory:
             record = msgspec.msgpack.decode((folder / _RECORD).read_bytes(), type=SandboxRecord)
             if not record.init.alive():
                 raise SandboxError("its PID 1 has ended", sandbox=folder.name)
-            sandbox = Sandbox(folder, record.init.pid, _connect(folder), self._cgroups.existing(folder.name))
+            cgroup = self._cgroups.existing(folder.name)
+            sandbox = LocalSandbox(folder, record.init.pid, _connect(folder), cgroup, self._network, self._user)
         except (OSError, msgspec.MsgspecError) as error:
             raise SandboxError(f"it cannot be taken over: {error}", sandbox=folder.name) from error
         sandbox.link = record.link
-        self.network.adopt(record.link)
+        self._network.adopt(record.link)
         await sandbox.ready()
         return sandbox
 

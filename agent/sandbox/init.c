@@ -20,8 +20,7 @@
 //
 // It trusts the agent; it trusts nothing that runs inside. Built statically by infra.local.native.
 #define _GNU_SOURCE
-#include <errno.h>
-#include <fcntl.h>
+#include "messages.h"
 #include <grp.h>
 #include <linux/capability.h>
 #include <net/if.h>
@@ -31,23 +30,15 @@
 #include <arpa/inet.h>
 #include <poll.h>
 #include <sched.h>
-#include <signal.h>
-#include <stdarg.h>
-#include <stdio.h>
-#include <stdlib.h>
-#include <string.h>
 #include <sys/ioctl.h>
 #include <sys/mount.h>
 #include <sys/prctl.h>
 #include <sys/resource.h>
 #include <sys/signalfd.h>
-#include <sys/socket.h>
 #include <sys/stat.h>
-#include <sys/syscall.h>
 #include <sys/wait.h>
-#include <unistd.h>
 
-enum { MESSAGE_MAX = 128 * 1024, FDS_MAX = 32, ARGS_MAX = 1024, TOOL_FD = 100, FIRST_PID = 1000, ENDED_MAX = 64 };
+enum { ARGS_MAX = 1024, FIRST_PID = 1000, ENDED_MAX = 64 };
 
 extern char **environ;
 static int control = -1;  // the agent; -1 while there is none
@@ -56,41 +47,10 @@ static unsigned ended_count;
 static char mount_point[4096];
 
 static void send_message(int fd, const char *format, ...) {
-    char text[512], space[CMSG_SPACE(sizeof(int))];
     va_list arguments;
     va_start(arguments, format);
-    int length = vsnprintf(text, sizeof text, format, arguments);
+    if (control >= 0) send_to(control, fd, format, arguments);
     va_end(arguments);
-    if (length >= (int)sizeof text) length = sizeof text - 1;
-    struct iovec part = {text, length};
-    struct msghdr message = {.msg_iov = &part, .msg_iovlen = 1};
-    if (fd >= 0) {
-        message.msg_control = space;
-        message.msg_controllen = sizeof space;
-        struct cmsghdr *header = CMSG_FIRSTHDR(&message);
-        header->cmsg_level = SOL_SOCKET;
-        header->cmsg_type = SCM_RIGHTS;
-        header->cmsg_len = CMSG_LEN(sizeof(int));
-        memcpy(CMSG_DATA(header), &fd, sizeof fd);
-    }
-    while (control >= 0 && sendmsg(control, &message, MSG_NOSIGNAL) < 0 && errno == EINTR) {}
-}
-
-static int receive_message(char *buffer, int *fds, int *count) {
-    char space[CMSG_SPACE(FDS_MAX * sizeof(int))];
-    struct iovec part = {buffer, MESSAGE_MAX - 1};
-    struct msghdr message = {.msg_iov = &part, .msg_iovlen = 1, .msg_control = space, .msg_controllen = sizeof space};
-    int length;
-    while ((length = recvmsg(control, &message, MSG_CMSG_CLOEXEC)) < 0 && errno == EINTR) {}
-    *count = 0;
-    if (length <= 0) return length;
-    for (struct cmsghdr *header = CMSG_FIRSTHDR(&message); header; header = CMSG_NXTHDR(&message, header))
-        if (header->cmsg_level == SOL_SOCKET && header->cmsg_type == SCM_RIGHTS) {
-            *count = (header->cmsg_len - CMSG_LEN(0)) / sizeof(int);
-            memcpy(fds, CMSG_DATA(header), *count * sizeof(int));
-        }
-    buffer[length] = 0;
-    return length;
 }
 
 #define TRY(call) do { if ((call) < 0) { snprintf(why, sizeof why, "%s: %s", #call, strerror(errno)); return why; } } while (0)
@@ -229,11 +189,6 @@ static const char *configure_network(char **arguments) {
     return failed;
 }
 
-static void die(const char *what) {
-    dprintf(2, "thaw-init: %s: %s\n", what, strerror(errno));
-    _exit(127);
-}
-
 // Give up every privilege for good: no capability in any set, none to be gained by exec.
 static void drop_privileges(uid_t uid, gid_t gid) {
     struct __user_cap_header_struct header = {_LINUX_CAPABILITY_VERSION_3, 0};
@@ -254,11 +209,6 @@ static void reserve_low_pids(void) {
     int length = snprintf(text, sizeof text, "%d", FIRST_PID - 1);
     if (write(fd, text, length) < 0) {}
     close(fd);
-}
-
-// dup2 that also takes away close-on-exec when both numbers are the same.
-static void place(int fd, int number) {
-    if (fd == number ? fcntl(fd, F_SETFD, 0) < 0 : dup2(fd, number) < 0) die("dup2");
 }
 
 static void run_application(char **arguments, int count, const int *fds, int fd_count) {
@@ -287,18 +237,6 @@ static void run_application(char **arguments, int count, const int *fds, int fd_
     die(command[0]);
 }
 
-static void run_tool(char **arguments, const int *fds, int fd_count, int worker_socket) {
-    // 130 (FI_NO_BREAKPOINTS): CRIU then stops restored processes by tracing their last system calls. A hardware breakpoint is a perf event,
-    // and the first one of a second makes the kernel wait for an RCU grace period: 10-20 ms of each restore.
-    char *environment[] = {"PATH=/usr/sbin:/usr/bin:/sbin:/bin", "CRIU_FAULT=130", NULL};
-    if (fd_count < 1) die("bad order");
-    int executable = fcntl(fds[0], F_DUPFD_CLOEXEC, TOOL_FD + FDS_MAX);  // out of the way of what is placed below
-    for (int i = 1; i < fd_count; i++) place(fds[i], TOOL_FD + i - 1);
-    if (worker_socket >= 0) place(worker_socket, 3);
-    syscall(SYS_execveat, executable, "", arguments, environment, AT_EMPTY_PATH);
-    die("exec of the tool");
-}
-
 static void start(char order, char **arguments, int count, const int *fds, int fd_count, const sigset_t *blocked) {
     if (order == 'A') reserve_low_pids();
     pid_t child = fork();
@@ -317,18 +255,6 @@ static void start(char order, char **arguments, int count, const int *fds, int f
     else if (order != 'W') send_message(-1, "P %d", child);  // a worker's child answers for itself
 }
 
-static int has_handler(const char *pid, int number) {
-    char path[64], line[256];
-    unsigned long long caught = 0;
-    snprintf(path, sizeof path, "/proc/%d/status", atoi(pid));
-    FILE *file = fopen(path, "re");
-    if (!file) return 0;
-    while (fgets(line, sizeof line, file))
-        if (sscanf(line, "SigCgt: %llx", &caught) == 1) break;
-    fclose(file);
-    return number > 0 && number < 65 && caught >> (number - 1) & 1;
-}
-
 static void handle(char *buffer, int length, int *fds, int fd_count, const sigset_t *blocked) {
     char *arguments[ARGS_MAX + 1];
     int count = 0;
@@ -339,7 +265,7 @@ static void handle(char *buffer, int length, int *fds, int fd_count, const sigse
     case 'M': failed = count == 1 ? mount_root(arguments[0]) : "bad order"; break;
     case 'B': failed = bind_files(arguments, count, fds, fd_count); break;
     case 'S': if (count == 1) kill(-1, atoi(arguments[0])); break;
-    case 'H': if (count == 2 && has_handler(arguments[0], atoi(arguments[1]))) kill(atoi(arguments[0]), atoi(arguments[1])); break;
+    case 'H': if (count == 2) signal_handler(arguments[0], atoi(arguments[1])); break;
     case 'N': failed = count == 4 ? configure_network(arguments) : "bad order"; break;
     case 'A': case 'X': case 'W': start(buffer[0], arguments, count, fds, fd_count, blocked); break;
     default: failed = "unknown order";
@@ -390,7 +316,7 @@ static int serve(int listener, int orphan_s) {
             reap();
         }
         if (control >= 0 && wait[2].revents) {
-            int length = receive_message(buffer, fds, &fd_count);
+            int length = receive_from(control, buffer, fds, &fd_count);
             if (length > 0) {
                 handle(buffer, length, fds, fd_count, &blocked);
             } else {

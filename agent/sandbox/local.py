@@ -1,88 +1,65 @@
-"""One sandbox: pid, mount, network, IPC and UTS namespaces with a PID 1 that takes orders.
+"""A sandbox that the agent makes itself: pid, mount, network, IPC and UTS namespaces with a PID 1 that takes orders.
 
 In: orders of :mod:`agent.restore`, :mod:`agent.cold` and :mod:`agent.checkpoint`. Out: processes inside, their ends through
-:attr:`Sandbox.on_exit`, and nothing at all after :meth:`Sandbox.destroy`. The other side of the socket is ``init.c``. A sandbox outlives
-the agent: its folder holds the socket and a record by which the next agent finds it. Made by :mod:`agent.sandbox.factory`.
+:attr:`LocalSandbox.on_exit`, and nothing at all after :meth:`LocalSandbox.destroy`. The other side of the socket is ``init.c``. A sandbox
+outlives the agent: its folder holds the socket and a record by which the next agent finds it. Made by :mod:`agent.sandbox.factory`.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import os
 import shutil
 import signal
 import socket
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
+from agent.api.function import Function
 from agent.errors import SandboxError
-from agent.sandbox import mounts
+from agent.sandbox import mounts, rootfs
 from agent.sandbox.cgroup import Cgroup
+from agent.sandbox.control import Control
 from agent.sandbox.network import Link, Network, hardware_address
+from agent.sandbox.output import OutputPipe, open_output
+from agent.sandbox.protocol import Process, Started, Worker
+from agent.sandbox.rootfs import RootLayers
+from agent.store import archive
 
-#: Longest wait for an answer of PID 1; it does nothing that takes long.
-ORDER_TIMEOUT_S = 10.0
 #: Open files that an instance may have.
 OPEN_FILES_MAX = 65536
-#: Mounts that one message to PID 1 carries (init.c: FDS_MAX).
+#: Mounts that one message to PID 1 carries (messages.h: FDS_MAX).
 _MOUNTS_MAX = 30
+#: Parts of the writable layer that travel with a checkpoint, made anew for each instance, and where the root is not the layer's.
+_PARTS, _OWN, _CLOSED = ("upper", "tmp", "shm", "run"), frozenset({"run/thaw"}), frozenset({"proc", "dev", "tmp", "run"})
 
 
-@dataclass(frozen=True)
-class Process:
-    """How to start the application."""
+class LocalSandbox:
+    """A live sandbox; see :class:`agent.sandbox.protocol.Sandbox`."""
 
-    command: Sequence[str]
-    environment: dict[str, str]
-    working_directory: str
-    user: int
+    def __init__(self, folder: Path, init_pid: int, connection: socket.socket, cgroup: Cgroup, network: Network, user: int) -> None:
+        """Take over a sandbox.
 
-
-@dataclass
-class Worker:
-    """A tool that waits inside for one request on its socket; ``pid`` is its pid inside."""
-
-    socket: socket.socket
-    pid: int
-
-    def close(self) -> None:
-        """Let it go; it exits when its socket closes."""
-        self.socket.close()
-
-
-class Sandbox:
-    """A live sandbox."""
-
-    def __init__(self, folder: Path, init_pid: int, control: socket.socket, cgroup: Cgroup) -> None:
+        Args:
+            folder: the sandbox's own.
+            init_pid: host pid of its PID 1.
+            connection: to its PID 1.
+            cgroup, network: what it has limits and its address from.
+            user: whom the function runs as.
+        """
         self.id = folder.name
-        #: On the node, for as long as the sandbox lives; the owner of the sandbox may keep files in it.
         self.folder = folder
-        #: Host pid of the sandbox's PID 1.
         self.init_pid = init_pid
-        self.cgroup = cgroup
         self.link: Link | None = None
-        #: Gets what is written in it; goes with the sandbox unless somebody moves it.
         self.output: Path | None = None
-        #: Waits to restore something here; taken by the start.
         self.worker: Worker | None = None
         #: Directory descriptor of the writable layer: ``upper``, ``tmp``, ``shm``, ``run``.
         self.layer_fd = -1
-        #: Called with the pid (inside) and wait status of each process that nobody waits for.
-        self.on_exit: Callable[[int, int], None] = lambda pid, status: None
-        #: Completed when PID 1 is gone, whatever the reason.
-        self.gone: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._control = control
-        self._pidfd = os.pidfd_open(init_pid)
-        self._lock = asyncio.Lock()
-        self._replies: asyncio.Queue[tuple[bytes, list[int]]] = asyncio.Queue()
-        self._waiters: dict[int, asyncio.Future[int]] = {}
-        self._ended: dict[int, int] = {}
-        control.setblocking(False)
-        loop = asyncio.get_running_loop()
-        loop.add_reader(control.fileno(), self._readable)
-        loop.add_reader(self._pidfd, self._died)
+        self._cgroup = cgroup
+        self._network = network
+        self._user = user
+        self._control = Control(self.id, init_pid, connection)
+        self._control.gone.add_done_callback(self._close_layer)
 
     @property
     def address(self) -> str:
@@ -90,195 +67,166 @@ class Sandbox:
         return self.link.address if self.link else "127.0.0.1"
 
     @property
+    def gone(self) -> asyncio.Future[None]:
+        """Completed when PID 1 is gone, whatever the reason."""
+        return self._control.gone
+
+    @property
+    def on_exit(self) -> Callable[[int, int], None]:
+        """Called with the pid (inside) and wait status of each process that nobody waits for."""
+        return self._control.on_exit
+
+    @on_exit.setter
+    def on_exit(self, call: Callable[[int, int], None]) -> None:
+        self._control.on_exit = call
+
+    @property
     def layer(self) -> Path:
         """The writable layer, reachable only through this process."""
         return Path(f"/proc/self/fd/{self.layer_fd}")
 
-    async def mount_root(self, lower: str) -> None:
-        """Mount the root: the directory ``lower`` of the node, read-only under the writable layer."""
-        if any(char in lower for char in ":,\\"):
-            raise SandboxError(f"the path {lower!r} holds a character that overlay mounts cannot take", stage="rootfs")
-        await self._order(b"M", [lower])
+    def name(self, proposed: str) -> str:
+        """As proposed."""
+        return proposed
 
-    async def bind_files(self, hostname: str, binds: Sequence[tuple[str, str]]) -> None:
-        """Set the sandbox's name, and put files or directories of the node over its root, read-only.
+    async def set_up(self, root: str, logs: Path) -> None:
+        """Mount the directory ``root`` of the node as root, read-only under the writable layer, and name an output file."""
+        if any(char in root for char in ":,\\"):
+            raise SandboxError(f"the path {root!r} holds a character that overlay mounts cannot take", stage="rootfs")
+        (self.layer / "run" / "thaw").mkdir(mode=0o755)
+        await self._control.order(b"M", [root], expect=b"k")
+        # Under a name of its own: the instance's is given when there is time, because renaming takes the disk 0.4 ms.
+        self.output = logs / f".{self.id}"
 
-        Args:
-            hostname: its name.
-            binds: (path on the node, path in the root).
-        """
+    async def furnish(self, function: Function, layers: RootLayers, hostname: str) -> None:
+        """Set limits and name, and put the function's files over the root, read-only."""
+        limits, binds = function.spec.limits, layers.binds
+        self._cgroup.limit(limits.memory_mb << 20, limits.pids + 1)
         for at in range(0, len(binds) or 1, _MOUNTS_MAX):
             some = binds[at : at + _MOUNTS_MAX]
             fds: list[int] = []
             try:
                 fds.extend(mounts.detached(source) for source, _ in some)
-                await self._order(b"B", [hostname, *(target for _, target in some)], fds)
+                await self._control.order(b"B", [hostname, *(target for _, target in some)], fds, expect=b"k")
             except OSError as error:
                 raise SandboxError(f"cannot bind {error.filename}: {error.strerror}", sandbox=self.id) from error
             finally:
                 for fd in fds:
                     os.close(fd)
 
-    async def start_application(self, process: Process, output_fd: int) -> int:
-        """Start the function's command as an unprivileged session leader; returns its pid inside.
+    def write_identity(self, content: bytes) -> None:
+        """Put ``/run/thaw/instance.json``; the folder belongs to the agent."""
+        folder = os.open("run/thaw", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=self.layer_fd)
+        try:
+            rootfs.put_identity(folder, content, self._user)
+        finally:
+            os.close(folder)
 
-        Args:
-            process: what to run.
-            output_fd: becomes its standard output and error.
-        """
-        user = str(process.user)
+    def open_outputs(self) -> list[int]:
+        """One descriptor, of the output file."""
+        return [open_output(self.output)] if self.output is not None else []
+
+    async def start_application(self, process: Process, log: Path, *, donor: bool) -> Started:
+        """Start the function's command as an unprivileged session leader; a donor writes to a pipe."""
+        user = str(self._user)
         variables = [f"{name}={value}" for name, value in process.environment.items()]
         header = [user, user, str(OPEN_FILES_MAX), process.working_directory, str(len(variables))]
-        reply, _ = await self._order(b"A", [*header, *variables, *process.command], [output_fd])
-        return int(reply.split()[1])
+        pipe = OutputPipe(log) if donor else None
+        output = pipe.write_fd if pipe else open_output(log)
+        try:
+            reply, _ = await self._control.order(b"A", [*header, *variables, *process.command], [output], expect=b"P")
+        finally:
+            os.close(output)
+        return Started(int(reply.split()[1]), (pipe.name,) if pipe else ())
 
     async def run_tool(self, executable_fd: int, arguments: Sequence[str], fds: Sequence[int], timeout_s: float) -> int:
         """Run a tool by descriptor inside, wait for it and return its wait status; ``fds`` are its 100, 101, …"""
-        reply, _ = await self._order(b"X", arguments, [executable_fd, *fds])
-        return await self.wait(int(reply.split()[1]), timeout_s)
+        reply, _ = await self._control.order(b"X", arguments, [executable_fd, *fds], expect=b"P")
+        return await self._control.wait(int(reply.split()[1]), timeout_s)
 
     async def start_worker(self, executable_fd: int, arguments: Sequence[str], fds: Sequence[int]) -> None:
         """Start a tool that serves requests on its descriptor 3, and keep it as :attr:`worker`; ``fds`` are its 100, 101, …"""
-        async with self._lock:
-            self._send(b"W", arguments, [executable_fd, *fds])
-            reply, received = await self._reply(b"S")
+        reply, received = await self._control.order(b"W", arguments, [executable_fd, *fds], expect=b"S")
         worker = socket.socket(fileno=received[0])
         worker.setblocking(False)
         self.worker = Worker(worker, int(reply.split()[1]))
 
-    def open_root(self) -> int:
-        """A descriptor of the mounted root, for changes from outside; the caller closes it."""
-        return os.open(f"/proc/{self.init_pid}/root", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    def pack_files(self, layers: RootLayers) -> bytes:
+        """The writable layer."""
+        return archive.pack_layer({part: self.layer / part for part in _PARTS}, layers.targets, _OWN)
 
-    async def wait(self, pid: int, timeout_s: float) -> int:
-        """Wait for a process inside; returns its wait status.
+    def unpack_files(self, layer: Path) -> None:
+        """Write a layer; what is of the root through the mounted root, because the kernel leaves changes under an overlay undefined."""
 
-        Raises:
-            SandboxError: it does not end in time (it is left to :meth:`destroy`), or the sandbox is gone.
-        """
-        if pid in self._ended:
-            return self._ended.pop(pid)
-        waiter = self._waiters.setdefault(pid, asyncio.get_running_loop().create_future())
-        try:
-            async with asyncio.timeout(timeout_s):
-                return await waiter
-        except TimeoutError as error:
-            raise SandboxError(f"process {pid} did not end within {timeout_s:.0f} s", sandbox=self.id) from error
-        finally:
-            self._waiters.pop(pid, None)
+        def base(part: str) -> int:
+            if part == "upper":
+                return os.open(f"/proc/{self.init_pid}/root", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            return os.open(part, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=self.layer_fd)
+
+        archive.unpack_layer(layer, _PARTS, base, _CLOSED)
+
+    def confine(self) -> None:
+        """Nothing: what PID 1 starts cannot have more than the image says, which has no privileges."""
+
+    def complete(self, pid: int) -> None:
+        """Nothing: PID 1 waits on, for the agent to end it."""
+
+    def rest(self) -> None:
+        """Nothing: the agent's reports say so."""
+
+    def retire(self) -> None:
+        """Nothing: the agent's reports say so."""
+
+    def lift_memory_limit(self) -> None:
+        """CRIU's output is charged here, and may not be reclaimable (tmpfs, a slow disk)."""
+        self._cgroup.lift_memory_limit()
+
+    def was_oom_killed(self) -> bool:
+        """Whether the kernel killed a process here because of the memory limit."""
+        return self._cgroup.was_oom_killed()
 
     async def configure_network(self, link: Link, gateway: str) -> None:
         """Bring up ``lo``, and ``eth0`` with the address of ``link``; ``gateway`` is the node's."""
-        await self._order(b"N", [link.address, link.netmask, gateway, hardware_address(gateway)])
+        await self._control.order(b"N", [link.address, link.netmask, gateway, hardware_address(gateway)], expect=b"k")
 
     async def ready(self) -> None:
         """Wait until PID 1 has made its layer."""
-        _, fds = await self._reply(b"R")
+        _, fds = await self._control.reply(b"R")
         self.layer_fd = fds[0]
 
     def ended(self, pid: int) -> int | None:
         """Wait status of a process inside that has ended and that nobody waited for."""
-        return self._ended.get(pid)
+        return self._control.ended(pid)
 
     def processes(self) -> list[int]:
         """Host pids of everything inside but PID 1."""
-        return [pid for pid in self.cgroup.processes() if pid != self.init_pid]
+        return [pid for pid in self._cgroup.processes() if pid != self.init_pid]
 
     def signal_all(self, number: signal.Signals) -> None:
         """Send a signal to every process inside but PID 1."""
-        self._send(b"S", [str(int(number))], [])
+        self._control.send(b"S", [str(int(number))])
 
     def signal_handler(self, pid: int, number: signal.Signals) -> None:
         """Send a signal to process ``pid`` (inside) if it has a handler for it: without one the signal would end it."""
-        self._send(b"H", [str(pid), str(int(number))], [])
+        self._control.send(b"H", [str(pid), str(int(number))])
 
-    async def destroy(self, network: Network) -> None:
+    async def destroy(self) -> None:
         """End everything inside and remove every trace. Safe to call twice."""
         if self.worker is not None:
             self.worker.close()
-        with contextlib.suppress(ProcessLookupError, OSError):
-            signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
-        with contextlib.suppress(asyncio.CancelledError):
-            await asyncio.shield(self.gone)
+        await self._control.kill()
         link, self.link = self.link, None
         if link:
-            await network.detach(link)
+            await self._network.detach(link)
         await asyncio.to_thread(self._remove)
 
     def _remove(self) -> None:
-        self.cgroup.remove()
+        self._cgroup.remove()
         shutil.rmtree(self.folder, ignore_errors=True)
         if self.output is not None:
             self.output.unlink(missing_ok=True)
 
-    async def _order(self, letter: bytes, arguments: Sequence[str], fds: Sequence[int] = ()) -> tuple[bytes, list[int]]:
-        async with self._lock:
-            self._send(letter, arguments, fds)
-            return await self._reply(b"P" if letter in b"AX" else b"k")
-
-    def _send(self, letter: bytes, arguments: Sequence[str], fds: Sequence[int]) -> None:
-        payload = letter + b"".join(part.encode() + b"\0" for part in arguments)
-        try:
-            socket.send_fds(self._control, [payload], list(fds))
-        except OSError as error:
-            raise SandboxError(f"PID 1 takes no orders: {error}", sandbox=self.id) from error
-
-    async def _reply(self, expected: bytes) -> tuple[bytes, list[int]]:
-        try:
-            async with asyncio.timeout(ORDER_TIMEOUT_S):
-                message, fds = await self._replies.get()
-        except TimeoutError as error:
-            raise SandboxError("PID 1 does not answer", sandbox=self.id) from error
-        if not message.startswith(expected):
-            for fd in fds:
-                os.close(fd)
-            reason = message[2:].decode(errors="replace") if message.startswith(b"e") else f"answered {message!r}"
-            raise SandboxError(f"PID 1: {reason}", sandbox=self.id)
-        return message, fds
-
-    def _readable(self) -> None:
-        while True:
-            try:
-                message, fds, _, _ = socket.recv_fds(self._control, 1024, 4)
-            except BlockingIOError:
-                return
-            except OSError:
-                message, fds = b"", []
-            if not message:
-                asyncio.get_running_loop().remove_reader(self._control.fileno())
-                return
-            if message.startswith(b"E "):
-                _, pid, status = message.split()
-                self._process_ended(int(pid), int(status))
-            else:
-                self._replies.put_nowait((message, list(fds)))
-
-    def _process_ended(self, pid: int, status: int) -> None:
-        waiter = self._waiters.pop(pid, None)
-        if waiter is not None:
-            if not waiter.done():
-                waiter.set_result(status)
-            return
-        self._ended[pid] = status
-        self.on_exit(pid, status)
-
-    def _died(self) -> None:
-        loop = asyncio.get_running_loop()
-        loop.remove_reader(self._pidfd)
-        loop.remove_reader(self._control.fileno())
-        with contextlib.suppress(ChildProcessError):
-            os.waitid(os.P_PIDFD, self._pidfd, os.WEXITED)
-        os.close(self._pidfd)
-        self._control.close()
+    def _close_layer(self, _: object) -> None:
         if self.layer_fd >= 0:
             os.close(self.layer_fd)
             self.layer_fd = -1
-        while not self._replies.empty():
-            for fd in self._replies.get_nowait()[1]:
-                os.close(fd)
-        self._replies.put_nowait((b"e sandbox is gone", []))
-        for waiter in self._waiters.values():
-            if not waiter.done():
-                waiter.set_exception(SandboxError("the sandbox is gone", sandbox=self.id))
-        if not self.gone.done():
-            self.gone.set_result(None)

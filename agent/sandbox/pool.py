@@ -1,8 +1,8 @@
 """Sandboxes that are ready before they are needed.
 
-In: how many to keep for each root directory. Out: a :class:`~agent.sandbox.local.Sandbox` with that root mounted and a CRIU worker waiting
-in it, at once from the pool, or a new one when it is empty. Making one takes tens of milliseconds, most of it joining cgroups; a start does
-not wait for that.
+In: how many to keep for each root directory. Out: a :class:`~agent.sandbox.local.LocalSandbox` with that root mounted and a CRIU worker
+waiting in it, at once from the pool, or a new one when it is empty. Making one takes tens of milliseconds, most of it joining cgroups; a
+start does not wait for that.
 """
 
 from __future__ import annotations
@@ -13,9 +13,13 @@ import os
 from collections import OrderedDict, deque
 from collections.abc import Awaitable, Callable
 
+from agent import room
+from agent.api.function import Function
 from agent.errors import SandboxError
 from agent.sandbox.factory import SandboxFactory
-from agent.sandbox.local import Sandbox
+from agent.sandbox.local import LocalSandbox
+from agent.sandbox.protocol import Sandbox
+from agent.sandbox.rootfs import RootLayers
 from infra.tasks import TaskGroup
 
 logger = logging.getLogger(__name__)
@@ -36,7 +40,7 @@ class SandboxPool:
         factory: SandboxFactory,
         size: int,
         tasks: TaskGroup,
-        prepare: Callable[[Sandbox, str], Awaitable[None]],
+        prepare: Callable[[LocalSandbox, str], Awaitable[None]],
         first_root: str = "/",
     ) -> None:
         """Begin to fill.
@@ -51,7 +55,7 @@ class SandboxPool:
         self._factory = factory
         self._size = size
         self._prepare = prepare
-        self._ready: OrderedDict[str, deque[Sandbox]] = OrderedDict({first_root: deque()})
+        self._ready: OrderedDict[str, deque[LocalSandbox]] = OrderedDict({first_root: deque()})
         self._wanted = asyncio.Event()
         self._wanted.set()
         self._closed = False
@@ -62,12 +66,13 @@ class SandboxPool:
     def __len__(self) -> int:
         return sum(len(ready) for ready in self._ready.values())
 
-    async def take(self, root: str) -> Sandbox:
-        """A prepared sandbox with the root ``root``, owned by the caller, who gives it back.
+    async def take(self, function: Function, layers: RootLayers) -> LocalSandbox:
+        """A prepared sandbox with the function's root, owned by the caller, who gives it back; any function's fit that have the same root.
 
         Raises:
             SandboxError: the host refuses to make one.
         """
+        root = layers.root
         ready = self._ready.setdefault(root, deque())
         self._ready.move_to_end(root)
         self._wanted.set()
@@ -75,7 +80,7 @@ class SandboxPool:
             sandbox = ready.popleft()
             if not sandbox.gone.done():
                 return sandbox
-            await sandbox.destroy(self._factory.network)
+            await sandbox.destroy()
         self._urgent += 1
         try:
             async with self._making:
@@ -85,7 +90,15 @@ class SandboxPool:
 
     async def give_back(self, sandbox: Sandbox) -> None:
         """Destroy a used sandbox."""
-        await sandbox.destroy(self._factory.network)
+        await sandbox.destroy()
+
+    def check_room(self, function: Function, memory_mb: int) -> None:
+        """Whether the node has memory for one more.
+
+        Raises:
+            NoRoom: it has not.
+        """
+        room.check_room(memory_mb)
 
     async def close(self) -> None:
         """Destroy what is ready; one that is being made is finished first, because half a sandbox would be left."""
@@ -95,18 +108,18 @@ class SandboxPool:
         for root in list(self._ready):
             await self._forget(root)
 
-    async def _make(self, root: str) -> Sandbox:
+    async def _make(self, root: str) -> LocalSandbox:
         sandbox = await self._factory.create()
         try:
             await self._prepare(sandbox, root)
         except BaseException:
-            await sandbox.destroy(self._factory.network)
+            await sandbox.destroy()
             raise
         return sandbox
 
     async def _forget(self, root: str) -> None:
         for sandbox in self._ready.pop(root):
-            await sandbox.destroy(self._factory.network)
+            await sandbox.destroy()
 
     async def _refill(self) -> None:
         while not self._closed:
@@ -133,4 +146,4 @@ class SandboxPool:
             if root in self._ready:
                 self._ready[root].append(sandbox)
             else:
-                await sandbox.destroy(self._factory.network)
+                await sandbox.destroy()

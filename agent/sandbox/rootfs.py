@@ -6,6 +6,7 @@ that a checkpoint must match), and the identity file that tells an instance who 
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -25,11 +26,11 @@ class RootLayers:
     """What a function sees read-only.
 
     Attributes:
-        root: lower directory of the overlay.
+        root: lower directory of the overlay; empty: a container's own, which no folder of the node shows.
         layer: the function's files on the node, laid out as in the root; empty when it has none.
         targets: paths of ``layer`` that are bound over the root. They cannot be a second lower directory: the kernel refuses
             layers of which one is inside the other (ELOOP), and the root is usually ``/``.
-        files_digest: hex SHA-256 over names, modes and contents of the files.
+        files_digest: hex SHA-256 over names, modes and contents of the files; of a pod: over the names of its images.
     """
 
     root: str
@@ -40,7 +41,7 @@ class RootLayers:
     @property
     def search(self) -> tuple[str, ...]:
         """Directories of the node in which a path of the root is looked for, first match wins."""
-        return (self.layer, self.root) if self.layer else (self.root,)
+        return tuple(path for path in (self.layer, self.root) if path)
 
     @property
     def binds(self) -> tuple[tuple[str, str], ...]:
@@ -72,24 +73,36 @@ def prepare(function: Function, layers: Path) -> RootLayers:
     return RootLayers(spec.root, str(final), _topmost([item.target for item in spec.files]), digest)
 
 
-def write_identity(layer_fd: int, *, instance: str, function: str, checkpoint: str, user: int) -> None:
-    """Tell the instance who it is: ``/run/thaw/instance.json``, with a new seed at each start and resume, while the process does not run.
+def identity(*, instance: str, function: str, checkpoint: str) -> bytes:
+    """What an instance is told about itself, in ``/run/thaw/instance.json``: with a new seed at each start and resume.
 
     Args:
-        layer_fd: the sandbox's writable layer; its ``run/thaw`` exists and belongs to the agent.
         instance, function, checkpoint: names; no checkpoint: an empty text.
-        user: who may read it.
     """
     content = {
         "instance": instance, "function": function, "checkpoint": checkpoint, "seed": os.urandom(32).hex(), "resumed_ns": time.time_ns(),
     }  # fmt: skip
-    flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC
-    fd = os.open("run/thaw/instance.json", flags, 0o400, dir_fd=layer_fd)
+    return json.dumps(content).encode() + b"\n"
+
+
+def put_identity(folder_fd: int, content: bytes, user: int) -> None:
+    """Write ``instance.json``, whatever is there, while the process does not run.
+
+    Args:
+        folder_fd: where; may belong to the instance, so nothing in it is followed.
+        content: of :func:`identity`.
+        user: who may read it.
+    """
+    name = "instance.json"
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(f"{name}.new", dir_fd=folder_fd)
+    fd = os.open(f"{name}.new", os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o400, dir_fd=folder_fd)
     try:
         os.fchown(fd, user, user)
-        os.write(fd, json.dumps(content).encode() + b"\n")
+        os.write(fd, content)
     finally:
         os.close(fd)
+    os.rename(f"{name}.new", name, src_dir_fd=folder_fd, dst_dir_fd=folder_fd)
 
 
 def _topmost(targets: list[str]) -> tuple[str, ...]:

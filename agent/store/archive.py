@@ -2,7 +2,8 @@
 
 In: directories. Out: bytes of the head object's archive; on the way back, files under a directory that is given, never outside of it.
 An archive is a zstd-packed msgpack map: the images by name, and the layer as a tar. Used by :mod:`agent.checkpoint` and
-:mod:`agent.store.cache`; the layer is unpacked into each sandbox by :mod:`agent.sandbox.rootfs`.
+:mod:`agent.store.cache`; the layer is packed and unpacked by each kind of sandbox. A layer has parts: ``upper`` is what was written to the
+root, the others are what else is writable there.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import re
 import shutil
 import stat
 import tarfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 
 import msgpack
@@ -22,12 +23,8 @@ import msgspec
 from agent.errors import ImageInvalid
 from agent.store import chunks
 
-#: Parts of the writable layer that travel with a checkpoint.
-LAYER_PARTS = ("upper", "tmp", "shm", "run")
-#: Made by the sandbox for each instance anew.
-_EXCLUDED = {"run/criu.kdat", "run/thaw"}
-#: Directories of the root over which every sandbox mounts something of its own.
-_MOUNTED = {"proc", "dev", "tmp", "run"}
+#: The part that holds changes of the root.
+ROOT_PART = "upper"
 LAYER_BYTES_MAX = 256 << 20
 _IMAGE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,120}")
 _PAGES_NAME = re.compile(r"pages-\d+\.img")
@@ -75,18 +72,33 @@ class _Archive(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     layer: bytes
 
 
-def pack_layer(layer: Path, mount_points: Sequence[str] = ()) -> bytes:
+#: What is in a layer before an instance is, by name: kind and permissions, size, time of the last change, ns.
+Stamps = Mapping[str, tuple[int, int, int]]
+
+
+def stamps(parts: Mapping[str, Path]) -> Stamps:
+    """What is there now, to tell later what was written since."""
+    return {name: _stamp(path) for path, name in _walk(parts, set())}
+
+
+def pack_layer(
+    parts: Mapping[str, Path], mount_points: Iterable[str] = (), left_out: Collection[str] = (), before: Stamps | None = None
+) -> bytes:
     """The writable layer as a tar, every parent before what is in it; empty when nothing was written.
 
     Args:
-        layer: the sandbox's writable layer.
-        mount_points: paths of the root that the sandbox binds files over; it makes them anew for each instance.
+        parts: directories by name.
+        mount_points: paths of the root over which something is mounted: made anew for each instance.
+        left_out: names (``part/path``) of what is made anew too.
+        before: what was there before and is left out if it has not changed.
 
     Raises:
         ImageInvalid: the function wrote more than :data:`LAYER_BYTES_MAX` to its root.
     """
-    found = list(_walk(layer, _mount_point_names(layer, mount_points)))
-    if [name for _, name in found] == list(LAYER_PARTS):
+    found = list(_walk(parts, _mount_point_names(parts.get(ROOT_PART), mount_points) | set(left_out)))
+    if before:
+        found = [(path, name) for path, name in found if before.get(name) != _stamp(path)]
+    if all("/" not in name for _, name in found):
         return b""
     buffer = io.BytesIO()
     total = 0
@@ -113,69 +125,79 @@ def pack_layer(layer: Path, mount_points: Sequence[str] = ()) -> bytes:
     return buffer.getvalue()
 
 
-def unpack_layer(layer_file: Path, layer_fd: int, open_root: Callable[[], int]) -> None:
-    """Unpack a layer into a sandbox whose root is mounted.
+def unpack_layer(layer_file: Path, parts: Collection[str], open_part: Callable[[str], int], closed: Collection[str]) -> None:
+    """Unpack a layer into a sandbox.
 
-    Every step is taken by descriptor without following links, so that no member lands outside. Changes of the root itself are made through
-    the mounted root, because the kernel does not define what a change under a mounted overlay does; the sandbox's own mounts are closed
-    to them.
+    Every step is taken by descriptor without following links, so that no member lands outside.
 
     Args:
         layer_file: the layer.
-        layer_fd: the writable layer: ``tmp``, ``shm`` and ``run`` are mounted in the root.
-        open_root: opens the mounted root, if it is needed.
+        parts: names of parts that the sandbox has.
+        open_part: opens one, when it is needed; the descriptor is closed here.
+        closed: paths of the root, without leading slash, where the sandbox mounts something: no part of the root.
 
     Raises:
         ImageInvalid: a member has a name or kind that a layer cannot hold.
     """
     if layer_file.stat().st_size == 0:
         return
-    bases = {part: layer_fd for part in LAYER_PARTS if part != "upper"}
+    bases: dict[str, int] = {}
     try:
         with tarfile.open(layer_file, mode="r:") as members:
             for member in members:
-                part, *parts = member.name.split("/")
-                if part not in LAYER_PARTS or any(name in ("", ".", "..") for name in parts):
+                part, *names = member.name.split("/")
+                if part not in parts or any(name in ("", ".", "..") for name in names):
                     raise ImageInvalid(f"the layer holds a file with the name {member.name!r}")
-                if not parts:
+                if not names:
                     continue
-                if part == "upper":
-                    if parts[0] in _MOUNTED:
-                        if len(parts) > 1:
-                            raise ImageInvalid(f"the layer holds {member.name!r}, where the sandbox mounts something")
-                        continue
-                    if part not in bases:
-                        bases[part] = open_root()
-                _extract(members, member, [part, *parts] if part != "upper" else parts, bases[part])
+                if part == ROOT_PART and (mounted := _mounted(names, closed)):
+                    if mounted < len(names):
+                        raise ImageInvalid(f"the layer holds {member.name!r}, where the sandbox mounts something")
+                    continue
+                if part not in bases:
+                    bases[part] = open_part(part)
+                _extract(members, member, names, bases[part])
     except tarfile.TarError as error:
         raise ImageInvalid(f"the layer is corrupt: {error}") from error
     except OSError as error:
         raise ImageInvalid(f"the layer cannot be unpacked: {error}") from error
     finally:
-        if "upper" in bases:
-            os.close(bases["upper"])
+        for fd in bases.values():
+            os.close(fd)
 
 
-def _mount_point_names(layer: Path, mount_points: Sequence[str]) -> set[str]:
+def _mounted(names: list[str], closed: Collection[str]) -> int:
+    """How many of the names lead to a mount; 0 when none does."""
+    return next((count for count in range(1, len(names) + 1) if "/".join(names[:count]) in closed), 0)
+
+
+def _mount_point_names(root: Path | None, mount_points: Iterable[str]) -> set[str]:
     """Names of the mount points in the layer, and of their parents as far up as they hold nothing else."""
     names: set[str] = set()
-    for target in mount_points:
-        path = layer / "upper" / target.lstrip("/")
-        while path != layer / "upper" and all(str(child.relative_to(layer)) in names for child in _children(path)):
-            names.add(str(path.relative_to(layer)))
+    if root is None:
+        return names
+    for target in sorted(mount_points, reverse=True):
+        path = root / target.lstrip("/")
+        while path != root and all(f"{ROOT_PART}/{child.relative_to(root)}" in names for child in _children(path)):
+            names.add(f"{ROOT_PART}/{path.relative_to(root)}")
             path = path.parent
     return names
+
+
+def _stamp(path: Path) -> tuple[int, int, int]:
+    status = path.lstat()
+    return (status.st_mode, status.st_size, status.st_mtime_ns)
 
 
 def _children(path: Path) -> list[Path]:
     return list(path.iterdir()) if path.is_dir() and not path.is_symlink() else []
 
 
-def _walk(layer: Path, left_out: set[str]) -> Iterator[tuple[Path, str]]:
-    pending = [(layer / part, part) for part in reversed(LAYER_PARTS)]
+def _walk(parts: Mapping[str, Path], left_out: set[str]) -> Iterator[tuple[Path, str]]:
+    pending = [(path, part) for part, path in reversed([*parts.items()])]
     while pending:
         path, name = pending.pop()
-        if name in _EXCLUDED or name in left_out:
+        if name in left_out:
             continue
         yield path, name
         pending.extend((child, f"{name}/{child.name}") for child in sorted(_children(path), reverse=True))
@@ -217,7 +239,7 @@ def _extract(members: tarfile.TarFile, member: tarfile.TarInfo, parts: list[str]
             part, *origin = member.linkname.split("/")
             if part != member.name.split("/")[0] or not origin or ".." in origin:
                 raise ImageInvalid(f"the layer holds a link to {member.linkname!r}")
-            source_parent = _open_parent(root_fd, origin[:-1] if part == "upper" else [part, *origin[:-1]])
+            source_parent = _open_parent(root_fd, origin[:-1])
             try:
                 os.link(origin[-1], base, src_dir_fd=source_parent, dst_dir_fd=parent, follow_symlinks=False)
             finally:

@@ -1,1 +1,2 @@
-"""Kubernetes: images without a Docker engine (:mod:`.oci`) and a cluster on one machine (:mod:`.cluster`)."""
+"""Kubernetes: the manifests that kubectl and Terraform apply (``manifests``), images without a Docker engine (:mod:`.oci`) and a cluster
+on one machine (:mod:`.cluster`)."""

@@ -24,12 +24,15 @@ _TARBALL_SHA256 = "29ec0ee09e296479fe7048c80980e8ef1d0684d0b0204c2b101dfea19f672
 _SUITES = ("forky", "sid")
 _PATCHES = tuple(Path(__file__).with_name(name) for name in ("criu-rlimits.patch", "criu-worker.patch"))
 #: Changes when the build below does, so that an old binary is not taken for a new one.
-_RECIPE = "2"
+_RECIPE = "3"
 #: pkg-config sees only these, so that the result does not depend on what else the machine has.
 _PKG_CONFIG_MODULES = ("libnl-3.0", "libprotobuf-c", "protobuf")
 #: A path that nothing can be put in. CRIU runs as root inside roots of functions: a plugin or a configuration there
 #: (whose ``action-script`` is a command) would be a way to root. ``$HOME/.criu`` remains: run CRIU without HOME.
 _NOWHERE = "/proc/thaw-has-none/"
+#: Where CRIU keeps what it learnt of the kernel: a tmpfs folder that the agent hands over as this descriptor (:mod:`agent.criu.tool`).
+#: /run of a pod is no tmpfs, and what lies there could be the function's.
+_RUN_FOLDER = "/proc/self/fd/102"
 _CONFIG_DEFINES = {
     "SYSCONFDIR": _NOWHERE,
     "GLOBAL_CONFIG_DIR": _NOWHERE,
@@ -101,7 +104,7 @@ def _compile(tarball: Path, work: Path, log: Path) -> Path:
     jobs = min(os.cpu_count() or 1, 4)
     # The caller may itself run under make or a distribution's build: its flags are not for this build.
     clean = ["env", *(word for name in ("CFLAGS", "LDFLAGS", "MAKEFLAGS", "CC") for word in ("-u", name))]
-    settings = ["NO_GNUTLS=1", "V=1", f"PLUGINDIR={_NOWHERE}"]
+    settings = ["NO_GNUTLS=1", "V=1", f"PLUGINDIR={_NOWHERE}", f"RUNDIR={_RUN_FOLDER}"]
     settings.append("CONFIG-DEFINES=" + " ".join(f"-D{name}='\"{value}\"'" for name, value in _CONFIG_DEFINES.items()))
     text = install.run(
         [*clean, "make", f"-j{jobs}", *settings, "criu"],

@@ -1,6 +1,7 @@
 """Streams to the node agents: one per node, kept open.
 
-In: commands from :mod:`scaler.service`; the agents' reports. Out: calls of an :class:`AgentSink`. A stream that breaks is opened again
+In: commands from :mod:`scaler.service`; the agents' reports; where agents are (settings, or :meth:`Agents.discovered`). Out: calls of an
+:class:`AgentSink`. A stream that breaks is opened again
 (0.1 s, doubling to 2 s); commands without an answer are sent again with the same id, which the agent carries out once. A node counts
 as down at once, and as lost when it has been away for ``scaler.node_grace_s``.
 """
@@ -10,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Protocol
 
 from agent.api.connection import Connection, connect
@@ -37,6 +38,8 @@ logger = logging.getLogger(__name__)
 #: Pause before a stream is opened again, s; doubles up to the second value.
 _RECONNECT_S = (0.1, 2.0)
 _CONNECT_S = 2.0
+#: In the setting ``scaler.agents``: they are told by :meth:`Agents.discovered`.
+DISCOVER = "kubernetes"
 #: A command is forgotten this long after its deadline; the planner has given it up before.
 _FORGET_NS = 10_000_000_000
 
@@ -67,14 +70,42 @@ class Agents:
         self._tasks = tasks
         self._settled = False
         self._grace_s = settings.scaler.node_grace_s
+        self._identity = identity
         self._by_node: dict[str, _Link] = {}
-        self._links = [_Link(self, name, find, identity) for name, find in _addresses(settings).items()]
+        #: Agents that come and go, by node; None: they are named by settings, or it is not known yet which there are.
+        self._found: dict[str, _Address] | None = None
+        #: By label. Those that were discovered are labelled with their node.
+        self._links: dict[str, _Link] = {}
+        if settings.scaler.agents != DISCOVER:
+            self._links = {name: _Link(self, name, find, identity) for name, find in _addresses(settings).items()}
 
     def start(self) -> None:
         """Open the streams, and keep them open."""
-        for link in self._links:
-            self._tasks.spawn(link.run(), f"stream to agent {link.label}", essential=True)
-        asyncio.get_running_loop().call_later(self._grace_s, self._settle)
+        for link in self._links.values():
+            link.task = self._tasks.spawn(link.run(), f"stream to agent {link.label}", essential=True)
+        if self._links:
+            asyncio.get_running_loop().call_later(self._grace_s, self._settle)
+
+    def discovered(self, addresses: Mapping[str, _Address]) -> None:
+        """These are all the agents there are now, by node; the stream to another one is closed, and its node has the grace."""
+        if self._found is None:
+            asyncio.get_running_loop().call_later(self._grace_s, self._settle)
+        self._found = dict(addresses)
+        for label in [label for label in self._links if label not in addresses]:
+            self._links.pop(label).retire()
+        for label in addresses:
+            if label not in self._links:
+                link = self._links[label] = _Link(self, label, self._found_at(label), self._identity)
+                link.task = self._tasks.spawn(link.run(), f"stream to agent {label}", essential=True)
+
+    def _found_at(self, label: str) -> Callable[[], _Address]:
+        # Looked up at every attempt: the agent's next pod has another address.
+        def find() -> _Address:
+            if self._found is None or label not in self._found:
+                raise AgentUnreachable(f"node {label} has no agent any more")
+            return self._found[label]
+
+        return find
 
     def send(self, node: str, command: AgentCommand) -> None:
         """Send a command now, or as soon as the stream is open again."""
@@ -86,9 +117,18 @@ class Agents:
 
     def forget_expired(self, now_ns: int) -> None:
         """Drop commands that nobody waits for any more."""
-        for link in self._links:
+        for link in self._links.values():
             for command_id in [key for key, command in link.unanswered.items() if command.deadline_ns + _FORGET_NS < now_ns]:
                 del link.unanswered[command_id]
+
+    def _inherit(self, link: _Link, node: str) -> None:
+        """The node had an agent before, which has gone for good: what it was asked is asked of its successor."""
+        other = self._by_node.get(node)
+        if other is not None and other is not link and other.retired:
+            if other.grace is not None:
+                other.grace.cancel()
+            link.unanswered = {**other.unanswered, **link.unanswered}
+            del self._by_node[node]
 
     def _connected(self, link: _Link, inventory: Inventory) -> None:
         other = self._by_node.get(inventory.node)
@@ -99,7 +139,7 @@ class Agents:
         link.node = inventory.node
         self._by_node[link.node] = link
         self._sink.node_reported(link.node, inventory, connected=True)
-        if all(item.node for item in self._links):
+        if all(item.node for item in self._links.values()):
             self._settle()
 
     def _reported(self, link: _Link, report: PlannerReport) -> None:
@@ -136,6 +176,15 @@ class _Link:
         self.node = ""
         self.unanswered: dict[str, AgentCommand] = {}
         self.grace: asyncio.TimerHandle | None = None
+        self.task: asyncio.Task[None] | None = None
+        #: There is no such agent any more.
+        self.retired = False
+
+    def retire(self) -> None:
+        """Close the stream for good; the grace of its node runs from now, if it does not already."""
+        self.retired = True
+        if self.task is not None:
+            self.task.cancel()
 
     def send(self, command: AgentCommand) -> None:
         self.unanswered[command.id] = command
@@ -173,6 +222,7 @@ class _Link:
         if self.grace is not None:
             self.grace.cancel()
             self.grace = None
+        self._agents._inherit(self, inventory.node)
         again = list(self.unanswered.values())
         self._connection = connection
         # The inventory first: it says what a command that is sent again may already have done.

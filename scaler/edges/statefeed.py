@@ -7,7 +7,7 @@ record per step, so that a thousand changing functions do not delay a decision.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import msgpack
 import msgspec
@@ -43,10 +43,13 @@ class StateFeed:
         #: function → (when, what)
         self._last: dict[str, tuple[int, bytes]] = {}
 
+    def touched(self, names: Iterable[str]) -> None:
+        """The planner says something new of these functions."""
+        for name in names:
+            self._waiting[name] = None
+
     def publish(self, now_ns: int) -> Iterator[None]:
         """Publish what has changed and may be published again, one function at a time."""
-        for name in self._planner.drain_touched():
-            self._waiting[name] = None
         for name in list(self._waiting):
             at_ns, last = self._last.get(name, (0, b""))
             if now_ns - at_ns < NS // PER_FUNCTION_HZ:

@@ -131,7 +131,7 @@ def refused(address: str, timeout_s: float = 2.0) -> bool:
 async def test_nobody_asks_for_a_hardware_address(network: Network, tmp_path: Path) -> None:
     init = native.build(Path(agent.sandbox.__file__).with_name("init.c"), load().paths.cache_dir)
     cgroups = CgroupTree("thaw-network-test")
-    factory = SandboxFactory(init, tmp_path / "sandboxes", cgroups, network, 10)
+    factory = SandboxFactory(init, tmp_path / "sandboxes", cgroups, network, 10, 65534)
     one, two = [await factory.create() for _ in range(2)]
     try:
         assert one.link and two.link
@@ -146,7 +146,7 @@ async def test_nobody_asks_for_a_hardware_address(network: Network, tmp_path: Pa
         assert f"{network.gateway} dev eth0 lladdr 02:54:c6:13:00:01 PERMANENT" in shown.stdout
     finally:
         for sandbox in (one, two):
-            await sandbox.destroy(network)
+            await sandbox.destroy()
         cgroups.close()
     assert (permanent_neighbours(), ports()) == ([], [])
 

@@ -13,18 +13,22 @@ from pathlib import Path
 import pytest
 
 import agent.sandbox
+from agent.api.function import from_builtins
 from agent.criu import freezable
 from agent.errors import NotFreezable
 from agent.sandbox.cgroup import CgroupTree
 from agent.sandbox.factory import SandboxFactory
-from agent.sandbox.local import Process, Sandbox
+from agent.sandbox.local import LocalSandbox
 from agent.sandbox.network import Network
+from agent.sandbox.protocol import Process
+from agent.sandbox.rootfs import RootLayers
 from infra.local import native
 from infra.settings import load
 
 pytestmark = [pytest.mark.root]
 
-Run = Callable[..., Awaitable[tuple[Sandbox, dict[str, str]]]]
+Run = Callable[..., Awaitable[tuple[LocalSandbox, dict[str, str]]]]
+_FUNCTION = {"apiVersion": "thaw.dev/v1", "kind": "Function", "metadata": {"name": "freezable"}, "spec": {"command": ["x"], "port": 1}}
 _PRELUDE = """
 import ctypes, os, select, socket, time
 def own_address():
@@ -43,34 +47,32 @@ def say(**facts):
 @pytest.fixture
 async def run(tmp_path: Path) -> AsyncIterator[Run]:
     """Runs a program in a sandbox of its own until it says what it holds."""
-    outside = tmp_path / "outside"
-    outside.mkdir()
+    (tmp_path / "layer" / "srv" / "outside").mkdir(parents=True)
     init = native.build(Path(agent.sandbox.__file__).with_name("init.c"), load().paths.cache_dir)
     network, cgroups = Network("thawtest0", "198.19.0.0/16"), CgroupTree("thaw-freezable")
     await network.open()
-    factory = SandboxFactory(init, tmp_path / "sandboxes", cgroups, network, 30.0)
+    factory = SandboxFactory(init, tmp_path / "sandboxes", cgroups, network, 30.0, 65534)
     sandbox = await factory.create()
 
-    async def run_in_it(program: str, output: int | None = None) -> tuple[Sandbox, dict[str, str]]:
-        await sandbox.mount_root("/")
-        await sandbox.bind_files("freezable", [(str(outside), "/srv/outside")])
+    async def run_in_it(program: str, output: int | None = None) -> tuple[LocalSandbox, dict[str, str]]:
+        await sandbox.set_up("/", tmp_path)
+        layers = RootLayers("/", str(tmp_path / "layer"), ("/srv/outside",), "")
+        await sandbox.furnish(from_builtins(_FUNCTION), layers, "freezable")
         command = ["/usr/bin/python3", "-c", f"{_PRELUDE}\n{program}\ntime.sleep(60)"]
-        await sandbox.start_application(Process(command, {}, "/", 65534), write_fd if output is None else output)
+        output_path = log if output is None else Path(f"/proc/self/fd/{output}")
+        await sandbox.start_application(Process(command, {}, "/"), output_path, donor=output is None)
         said = sandbox.layer / "tmp" / "said"
         for _ in range(1000):
             if said.exists():
                 return sandbox, dict(re.findall(r"(\w+)=(\S+)", said.read_text()))
             await asyncio.sleep(0.01)
-        raise AssertionError(f"the program did not get there: {os.read(read_fd, 65536).decode()}")
+        raise AssertionError(f"the program did not get there: {log.read_text()}")
 
-    read_fd, write_fd = os.pipe()
-    os.set_blocking(read_fd, False)
+    log = tmp_path / "log"
     yield run_in_it
-    await sandbox.destroy(network)
+    await sandbox.destroy()
     await network.close()
     cgroups.close()
-    os.close(read_fd)
-    os.close(write_fd)
 
 
 @contextmanager
@@ -84,7 +86,7 @@ def a_listener(address: tuple[str, int] | str, family: int = socket.AF_INET) -> 
         yield listener
 
 
-def what_is_said(sandbox: Sandbox) -> str:
+def what_is_said(sandbox: LocalSandbox) -> str:
     with pytest.raises(NotFreezable) as caught:
         freezable.check(sandbox.processes())
     return str(caught.value)
@@ -167,7 +169,7 @@ async def test_a_socket_that_criu_does_not_know_is_named(run: Run) -> None:
 
 
 async def test_a_unix_socket_to_the_outside_is_named_with_its_path(run: Run, tmp_path: Path) -> None:
-    with a_listener(str(tmp_path / "outside" / "service.sock"), socket.AF_UNIX) as listener:
+    with a_listener(str(tmp_path / "layer" / "srv" / "outside" / "service.sock"), socket.AF_UNIX) as listener:
         program = "held = socket.socket(socket.AF_UNIX); held.connect('/srv/outside/service.sock'); held.recv(1); say(fd=held.fileno())"
         running = asyncio.ensure_future(run(program))
         accepted, _ = await asyncio.to_thread(listener.accept)
@@ -175,7 +177,7 @@ async def test_a_unix_socket_to_the_outside_is_named_with_its_path(run: Run, tmp
         sandbox, said = await running
         message = what_is_said(sandbox)
         accepted.close()
-    assert f"a unix socket connected to {tmp_path}/outside/service.sock outside its sandbox" in message
+    assert f"a unix socket connected to {tmp_path}/layer/srv/outside/service.sock outside its sandbox" in message
     assert f"descriptor={said['fd']}]" in message
 
 

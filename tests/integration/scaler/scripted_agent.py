@@ -36,7 +36,7 @@ from agent.api.records import Phase, StartRecord
 class ScriptedAgent:
     """One node. ``starts(command, number)`` returns how long a start takes, or why it fails (``refused`` or a reason)."""
 
-    def __init__(self, name: str = "n1", starts: Callable[[Start, int], float | str] | None = None) -> None:
+    def __init__(self, name: str = "n1", starts: Callable[[Start, int], float | str] | None = None, host: str = "127.0.0.1") -> None:
         self.name = name
         self.starts = starts or (lambda command, number: 0.0)
         self.commands: list[tuple[int, AgentCommand]] = []
@@ -44,6 +44,7 @@ class ScriptedAgent:
         self.standbys: dict[str, StandbyInfo] = {}
         self.checkpoints: dict[str, CheckpointInfo] = {}
         self.port = 0
+        self._host = host
         self._answers: dict[str, Message | None] = {}
         self._connections: set[Connection] = set()
         self._server: asyncio.Server | None = None
@@ -51,7 +52,7 @@ class ScriptedAgent:
         self._changed = asyncio.Event()
 
     async def start(self) -> None:
-        self._server = await asyncio.start_server(self._serve, "127.0.0.1", self.port)
+        self._server = await asyncio.start_server(self._serve, self._host, self.port)
         self.port = self._server.sockets[0].getsockname()[1]
 
     async def stop(self) -> None:

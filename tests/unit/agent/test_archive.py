@@ -3,6 +3,7 @@
 import io
 import os
 import tarfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import msgpack
@@ -12,12 +13,13 @@ from agent.errors import ImageInvalid
 from agent.store import archive, chunks
 
 pytestmark = pytest.mark.root
+PARTS = ("upper", "tmp", "shm", "run")
 
 
 @pytest.fixture
 def layer(tmp_path: Path) -> Path:
     root = tmp_path / "layer"
-    for part in (*archive.LAYER_PARTS, "work", "root"):
+    for part in (*PARTS, "work", "root"):
         (root / part).mkdir(parents=True)
     return root
 
@@ -25,7 +27,7 @@ def layer(tmp_path: Path) -> Path:
 @pytest.fixture
 def fresh(tmp_path: Path) -> Path:
     root = tmp_path / "fresh"
-    for part in (*archive.LAYER_PARTS, "merged"):
+    for part in (*PARTS, "merged"):
         (root / part).mkdir(parents=True)
     return root
 
@@ -33,11 +35,15 @@ def fresh(tmp_path: Path) -> Path:
 def unpack(data: bytes, tmp_path: Path, fresh: Path) -> None:
     file = tmp_path / "layer.tar"
     file.write_bytes(data)
-    fd = os.open(fresh, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        archive.unpack_layer(file, fd, lambda: os.open(fresh / "merged", os.O_RDONLY | os.O_DIRECTORY))
-    finally:
-        os.close(fd)
+
+    def base(part: str) -> int:
+        return os.open(fresh / ("merged" if part == "upper" else part), os.O_RDONLY | os.O_DIRECTORY)
+
+    archive.unpack_layer(file, PARTS, base, {"proc", "dev", "tmp", "run", "var/data"})
+
+
+def packed_layer(layer: Path, mount_points: Sequence[str] = ()) -> bytes:
+    return archive.pack_layer({part: layer / part for part in PARTS}, mount_points, {"run/mine"})
 
 
 def tar_of(*members: tarfile.TarInfo) -> bytes:
@@ -65,12 +71,12 @@ def test_everything_an_instance_can_write_travels(layer: Path, fresh: Path, tmp_
     os.mkfifo(layer / "run" / "pipe")
     os.mknod(layer / "upper" / "gone", 0o020000, 0)
     os.setxattr(layer / "upper" / "var", "trusted.overlay.opaque", b"y")
-    (layer / "run" / "criu.kdat").write_bytes(b"not this")
+    (layer / "run" / "mine").write_bytes(b"not this")
     root = fresh / "merged"  # stands for the mounted root, in which changes are made as the application made them
     (root / "var").mkdir()
     (root / "var" / "hidden").touch()
     (root / "gone").touch()
-    unpack(archive.pack_layer(layer), tmp_path, fresh)
+    unpack(packed_layer(layer), tmp_path, fresh)
     assert (fresh / "tmp" / "b.log").read_bytes() == b"log"
     assert (fresh / "tmp" / "a.log").stat().st_uid == 65534
     assert (fresh / "tmp" / "a.log").stat().st_ino == (fresh / "tmp" / "b.log").stat().st_ino
@@ -79,15 +85,15 @@ def test_everything_an_instance_can_write_travels(layer: Path, fresh: Path, tmp_
     assert str((root / "var" / "link").readlink()) == "/etc/passwd"
     assert (fresh / "run" / "pipe").is_fifo()
     assert not (root / "gone").exists()
-    assert not (fresh / "run" / "criu.kdat").exists()
+    assert not (fresh / "run" / "mine").exists()
 
 
 def test_a_layer_nobody_wrote_to_is_empty_even_with_mount_points(layer: Path) -> None:
     (layer / "upper" / "opt" / "app").mkdir(parents=True)
     (layer / "upper" / "opt" / "app" / "server").touch()
-    assert archive.pack_layer(layer, ["/opt/app/server"]) == b""
+    assert packed_layer(layer, ["/opt/app/server"]) == b""
     (layer / "upper" / "opt" / "data").touch()
-    with tarfile.open(fileobj=io.BytesIO(archive.pack_layer(layer, ["/opt/app/server"]))) as made:
+    with tarfile.open(fileobj=io.BytesIO(packed_layer(layer, ["/opt/app/server"]))) as made:
         assert "upper/opt/data" in made.getnames()
         assert not any(name.startswith("upper/opt/app") for name in made.getnames())
 
@@ -141,7 +147,7 @@ def test_images_and_layer_come_back(layer: Path, tmp_path: Path) -> None:
     images.mkdir()
     (images / "core-1.img").write_bytes(b"core")
     (images / "pages-1.img").write_bytes(b"pages")
-    packed, size = archive.pack(images, archive.pack_layer(layer))
+    packed, size = archive.pack(images, packed_layer(layer))
     out = tmp_path / "out"
     out.mkdir()
     archive.unpack(packed, size, out, tmp_path / "layer.tar")

@@ -85,3 +85,67 @@ def test_only_what_shapes_the_process_is_in_the_digest() -> None:
 def test_any_text_is_read_or_refused(text: str) -> None:
     with contextlib.suppress(FunctionInvalid):
         read(text)
+
+
+TEMPLATE = """\
+  template:
+    metadata: {labels: {app: index}}
+    spec:
+      nodeSelector: {disk: fast}
+      containers:
+        - name: function
+          image: registry.example/index@sha256:0
+          env: [{name: MODE, value: full}]
+          resources: {limits: {memory: 512Mi}}
+"""
+
+
+def templated(text: str = TEMPLATE, head: str = GOOD):
+    (function,) = read_yaml(head + text, "f", Path("/base"))
+    return function
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "other_process"),
+    [
+        ("index@sha256:0", "index@sha256:1", True),
+        ("value: full", "value: fast", True),
+        ("containers:", "securityContext: {runAsUser: 7}\n      containers:", True),
+        ("containers:", "aFieldOfTomorrow: 1\n      containers:", True),
+        ("limits: {memory: 512Mi}", "limits: {memory: 1Gi}", False),
+        ("disk: fast", "disk: slow", False),
+        ("{app: index}", "{app: other}", False),
+        ("image:", "imagePullPolicy: Never\n          image:", False),
+    ],
+)
+def test_the_pod_is_in_the_digest_as_far_as_it_shapes_the_process(old: str, new: str, other_process: bool) -> None:
+    assert (templated().digest != templated(TEMPLATE.replace(old, new)).digest) == other_process
+
+
+def test_the_order_of_a_pods_fields_is_of_no_meaning_and_the_namespace_is() -> None:
+    turned = TEMPLATE.replace("[{name: MODE, value: full}]", "[{value: full, name: MODE}]")
+    assert templated(turned).digest == templated().digest
+    elsewhere = GOOD.replace("name: index", "name: index\n  namespace: b")
+    assert templated(head=elsewhere).digest != templated().digest
+    # Without a template nothing has changed: checkpoints that exist stay valid.
+    assert templated("", elsewhere).digest == templated("").digest == read_yaml(GOOD, "f", Path("/base"))[0].digest
+
+
+def test_a_template_goes_through_the_wire() -> None:
+    assert from_builtins(to_builtins(templated())) == templated()
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "said"),
+    [
+        ("image: registry.example/index@sha256:0", "image: ''", r"spec.template.spec.containers\[0\].image"),
+        ("- name: function", "- nome: function", r"spec.template.spec.containers\[0\].name"),
+        (TEMPLATE, "  template: {spec: {}}", "spec.template.spec.containers"),
+        (TEMPLATE, "  template: {}", "spec.template"),
+        ("value: full", "value: 2026-01-01", r"spec.template.spec.containers\[0\].env\[0\].value"),
+        ("value: full", "value: 99999999999999999999", r"spec.template.spec.containers\[0\].env\[0\].value"),
+    ],
+)
+def test_a_wrong_template_is_told_with_its_field(old: str, new: str, said: str) -> None:
+    with pytest.raises(FunctionInvalid, match=said):
+        templated(TEMPLATE.replace(old, new))

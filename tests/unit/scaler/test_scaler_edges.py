@@ -273,6 +273,7 @@ class TestPublisher:
 class TestStateFeed:
     @staticmethod
     def publish(feed, harness) -> int:
+        feed.touched(harness.planner.drain_touched())
         return sum(1 for _ in feed.publish(harness.now))
 
     def test_publishes_changes_seldom_and_deletes_what_is_gone(self):
@@ -306,6 +307,7 @@ class TestStateFeed:
         feed = StateFeed(harness.planner, collected)
         for number in range(120):
             harness.apply(function(f"f{number}"))
+        feed.touched(harness.planner.drain_touched())
         steps = feed.publish(harness.now)
         for number in range(1, 121):
             next(steps)
