@@ -223,7 +223,7 @@ def _check(function: Function) -> None:
         raise FunctionInvalid(f"spec.readiness.path: {spec.readiness.path!r} must begin with / or be empty")
     for index, item in enumerate(spec.files):
         target = PurePosixPath(item.target)
-        if not target.is_absolute() or ".." in target.parts or target == PurePosixPath("/"):
+        if not target.is_absolute() or ".." in target.parts or len(target.parts) == 1:  # / and //
             raise FunctionInvalid(f"spec.files[{index}].target: {item.target!r} must be an absolute path without ..")
         if target.parts[1] in ("proc", "sys", "dev", "run", "tmp"):
             raise FunctionInvalid(f"spec.files[{index}].target: /{target.parts[1]} is made by the sandbox; choose another")

@@ -182,7 +182,9 @@ def test_what_only_aws_has(terraform_tools: Terraform, tmp_path: Path, moto: Sto
     assert rule["NoncurrentVersionExpiration"]["NoncurrentDays"] == 7
     assert rule["AbortIncompleteMultipartUpload"]["DaysAfterInitiation"] == 1
     assert client.get_bucket_versioning(Bucket="thaw-aws")["Status"] == "Enabled"
-    assert client.get_bucket_ownership_controls(Bucket="thaw-aws")["OwnershipControls"]["Rules"] == [{"ObjectOwnership": "BucketOwnerEnforced"}]
+    assert client.get_bucket_ownership_controls(Bucket="thaw-aws")["OwnershipControls"]["Rules"] == [
+        {"ObjectOwnership": "BucketOwnerEnforced"}
+    ]
     assert client.get_bucket_tagging(Bucket="thaw-aws")["TagSet"] == [{"Key": "team", "Value": "functions"}]
     [refusal] = json.loads(client.get_bucket_policy(Bucket="thaw-aws")["Policy"])["Statement"]
     assert (refusal["Effect"], refusal["Condition"]) == ("Deny", {"Bool": {"aws:SecureTransport": "false"}})
