@@ -14,6 +14,7 @@ python:
 
 tools: setup
 	@.venv/bin/thaw stack install
+	@.venv/bin/thaw cluster install
 
 demo: setup ## the whole path on this machine: a trace, Kafka, S3, CRIU, and a report (needs root)
 	@.venv/bin/thaw demo
@@ -31,5 +32,5 @@ bench: setup ## figures for the README (needs root)
 	@.venv/bin/thaw bench
 
 clean: ## remove .venv, caches and reports of this checkout; installed tools and data stay (thaw stack down --purge)
-	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache build *.egg-info reports
+	rm -rf .venv scaler/_compiled .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache build *.egg-info reports
 	find . -name __pycache__ -prune -exec rm -rf {} +

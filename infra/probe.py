@@ -135,7 +135,8 @@ def time_namespace() -> str:
 def overlay() -> str:
     """Mount an overlay in a mount namespace of its own; return what failed."""
     folder = tempfile.mkdtemp(prefix="thaw-doctor-")
-    script = 'mount -t tmpfs t "$0" && cd "$0" && mkdir l u w m && mount -t overlay o -o lowerdir=l,upperdir=u,workdir=w m'
+    # Without a table of mounts, for which mount(8) makes /run/mount.
+    script = 'mount -n -t tmpfs t "$0" && cd "$0" && mkdir l u w m && mount -n -t overlay o -o lowerdir=l,upperdir=u,workdir=w m'
     try:
         return trial("unshare", "--mount", "sh", "-c", script, folder)
     finally:

@@ -9,7 +9,7 @@ two), then those of all, then the figures of DESIGN ("The ladder"). Missing data
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from scaler.ladder import Rung, RungCosts
@@ -35,6 +35,9 @@ class Means:
         self.of[what] = value if before is None else before + _NEW * (value - before)
 
 
+_NO_MEANS = Means()
+
+
 @dataclass(slots=True)
 class CostBook:
     """The measurements of one planner."""
@@ -57,17 +60,23 @@ class CostBook:
 
     def of(self, own: Means, image_mb: int, limit_mb: int) -> RungCosts:
         """The rungs of a function, with start delays in order: none is dearer than the one below it."""
-
-        def known(what: str) -> Iterator[float]:
-            for means in (own, self.by_size.get(image_mb.bit_length()), self.everywhere):
-                if means is not None and what in means.of:
-                    yield means.of[what]
-
-        thaw_s, restore_s, remote_s = (next(known(mode), _START_S[mode]) for mode in ("thaw", "restore", "remote"))
-        restore_s = max(restore_s, thaw_s)
-        standby_mb = next(known("standby"), _STANDBY_MB)
+        alike = self.by_size.get(image_mb.bit_length(), _NO_MEANS).of
+        books = own.of, alike, self.everywhere.of
+        thaw_s = _first(books, "thaw", _START_S["thaw"])
+        restore_s = max(_first(books, "restore", _START_S["restore"]), thaw_s)
+        remote_s = max(_first(books, "remote", _START_S["remote"]), restore_s)
+        standby_mb = _first(books, "standby", _STANDBY_MB)
         running_mb = own.of.get("running") or max(_RUNNING_FLOOR_MB, _RUNNING_SHARE * limit_mb)
-        return RungCosts((max(remote_s, restore_s), restore_s, thaw_s, 0.0), (0.0, 0.0, standby_mb, max(running_mb, standby_mb)))
+        return RungCosts((remote_s, restore_s, thaw_s, 0.0), (0.0, 0.0, standby_mb, max(running_mb, standby_mb)))
+
+
+def _first(books: Sequence[Mapping[str, float]], what: str, default: float) -> float:
+    """The mean of the first book that has one."""
+    for means in books:
+        value = means.get(what)
+        if value is not None:
+            return value
+    return default
 
 
 def rung_of(start_mode: str) -> int:

@@ -42,8 +42,13 @@ def _shared(delay_s: _Four, memory_mb: _Four) -> RungCosts:
     return RungCosts(delay_s, memory_mb)
 
 
-def _rounded(values: _Four) -> _Four:
-    first, second, third, fourth = (float(f"{value:.2g}") for value in values)
+@functools.lru_cache(maxsize=4096)
+def _rounded(exact: RungCosts) -> RungCosts:
+    return _shared(_two_digits(exact.delay_s), _two_digits(exact.memory_mb))
+
+
+def _two_digits(values: _Four) -> _Four:
+    first, second, third, fourth = (float(f"{value:.2g}") if value else 0.0 for value in values)
     return first, second, third, fourth
 
 
@@ -51,8 +56,7 @@ def costs(world: World, state: FunctionState) -> RungCosts:
     """What the function's rungs cost, as far as is known: to two digits, so that functions alike share what follows from it."""
     assert state.function is not None
     limit_mb = state.function.spec.limits.memory_mb
-    found = world.costs.of(state.measured, state.checkpoint.image_mb or limit_mb, limit_mb)
-    return _shared(_rounded(found.delay_s), _rounded(found.memory_mb))
+    return _rounded(world.costs.of(state.measured, state.checkpoint.image_mb or limit_mb, limit_mb))
 
 
 def terms(world: World, state: FunctionState) -> tuple[ForecastConfig, RungCosts]:

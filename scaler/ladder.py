@@ -13,7 +13,7 @@ from __future__ import annotations
 import enum
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 #: RUM of a start without a checkpoint: seconds of delay that a cold start counts for.
 RUM_COLD_S = 0.808
@@ -39,8 +39,8 @@ FOREVER = float("inf")
 
 #: As plain numbers, which are quicker to compare.
 _CACHED, _STANDBY, _RUNNING = int(Rung.CACHED), int(Rung.STANDBY), int(Rung.RUNNING)
-#: A rung, the bin at which it ends, and what comes then.
-_Stretch: TypeAlias = "tuple[int, int, _Stretch | None]"
+#: A rung, the bin at which it ends, and the stretch that comes then, or None (mypyc knows no recursive types).
+_Stretch: TypeAlias = "tuple[int, int, Any]"
 #: What is to come when cached, standby or running was held before: its costs, and the way down.
 _Outlook: TypeAlias = "tuple[float, float, float, _Stretch | None, _Stretch | None, _Stretch | None]"
 

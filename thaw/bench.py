@@ -116,13 +116,14 @@ def restore(
 @click.option("--functions", "count", type=click.IntRange(min=1), default=100_000, show_default=True, help="Known in the first part.")
 @click.option("--events", type=click.IntRange(min=100), default=300_000, show_default=True, help="Demand events that are counted.")
 @click.option("--warm-events", "warm", type=click.IntRange(min=100), default=300_000, show_default=True, help="Demand events before these.")
+@click.option("--cold-events", "cold", type=click.IntRange(min=100), default=100_000, show_default=True, help="To functions never asked.")
 @click.option("--paced-events", "paced", type=click.IntRange(min=100), default=50_000, show_default=True, help="At 10,000 a second after.")
 @click.option("--memory-functions", type=click.IntRange(min=1), default=1_000_000, show_default=True, help="Known while they are weighed.")
 @click.option("--seed", type=int, default=1, show_default=True, help="Of popularity and arrivals.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-def planner(*, count: int, events: int, warm: int, paced: int, memory_functions: int, seed: int, as_json: bool) -> None:
+def planner(*, count: int, events: int, warm: int, cold: int, paced: int, memory_functions: int, seed: int, as_json: bool) -> None:
     """How many demand events a second one core plans, how long each takes, and what a function weighs. Needs no stack."""
-    result = planner_bench.run(count, warm, events, paced, memory_functions, seed, lambda line: click.echo(line, err=True))
+    result = planner_bench.run(count, warm, events, cold, paced, memory_functions, seed, lambda line: click.echo(line, err=True))
     if as_json:
         click.echo(json.dumps(result))
         return

@@ -1,4 +1,4 @@
-"""A Kubernetes cluster on this machine: ``thaw cluster up | down | status | load``.
+"""A Kubernetes cluster on this machine: ``thaw cluster up | down | status | load | install``.
 
 In: settings from the context of :mod:`thaw.cli`. Out: lines for a person or JSON for programs, and exit code 1 when something does not
 work. Next: :mod:`infra.kubernetes.cluster.life` does the work.
@@ -67,6 +67,13 @@ def load(archives: tuple[Path, ...]) -> None:
     for archive in archives:
         image = life.load_image(_settings(), archive)
         click.echo(f"{image.reference} {image.digest}")
+
+
+@cluster.command()
+@click.option("--force", is_flag=True, help="Build again what is there.")
+def install(force: bool) -> None:
+    """Build Kubernetes and etcd into the cache, and verify what is there."""
+    life.install_all(_settings(), _report, force=force)
 
 
 def _draw(found: life.Status) -> None:

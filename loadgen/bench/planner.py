@@ -7,18 +7,20 @@ What is counted:
 
 - ``events_per_s``: demand records by seconds of one core (processor time, so that a busy machine does not change the figure). The time is
   that of decoding each record (codec and shard, as :mod:`scaler.edges.kafka` does), of handling it, and also of handling the nodes'
-  answers and the ticks in between; the work of the simulated nodes is left out. The planner knows all functions and has no forecast of
-  any at first; ``events`` are measured after ``warm_events``, whose rate is ``first_events_per_s``: a scaler's first seconds are dearer,
-  because the first requests to a function find nothing running and each of them teaches much.
-- ``handle_*_ms``: durations of ``Planner.handle`` for demand records that come at 10,000 a second, paced by the real clock (open loop).
-  ``late_*_ms`` is from when a record was due until it was handled, which has the ticks, answers and collections before it in it.
+  answers and the ticks in between; the work of the simulated nodes is left out. The records are those of azure2019-100f-8h, two for each
+  request in the order and with the durations of the trace, for the first 100 of ``functions``: ``events`` after ``warm_events``.
+- ``cold_events_per_s``: the same for a flood over all functions by the trace's popularity, 10,000 records a second, of which nothing is
+  known yet: dearer, because the first requests to a function find nothing running and each of them teaches much.
+- ``handle_*_ms``: durations of ``Planner.handle`` for demand records of that flood that come at 10,000 a second, paced by the real clock
+  (open loop). ``late_*_ms`` is from when a record was due until it was handled, which has the ticks, answers and collections before it in
+  it.
 - ``bytes_per_function``: growth of the resident set from before the first document until ``memory_functions`` functions were applied, their
   checkpoints found on :data:`NODES` nodes, and a quarter as many requests as functions came within ten minutes and an hour of silence after
   them. ``awake_after_demand`` is how many were not packed when the silence began.
 - ``packed_bytes_by_requests``: what is stored of a function with so many requests behind it (as the lower quartile, median and upper decile
   of azure2019-100f-8h have in 8 h); its name and the entries of dictionaries come to it, about 0.3 KB.
 
-Popularity is that trace's, between its functions, and the time is such that all of them together ask 10,000 times a second.
+``compiled`` says whether the planner ran as machine code (:mod:`scaler.compiled`).
 """
 
 from __future__ import annotations
@@ -55,7 +57,7 @@ from agent.api.messages import (
     StartDone,
 )
 from agent.api.records import DemandPosition, StartRecord
-from scaler import demand
+from scaler import demand, planner
 from scaler.demand import DEMAND_TOPIC, DemandEvent
 from scaler.edges import functions
 from scaler.edges.topics import sharding
@@ -63,6 +65,7 @@ from scaler.events import DemandSeen, Event, FunctionApplied, NodeReport, Origin
 from scaler.levels import NS
 from scaler.planner import Planner
 from scaler.service import tame_collector
+from scaler.simulate import traces
 
 OFFERED_PER_S = 10_000
 NODES = ("node-a", "node-b")
@@ -72,6 +75,7 @@ _TICK_NS = NS // 10
 #: Requests in 8 h of the functions of azure2019-100f-8h, and how many of them have fewer, %.
 _SHARES, _REQUESTS = (0, 5, 25, 50, 75, 90, 95, 99, 100), (1, 1, 8, 48, 240, 958, 2_927, 31_246, 273_379)
 _DURATION_S, _DURATION_SIGMA, _DURATION_MAX_S = 0.3, 1.0, 8.0
+_TRACE = Path(__file__).parents[1] / "traces" / "azure2019-100f-8h"
 _GATEWAYS = ("gateway-0", "gateway-1")
 #: Requests of the trace's functions: lower quartile, median, upper decile.
 _HISTORIES = (8, 48, 958)
@@ -244,16 +248,19 @@ class Scaler:
         self.now_ns = max(self.now_ns, now_ns)
 
 
-def records(choices: np.ndarray, at_s: np.ndarray, begin_ns: int, seed: int, epoch: int = 1) -> Iterator[tuple[int, DemandEvent]]:
+def records(
+    choices: np.ndarray, at_s: np.ndarray, begin_ns: int, seed: int, epoch: int = 1, durations_s: np.ndarray | None = None
+) -> Iterator[tuple[int, DemandEvent]]:
     """Demand events of requests to function ``choices[i]`` at ``at_s[i]``, in order: two of each request. The sources began in ``epoch``.
 
     Yields:
         When, ns, and what.
     """
     chooser = np.random.default_rng(seed)
-    durations = np.minimum(chooser.lognormal(math.log(_DURATION_S), _DURATION_SIGMA, len(choices)), _DURATION_MAX_S)
+    if durations_s is None:
+        durations_s = np.minimum(chooser.lognormal(math.log(_DURATION_S), _DURATION_SIGMA, len(choices)), _DURATION_MAX_S)
     gateways = chooser.integers(len(_GATEWAYS), size=len(choices))
-    times = np.concatenate([at_s, at_s + durations])
+    times = np.concatenate([at_s, at_s + durations_s])
     sources: dict[tuple[int, int], list[int]] = {}
     for index in np.argsort(times, kind="stable").tolist():
         request = index % len(choices)
@@ -284,22 +291,36 @@ def popularity(count: int, seed: int) -> np.ndarray:
     return np.asarray(weights / weights.sum())
 
 
-def speed(count: int, warm: int, events: int, paced: int, seed: int) -> dict[str, Any]:
+def speed(count: int, warm: int, events: int, cold: int, paced: int, seed: int) -> dict[str, Any]:
     """The figures of one core and of single events."""
-    requests = (warm + events + paced) // 2
     chooser = np.random.default_rng(seed)
-    choices = chooser.choice(count, requests, p=popularity(count, seed))
-    at_s = np.sort(chooser.uniform(0, requests * 2 / OFFERED_PER_S, requests))
     scaler = Scaler()
     scaler.apply(range(count))
-    payloads = [(at_ns, demand.encode(event)) for at_ns, event in records(choices, at_s, scaler.now_ns, seed)]
+    asked, when_s, durations_s = _trace(count, seed)
+    steady = _encoded(itertools.islice(records(asked, when_s, scaler.now_ns, seed, durations_s=durations_s), warm + events))
     tame_collector()
-    figures: dict[str, Any] = {"first_events_per_s": _rate(scaler, payloads[:warm])}
-    tame_collector()
+    _rate(scaler, steady[:warm])
     commands = scaler.commands
-    figures |= {"events_per_s": _rate(scaler, payloads[warm : warm + events]), "functions": count, "events": events, "warm_events": warm}
-    figures["commands_per_event"] = round((scaler.commands - commands) / events, 3)
-    return figures | _paced(scaler, payloads[warm + events :])
+    figures: dict[str, Any] = {"events_per_s": _rate(scaler, steady[warm:]), "functions": count, "events": events, "warm_events": warm}
+    figures["commands_per_event"] = round((scaler.commands - commands) / len(steady[warm:]), 3)
+    requests = (cold + paced) // 2
+    choices = chooser.choice(count, requests, p=popularity(count, seed))
+    at_s = np.sort(chooser.uniform(0, requests * 2 / OFFERED_PER_S, requests))
+    flood = _encoded(records(choices, at_s, scaler.now_ns, seed, 2))
+    tame_collector()
+    figures |= {"cold_events_per_s": _rate(scaler, flood[:cold]), "compiled": not str(planner.__file__).endswith(".py")}
+    return figures | _paced(scaler, flood[cold:])
+
+
+def _encoded(stream: Iterable[tuple[int, DemandEvent]]) -> list[tuple[int, bytes]]:
+    return [(at_ns, demand.encode(event)) for at_ns, event in stream]
+
+
+def _trace(count: int, seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Functions, times and durations of the requests of the trace."""
+    found = traces.read(_TRACE, seed=seed).functions[:count]
+    choices = np.repeat(np.arange(len(found)), [len(function.at_s) for function in found])
+    return choices, np.concatenate([function.at_s for function in found]), np.concatenate([function.duration_s for function in found])
 
 
 def _rate(scaler: Scaler, payloads: list[tuple[int, bytes]]) -> int:
@@ -392,10 +413,14 @@ def apart(task: Callable[..., Any], *arguments: Any) -> Any:
         return pool.submit(task, *arguments).result()
 
 
-def run(count: int, warm: int, events: int, paced: int, memory_functions: int, seed: int, say: Callable[[str], None]) -> dict[str, Any]:
+def run(
+    count: int, warm: int, events: int, cold: int, paced: int, memory_functions: int, seed: int, say: Callable[[str], None]
+) -> dict[str, Any]:
     """All figures."""
-    say(f"speed: {warm:,} and {events:,} events, then {paced:,} at {OFFERED_PER_S:,} a second; {count:,} functions")
-    figures: dict[str, Any] = apart(speed, count, warm, events, paced, seed)
+    say(
+        f"speed: {count:,} functions; {warm:,} + {events:,} events of {_TRACE.name}, {cold:,} cold, {paced:,} at {OFFERED_PER_S:,} a second"
+    )
+    figures: dict[str, Any] = apart(speed, count, warm, events, cold, paced, seed)
     say(f"memory: {memory_functions:,} functions")
     figures["memory_functions"] = memory_functions
     figures |= apart(memory, memory_functions, memory_functions // 4, seed)

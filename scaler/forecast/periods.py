@@ -131,17 +131,19 @@ class Periods:
 
     def windows(self) -> list[Window]:
         """Where the next arrival is expected, in no order; they may overlap."""
-        trusted = [(index, known) for index, known in enumerate(self._followed) if known.trusted]
-        if not trusted:
-            return []
         result: list[Window] = []
-        followed_by = 0.0
-        if self._last >= 0:
-            followed_by = sum(weight for pair, weight in self._next.items() if pair[0] == self._last)
-        for index, known in trusted:
+        last, followed_by = self._last, -1.0
+        for index, known in enumerate(self._followed):
+            if not known.trusted:
+                continue
             chance = max(known.weight - _DISCOUNT, 0.0) / (self._total + 1)
-            if self._last >= 0:
-                after = max(self._next.get((self._last, index), 0.0) - _DISCOUNT, 0.0)
+            if last >= 0:
+                if followed_by < 0:
+                    followed_by = 0.0
+                    for pair, weight in self._next.items():
+                        if pair[0] == last:
+                            followed_by += weight
+                after = max(self._next.get((last, index), 0.0) - _DISCOUNT, 0.0)
                 chance = (after + 2 * chance) / (followed_by + 2)
             half_s = known.tolerance_s
             result.append(Window(known.length_s - half_s, known.length_s + half_s, chance))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import sqrt
 from typing import Any
 
@@ -41,10 +41,11 @@ class ForecastConfig:
     #: The same for the next rise after a rise: most functions never serve two requests at once.
     rise_prior: Sequence[float] = (0.0001,) * bins.COUNT
 
-    @property
-    def up_price(self) -> float:
-        """Price of a move up the ladder while nothing has arrived."""
-        return self.up_price_at_1 * sqrt(self.delay_weight)
+    #: Price of a move up the ladder while nothing has arrived.
+    up_price: float = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "up_price", self.up_price_at_1 * sqrt(self.delay_weight))
 
     def replan_at(self, count: int) -> int:
         """After how many observations a plan made after ``count`` of them is made anew."""
@@ -184,6 +185,8 @@ class SlotForecast:
                 continue
             held = ladder.rung_at(base, start_s)
             best, least = held, window.chance * costs.delay_s[held] * config.delay_weight
+            if least <= config.up_price:
+                continue  # no rung is worth a move
             for rung in range(held + 1, Rung.RUNNING + 1):
                 more_mb = costs.memory_mb[rung] - costs.memory_mb[held]
                 price = window.chance * costs.delay_s[rung] * config.delay_weight + (end_s - start_s) * more_mb * RUM_PER_MB_S

@@ -59,7 +59,8 @@ def controller_manager(layout: Layout, tools: Path) -> list[str]:
         *_as_user(layout, "kube-controller-manager"),
         *(f"--service-account-private-key-file={keys / 'tokens.key'}", f"--root-ca-file={keys / 'ca.crt'}"),
         *(f"--cluster-signing-cert-file={keys / 'ca.crt'}", f"--cluster-signing-key-file={keys / 'ca.key'}"),
-        "--use-service-account-credentials",
+        # Made if missing: nothing may appear outside of the cluster's folder.
+        *("--use-service-account-credentials", f"--flex-volume-plugin-dir={layout.home / 'volume-plugins'}"),
     ]
 
 
@@ -112,6 +113,9 @@ def containerd_toml(node: Node) -> str:
 disabled_plugins = {json.dumps([f"io.containerd.snapshotter.v1.{name}" for name in ("aufs", "btrfs", "devmapper", "zfs")])}
 [grpc]
   address = "{CONTAINERD_SOCKET}"
+# Made if missing: nothing may appear outside of the cluster's folder.
+[plugins."io.containerd.internal.v1.opt"]
+  path = "{node.home / "opt"}"
 [plugins."io.containerd.grpc.v1.cri"]
   sandbox_image = "{PAUSE_IMAGE}"
   # Without CAP_SYS_RESOURCE nothing may be made less likely to be killed than containerd itself.

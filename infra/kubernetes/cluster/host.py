@@ -19,8 +19,18 @@ from infra.errors import ClusterError
 from infra.kubernetes.cluster.layout import CGROUP, LINK, Layout, Node
 from infra.local.parts import read_json, write_private
 
-#: Folders that containerd, the kubelet and CNI plugins always use: private to each node, only the mount points are the machine's.
-PRIVATE_FOLDERS = ("/run/containerd", "/var/lib/containerd", "/var/lib/kubelet", "/var/lib/cni", "/var/log/pods", "/var/log/containers")
+#: Where containerd has its socket, and the state of what it runs.
+RUN_FOLDER = "/run/containerd"
+#: Folders that containerd, the kubelet, CNI plugins and mount(8) always use: private to each node, only the mount points are the machine's.
+PRIVATE_FOLDERS = (
+    "/run/mount",
+    RUN_FOLDER,
+    "/var/lib/containerd",
+    "/var/lib/kubelet",
+    "/var/lib/cni",
+    "/var/log/pods",
+    "/var/log/containers",
+)
 #: Files that parts of the cluster leave on the machine.
 _LEFT_FILES = ("/run/xtables.lock",)
 #: Kernel settings that the kubelet changes.
@@ -44,7 +54,7 @@ def ip(lines: Sequence[str], pid: int | None = None) -> None:
     enter = [] if pid is None else ["nsenter", f"--target={pid}", "--net", "--"]
     done = subprocess.run([*enter, "ip", "-batch", "-"], input="\n".join(lines), capture_output=True, text=True, check=False)
     if done.returncode:
-        raise ClusterError(f"the cluster's network can't be made: {' | '.join(done.stderr.split(chr(10))).strip(' |')}")
+        raise ClusterError(f"the cluster's network can't be made: {done.stderr.strip()}")
 
 
 def connect(layout: Layout, pid: int) -> None:
@@ -56,7 +66,7 @@ def connect(layout: Layout, pid: int) -> None:
             f"link add {LINK} type veth peer name machine netns {pid}",
             f"address add {layout.machine}/24 dev {LINK}",
             # Says whose it is, to runs with another state folder.
-            f"link set {LINK} up alias {layout.home}",
+            f'link set {LINK} up alias "{layout.home}"',
             f"route add {layout.services} via {layout.node(1).address}",
         ]
     )

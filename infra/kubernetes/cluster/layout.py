@@ -45,6 +45,11 @@ class Node:
         """Its bridge's address in its pods' network."""
         return self.pods[1]
 
+    @property
+    def made(self) -> Path:
+        """There once its namespaces are complete and connected."""
+        return self.home / "made"
+
 
 @dataclass(frozen=True)
 class Layout:
@@ -66,7 +71,7 @@ class Layout:
             raise ClusterError(f"cluster.subnet must be an IPv4 network such as 198.19.0.0/16, not {settings.cluster.subnet!r}") from error
         if network.prefixlen != 16:
             raise ClusterError(f"cluster.subnet must have a prefix of 16, not {network}")
-        return cls(settings.paths.state_dir / "cluster", network)
+        return cls(settings.paths.state_dir.absolute() / "cluster", network)
 
     @cached_property
     def machine(self) -> ipaddress.IPv4Address:

@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -77,6 +78,15 @@ class Status:
     parts: list[PartStatus]
 
 
+def install_all(settings: Settings, report: Report, *, force: bool = False) -> None:
+    """Build what is missing. Takes 7-12 min on two cores from nothing.
+
+    Raises:
+        InstallError: something could not be fetched or built.
+    """
+    binaries.ensure(settings, report, force=force)
+
+
 def up(settings: Settings, report: Report, *, nodes: int = 1) -> Status:
     """Build what is missing, start what does not run, and return when pods can be scheduled on every node.
 
@@ -90,10 +100,10 @@ def up(settings: Settings, report: Report, *, nodes: int = 1) -> Status:
     layout.node(nodes)
     _require(settings, layout)
     tools = binaries.ensure(settings, report)
-    pause = binaries.pause_image(settings, report)
     with _locked(settings, report):
         began = time.monotonic()
-        if layout.home.exists() and not all(_alive(layout, node.part(found)) for found in layout.nodes):
+        pause = binaries.pause_image(settings, report)
+        if layout.home.exists() and not all(found.made.exists() and _pid(layout, node.part(found)) for found in layout.nodes):
             report("the cluster's nodes are gone, beginning anew")
             _remove(layout)
         new = not layout.home.exists()
@@ -114,6 +124,8 @@ def down(settings: Settings, report: Report) -> None:
         ClusterError: the cluster is that of another state folder, or something can't be removed.
     """
     layout = Layout.of(settings)
+    if os.geteuid() != 0:
+        raise ClusterError("ending a cluster needs root (sudo -E)")
     with _locked(settings, report):
         _refuse_others(layout)
         began = time.monotonic()
@@ -131,10 +143,8 @@ def status(settings: Settings) -> Status:
     answers = api is not None and api.ready()
     nodes = []
     for one in found:
-        identity = processes.read(layout.record(node.part(one)))
-        pid = identity.pid if identity is not None and identity.alive() else None
         ready = api is not None and answers and api.node_ready(one.name)
-        nodes.append(NodeStatus(one.name, str(one.address), str(one.pods), ready, pid))
+        nodes.append(NodeStatus(one.name, str(one.address), str(one.pods), ready, _pid(layout, node.part(one))))
     works = answers and all(part.state == "running" for part in parts) and all(one.ready for one in nodes)
     return Status(
         "stopped" if not found else "running" if works else "broken",
@@ -172,16 +182,17 @@ def _start(settings: Settings, layout: Layout, tools: Path, pause: Path, nodes: 
         system = host.make_cgroup("system")
         pids: dict[int, int] = {}
         for found in wanted:
-            pids[found.number] = _holder(layout, found) or 0
-            if not pids[found.number]:
+            pid = _pid(layout, node.part(found))
+            pids[found.number] = node.hold(layout, found, system) if pid is None else pid
+            if pid is None:
                 host.make_cgroup(found.name)
-                pids[found.number] = node.hold(layout, found, system)
-                node.connect(layout, found, {number: pid for number, pid in pids.items() if number <= found.number})
+                node.connect(layout, found, pids)
+                found.made.touch()
         certificates.write(layout, wanted)
     first = pids[1]
 
     def launch(part: str, pid: int, command: Sequence[str]) -> None:
-        if _alive(layout, part):
+        if _pid(layout, part) is not None:
             return
         words = configuration.inside(pid, command, cgroups=system)
         record, output = layout.record(part), layout.log(part)
@@ -195,8 +206,7 @@ def _start(settings: Settings, layout: Layout, tools: Path, pause: Path, nodes: 
         launch("kube-apiserver", first, configuration.apiserver(layout, tools))
         for found in wanted:
             for name, text in configuration.files(layout, found).items():
-                (found.home / name).parent.mkdir(parents=True, exist_ok=True)
-                (found.home / name).write_text(text)
+                _write_changed(found.home / name, text)
             launch(f"{found.name}-containerd", pids[found.number], configuration.containerd(found))
         api = Api(layout)
         wait("API server", api.ready, "etcd", "kube-apiserver")
@@ -209,17 +219,24 @@ def _start(settings: Settings, layout: Layout, tools: Path, pause: Path, nodes: 
         launch("kube-scheduler", first, configuration.scheduler(layout, tools))
         for found in wanted:
             containerd = f"{found.name}-containerd"
-            wait(containerd, lambda pid=pids[found.number]: _containerd_answers(pid), containerd)  # type: ignore[misc]
+            wait(containerd, partial(_containerd_answers, pids[found.number]), containerd)
             _import(layout, found, pause)
             launch(f"{found.name}-kubelet", pids[found.number], configuration.kubelet(layout, found, tools))
             launch(f"{found.name}-kube-proxy", pids[found.number], configuration.kube_proxy(found, tools))
         for found in wanted:
             own = [name for name in _parts([found]) if name not in _CONTROL_PLANE]
-            wait(found.name, lambda name=found.name: api.node_ready(name), *_CONTROL_PLANE, *own)  # type: ignore[misc]
+            wait(found.name, partial(api.node_ready, found.name), *_CONTROL_PLANE, *own)
     with _timed("Service addresses", report):
         roots = "/api/v1/namespaces/default/configmaps/kube-root-ca.crt"
         wait("root certificate for pods", lambda: api.get(roots) is not None, "kube-controller-manager")
         wait("Service of the API server", lambda: api.ready(by_service=True), "node-1-kube-proxy")
+
+
+def _write_changed(path: Path, text: str) -> None:
+    # kube-proxy ends when its file is written, even with the same text.
+    if not path.exists() or path.read_text() != text:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
 
 
 def _remove(layout: Layout) -> int:
@@ -293,26 +310,21 @@ def _parts(nodes: Sequence[Node]) -> list[str]:
     return [*_CONTROL_PLANE, *own] if nodes else []
 
 
-def _alive(layout: Layout, part: str) -> bool:
+def _pid(layout: Layout, part: str) -> int | None:
+    """Return the pid of a process of the cluster, None when it does not run."""
     identity = processes.read(layout.record(part))
-    return identity is not None and identity.alive()
-
-
-def _holder(layout: Layout, found: Node) -> int | None:
-    identity = processes.read(layout.record(node.part(found)))
     return identity.pid if identity is not None and identity.alive() else None
 
 
 def _part_status(layout: Layout, part: str) -> PartStatus:
-    identity = processes.read(layout.record(part))
-    alive = identity is not None and identity.alive()
-    return PartStatus(part, "running" if alive else "dead", identity.pid if identity and alive else None, str(layout.log(part)))
+    pid = _pid(layout, part)
+    return PartStatus(part, "dead" if pid is None else "running", pid, str(layout.log(part)))
 
 
 def _wait(layout: Layout, what: str, check: Callable[[], bool], parts: Sequence[str], timeout_s: float) -> None:
     deadline = time.monotonic() + timeout_s
     while not check():
-        dead = [part for part in parts if not _alive(layout, part)]
+        dead = [part for part in parts if _pid(layout, part) is None]
         if dead:
             raise ClusterError(f"{dead[0]} ended while the cluster was starting. Its log ends: {_last_words(layout, dead[0])}")
         if time.monotonic() > deadline:
@@ -334,7 +346,7 @@ def _containerd_answers(pid: int) -> bool:
 
 
 def _import(layout: Layout, found: Node, archive: Path) -> None:
-    pid = _holder(layout, found)
+    pid = _pid(layout, node.part(found))
     if pid is None:
         raise ClusterError(f"{found.name} does not run: `thaw cluster up` starts it again")
     # By standard input: the node's mounts are not this machine's.

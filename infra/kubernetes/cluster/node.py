@@ -18,8 +18,8 @@ from infra.local import processes
 
 # Private while folders are bound, so that each mount gets a peer group of its own when all become shared, as the kubelet needs it.
 _HOLD = """set -e
-mount -t tmpfs -o mode=0711 tmpfs /run/containerd
-while [ $# -gt 0 ]; do mount --bind "$1" "$2"; shift 2; done
+while [ $# -gt 0 ]; do mount --no-mtab --bind "$1" "$2"; shift 2; done
+mount -t tmpfs -o mode=0711 tmpfs "$RUN_FOLDER"
 mount --make-rshared /
 ip link set lo up
 echo 1 >/proc/sys/net/ipv4/ip_forward
@@ -40,10 +40,9 @@ def hold(layout: Layout, node: Node, cgroups: Sequence[Path]) -> int:
     """
     pairs: list[str] = []
     for target in host.PRIVATE_FOLDERS:
-        if target != "/run/containerd":
-            source = node.home / target.strip("/").replace("/", "-")
-            source.mkdir(parents=True, exist_ok=True)
-            pairs += [str(source), target]
+        source = node.home / target.strip("/").replace("/", "-")
+        source.mkdir(parents=True, exist_ok=True)
+        pairs += [str(source), target]
     command = ["unshare", "--mount", "--propagation=private", "--net", "sh", "-c", _HOLD, "sh", *pairs]
     output = layout.log(part(node))
     output.parent.mkdir(parents=True, exist_ok=True)
@@ -52,7 +51,7 @@ def hold(layout: Layout, node: Node, cgroups: Sequence[Path]) -> int:
         record=layout.record(part(node)),
         output=output,
         cwd=layout.home,
-        environment=configuration.ENVIRONMENT,
+        environment={**configuration.ENVIRONMENT, "RUN_FOLDER": host.RUN_FOLDER},
     )
     deadline = time.monotonic() + 10
     while identity.alive() and time.monotonic() < deadline:

@@ -8,11 +8,25 @@ from thaw.bench import planner
 
 
 def test_a_small_run_gives_every_figure() -> None:
-    small = ["--functions", "50", "--events", "400", "--warm-events", "400", "--paced-events", "200", "--memory-functions", "200", "--json"]
+    small = [
+        "--functions",
+        "50",
+        "--events",
+        "400",
+        "--warm-events",
+        "400",
+        "--cold-events",
+        "200",
+        "--paced-events",
+        "200",
+        "--memory-functions",
+        "200",
+        "--json",
+    ]
     result = CliRunner().invoke(planner, small)
     assert result.exit_code == 0, result.output
     figures = json.loads(result.stdout)
     assert figures["functions"] == 50 and figures["memory_functions"] == 200
-    assert figures["events_per_s"] > 0 and figures["first_events_per_s"] > 0 and figures["bytes_per_function"] > 0
+    assert figures["events_per_s"] > 0 and figures["cold_events_per_s"] > 0 and figures["bytes_per_function"] > 0
     assert 0 < figures["handle_p50_ms"] <= figures["handle_p99_ms"] <= figures["handle_max_ms"]
-    assert list(figures["bytes_by_requests"]) == ["8", "48", "958"]
+    assert list(figures["packed_bytes_by_requests"]) == ["8", "48", "958"]
