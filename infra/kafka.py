@@ -171,7 +171,9 @@ async def ensure_topics(settings: KafkaSettings, topics: Iterable[Topic]) -> Non
     async with started(admin, settings):
         try:
             async with asyncio.timeout(settings.request_timeout_ms / 1000):
-                response = await admin.create_topics(wanted)
+                # A broker that lets this client use topics and not make them refuses to make even those that are there.
+                there = await admin.list_topics()
+                response = await admin.create_topics([topic for topic in wanted if topic.name not in there])
         except (KafkaError, OSError) as error:
             raise unavailable(settings, error) from error
     for result in response.to_object()["topic_errors"]:

@@ -7,7 +7,8 @@ from collections.abc import Iterator
 import pytest
 
 from infra import settings as settings_module
-from infra.local import stack
+from infra.local import stack, terraform
+from infra.local.terraform import Terraform
 from infra.settings import Settings
 
 
@@ -24,3 +25,9 @@ def stack_settings(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Setting
         yield running
     finally:
         stack.down(settings, print, purge=True)
+
+
+@pytest.fixture(scope="session")
+def terraform_tools() -> Terraform:
+    """Terraform with providers that need no registry. Of the user's settings it takes the cache and the place of a mirror."""
+    return terraform.ensure(settings_module.load(), print)

@@ -1,0 +1,84 @@
+"""A copy of the shipped Terraform configuration, and what a person would type there."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import infra
+from infra.local.terraform import Terraform
+
+_INFRA = Path(infra.__file__).parent
+ENOUGH_S = 280
+_COLOURED = ("apply", "destroy", "init", "plan", "test", "validate")
+
+
+class Workspace:
+    """``infra/terraform`` and the manifests in a folder of the test's own."""
+
+    def __init__(self, terraform: Terraform, home: Path, root: str) -> None:
+        """Copy, and choose where commands run.
+
+        Args:
+            terraform: what runs them.
+            home: an empty folder.
+            root: folder below infra/terraform, such as ``example``.
+        """
+        self._program = terraform.program
+        self._environment = terraform.environment(home / "home")
+        copy = home / "infra"
+        for name in ("terraform/modules", "terraform/example", "kubernetes/manifests"):
+            shutil.copytree(_INFRA / name, copy / name, ignore=shutil.ignore_patterns(".terraform*"))
+        self.folder = copy / "terraform" / root
+
+    def write(self, name: str, text: str) -> None:
+        """Put a file into the folder."""
+        (self.folder / name).write_text(text)
+
+    def variables(self, **values: Any) -> None:
+        """Set variables for all further commands."""
+        self.write("test.auto.tfvars.json", json.dumps(values))
+
+    def __call__(self, *words: str, codes: tuple[int, ...] = (0,)) -> str:
+        """Run one command; returns what it said."""
+        plain = ["-no-color"] if words[0] in _COLOURED else []
+        command = [str(self._program), words[0], *plain, *words[1:]]
+        done = subprocess.run(
+            command,
+            cwd=self.folder,
+            env=self._environment,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=ENOUGH_S,
+            check=False,
+        )
+        assert done.returncode in codes, f"terraform {' '.join(words)}: {done.returncode}\n{done.stdout}"
+        return done.stdout
+
+    def init(self) -> None:
+        """Install modules and providers."""
+        self("init", "-input=false")
+
+    def apply(self, *words: str) -> str:
+        """Make it so, then see that a second plan has nothing to do."""
+        said = self("apply", "-auto-approve", "-input=false", *words)
+        self.nothing_to_do(*words)
+        return said
+
+    def nothing_to_do(self, *words: str) -> None:
+        """The plan is empty (exit code 2 of -detailed-exitcode: it is not)."""
+        self("plan", "-detailed-exitcode", "-input=false", *words)
+
+    def destroy(self) -> None:
+        """Remove all of it."""
+        self("destroy", "-auto-approve", "-input=false")
+        assert self("state", "list").strip() == ""
+
+    def outputs(self) -> dict[str, Any]:
+        """Values of all outputs, the sensitive ones too."""
+        return {name: output["value"] for name, output in json.loads(self("output", "-json")).items()}
