@@ -67,6 +67,8 @@ class S3Settings:
 class StackSettings:
     """The embedded stack. Ports of 0 mean: a free one, kept for the life of the state folder."""
 
+    #: Where broker and store listen: on loopback, or, for pods, where the cluster on this machine reaches it (``thaw cluster status``).
+    listen_host: str = "127.0.0.1"
     kafka_port: int = 0
     s3_port: int = 0
     #: Longest wait for one part to become healthy, s.
