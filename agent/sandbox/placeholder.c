@@ -134,6 +134,7 @@ int main(int count, char **arguments) {
     int pair[2], fds[FDS_MAX], fd_count, terminating = 0;
     if (count == 3 && !strcmp(arguments[1], "--install")) return install(arguments[2]);
     if (count < 2) { dprintf(2, "usage: init COMMAND [ARGUMENT...]\n"); return 2; }
+    if (getpid() != 1) { dprintf(2, "thaw-init: not PID 1: signals meant for a container would go to everybody\n"); return 2; }
     command = arguments + 1;
     prctl(PR_SET_NAME, "thaw-init");
     prctl(PR_SET_DUMPABLE, 0);  // what runs as the same user may not look into us

@@ -160,7 +160,10 @@ class PodSandbox:
         Raises:
             SandboxError: it does not.
         """
-        await self._control.order(b"R", expect=b"R")
+        self._control.send(b"R")
+        while (await self._control.reply(b""))[0] != b"R":
+            if self.gone.done():
+                raise SandboxError("the container has ended", sandbox=self.id)
 
     async def set_up(self, root: str, logs: Path) -> None:
         """Note what is in the writable places before an instance is."""
@@ -211,6 +214,10 @@ class PodSandbox:
             raise SandboxError("the worker has no socket", sandbox=self.id)
         worker.setblocking(False)
         self.worker = Worker(worker, pid)
+
+    def foreign(self, path: str) -> bool:
+        """Yes, if it is of a volume or of the kubelet (/etc/hosts, tokens): each pod has its own."""
+        return podfiles.find(self.init_pid).foreign(path)
 
     def pack_files(self, layers: RootLayers) -> bytes:
         """What was written since :meth:`set_up`."""
