@@ -1,8 +1,8 @@
 """The API server as an agent sees it: which placeholder pods are on its node, and what the cluster is told of them.
 
 In: a watch of the node's placeholder pods. Out: :class:`~agent.sandbox.pod.Pod` values for :mod:`agent.sandbox.placeholders`, and the
-condition ``thaw.dev/restored`` of pods, by which Services route and the scaler sees what is used. No start waits for the API server: what it
-shall know is sent when there is time, again until it is taken, and only the newest of each pod.
+condition ``thaw.dev/restored`` of pods, by which Services route and the scaler sees what is used. No start waits for the API server: what
+it shall know is sent when there is time, again until it is taken, and only the newest of each pod.
 """
 
 from __future__ import annotations
