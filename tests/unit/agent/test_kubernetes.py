@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from agent.kubernetes import usable
+from agent.kubernetes import is_free, living
 
 POD: dict[str, Any] = {
     "metadata": {
@@ -39,11 +39,11 @@ def gated(reason: str, status: str = "False") -> dict[str, Any]:
     return changed("status/conditions", [{"type": "thaw.dev/restored", "status": status, "reason": reason}])
 
 
-def test_a_pod_that_waits_is_usable() -> None:
-    pod = usable(POD)
+def test_a_pod_that_waits_is_free() -> None:
+    pod = living(POD)
     assert pod is not None
     assert (pod.function, pod.digest, pod.address, pod.container, pod.image) == ("shop", "d1", "10.0.0.7", "abc", "shop@sha256:1")
-    assert usable(gated("Waiting")) == pod
+    assert is_free(POD) and is_free(gated("Waiting"))
 
 
 @pytest.mark.parametrize(
@@ -55,10 +55,12 @@ def test_a_pod_that_waits_is_usable() -> None:
         changed("status/containerStatuses/1/state", {"terminated": {}}),
         changed("status/containerStatuses/1/restartCount", 1),
         changed("status/containerStatuses", []),
-        gated("Ended"),
-        gated("Standby"),
-        gated("Answers", "True"),
     ],
 )
-def test_others_are_not(pod: dict[str, Any]) -> None:
-    assert usable(pod) is None
+def test_others_do_not_live(pod: dict[str, Any]) -> None:
+    assert living(pod) is None
+
+
+@pytest.mark.parametrize("pod", [gated("Ended"), gated("Standby"), gated("Answers", "True")])
+def test_a_pod_in_use_lives_but_is_not_free(pod: dict[str, Any]) -> None:
+    assert living(pod) is not None and not is_free(pod)
