@@ -65,8 +65,6 @@ async def start_cold(
         readiness = await wait_ready(sandbox.address, function, min(deadline_ns, limit_ns), instance.ended)
         clock.add("ready", start_ns, readiness.accepted_ns)
         clock.add("first_response", readiness.accepted_ns, readiness.responded_ns)
-        if not donor:
-            sandbox.complete(instance.root_pid)
         instance.started_ns = readiness.responded_ns
     except BaseException as error:
         instance.keep_log(workshop.furnisher.log(instance.id))

@@ -7,6 +7,7 @@ before the function is known is put there before: the root, a waiting CRIU worke
 from __future__ import annotations
 
 import os
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,6 +37,7 @@ class Furnisher:
         """Before demand: root, output, waiting worker."""
         await sandbox.set_up(root, self.logs)
         work = work_directory(sandbox)
+        shutil.rmtree(work, ignore_errors=True)  # of an instance before, in a sandbox that can be used again
         work.mkdir()
         outputs = sandbox.open_outputs()
         try:

@@ -1,8 +1,8 @@
 """The API server as an agent sees it: which placeholder pods are on its node, and what the cluster is told of them.
 
 In: a watch of the node's placeholder pods. Out: :class:`~agent.sandbox.pod.Pod` values for :mod:`agent.sandbox.placeholders`, and the
-condition ``thaw.dev/restored`` of pods, by which Services route and the scaler sees what is used. No start waits for the API server: what it
-shall know is sent when there is time, again until it is taken, and only the newest of each pod.
+condition ``thaw.dev/restored`` of pods, by which Services route and the scaler sees what is used. No start waits for the API server: what
+it shall know is sent when there is time, again until it is taken, and only the newest of each pod.
 """
 
 from __future__ import annotations
@@ -87,26 +87,23 @@ async def follow_pods(server: ApiServer, settings: KubernetesSettings, node: str
     labels, fields = f"{PLACEHOLDER_LABEL}=true,{FUNCTION_LABEL}", f"spec.nodeName={node}"
     async for news in watch.follow(server, f"/api/v1{space}/pods", settings, labels=labels, fields=fields):
         if isinstance(news, watch.Listed):
-            placeholders.see([pod for item in news.items if (pod := usable(item)) is not None], all_there_are=True)
-            continue
-        pod = None if news.gone else usable(news.value)
-        if pod is None:
-            placeholders.lose(news.value["metadata"]["uid"])
-        else:
-            placeholders.see([pod])
+            placeholders.keep_only({pod.uid for item in news.items if (pod := living(item)) is not None})
+        for value in news.items if isinstance(news, watch.Listed) else [news.value]:
+            pod = None if isinstance(news, watch.Changed) and news.gone else living(value)
+            if pod is None:
+                placeholders.lose(value["metadata"]["uid"])
+            elif is_free(value):
+                placeholders.see([pod])
 
 
-def usable(value: Mapping[str, Any]) -> Pod | None:
-    """A pod object into which something can be put; None: it does not run, or was used."""
+def living(value: Mapping[str, Any]) -> Pod | None:
+    """A pod object whose first process runs for the first time; None: it does not, or will not for long."""
     metadata, status = value["metadata"], value.get("status") or {}
     containers = status.get("containerStatuses") or []
     own: Mapping[str, Any] = next((item for item in containers if item.get("name") == CONTAINER), {})
-    gate: Mapping[str, Any] = next((item for item in status.get("conditions") or [] if item.get("type") == GATE), {})
     if "deletionTimestamp" in metadata or status.get("phase") != "Running" or not status.get("podIP"):
         return None
     if "running" not in (own.get("state") or {}) or own.get("restartCount") or not own.get("containerID"):
-        return None
-    if gate.get("reason", WAITS) != WAITS:
         return None
     return Pod(
         namespace=metadata["namespace"],
@@ -118,6 +115,12 @@ def usable(value: Mapping[str, Any]) -> Pod | None:
         container=str(own["containerID"]).rpartition("/")[2],
         image=str(own.get("imageID") or own.get("image") or ""),
     )
+
+
+def is_free(value: Mapping[str, Any]) -> bool:
+    """Whether its condition says that nothing is or was in it."""
+    conditions = (value.get("status") or {}).get("conditions") or []
+    return all(item.get("reason", WAITS) == WAITS for item in conditions if item.get("type") == GATE)
 
 
 def _condition(pod: Pod, reason: str) -> Object:

@@ -139,6 +139,7 @@ async def _fill(workshop: Workshop, what: Restoration, instance: Instance, clock
         served = served_callbacks(instance)
         serve = pager.serve(instance.id, image.checkpoint, work, served, record=what.record, prefetch=not what.record, opened=what.opened)
         serving = workshop.tasks.spawn(serve, f"pager of {instance.id}")
+        await asyncio.sleep(0)  # its first step makes the socket that CRIU looks for
     try:
         with clock.phase("sandbox.root"):
             if image.layer.stat().st_size:  # the thread costs more than the call when there is nothing to unpack
@@ -193,7 +194,6 @@ async def resume(workshop: Workshop, instance: Instance, deadline_ns: int, clock
     clock.add("ready", start_ns, accepted_ns)
     clock.add("resume", accepted_ns, resumed_ns)
     clock.add("first_response", resumed_ns, readiness.responded_ns)
-    sandbox.complete(instance.root_pid)
     instance.started_ns = readiness.responded_ns
 
 

@@ -51,7 +51,7 @@ def read(pid: int) -> Confinement:
 
 def parse(status: str, cgroups: str, namespaces: dict[str, str]) -> Confinement:
     """Of the texts in /proc/PID."""
-    fields = dict(re.findall(r"^(\w+):\s*(.*)$", status, re.MULTILINE))
+    fields = dict(re.findall(r"^(\w+):[ \t]*(.*)$", status, re.MULTILINE))
 
     def numbers(name: str) -> tuple[int, ...]:
         return tuple(int(word) for word in fields[name].split())

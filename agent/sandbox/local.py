@@ -151,6 +151,10 @@ class LocalSandbox:
         worker.setblocking(False)
         self.worker = Worker(worker, int(reply.split()[1]))
 
+    def foreign(self, path: str) -> bool:
+        """No: all files are the root's, the function's or the instance's."""
+        return False
+
     def pack_files(self, layers: RootLayers) -> bytes:
         """The writable layer."""
         return archive.pack_layer({part: self.layer / part for part in _PARTS}, layers.targets, _OWN)

@@ -14,7 +14,7 @@ import logging
 import os
 import shutil
 import signal
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable, Collection, Iterable
 from pathlib import Path
 
 import msgspec
@@ -68,8 +68,8 @@ class Placeholders:
         self._prepare, self._moved = prepare, moved
         self.see(list(self._pods.values()))
 
-    def see(self, pods: Iterable[Pod], *, all_there_are: bool = False) -> None:
-        """These pods may be used; with ``all_there_are`` others are gone."""
+    def see(self, pods: Iterable[Pod]) -> None:
+        """These pods can be used."""
         for pod in pods:
             known = self._pods.get(pod.uid)
             if known is None and any(_same(pod, other) and pod.image != other.image for other in self._pods.values()):
@@ -78,12 +78,14 @@ class Placeholders:
             if self._prepare is not None and pod.uid not in self._busy and pod.uid not in self._free:
                 self._busy.add(pod.uid)
                 self._tasks.spawn(self._make_ready(pod), f"placeholder {pod.name}")
-        if all_there_are:
-            for uid in set(self._pods) - {pod.uid for pod in pods}:
-                self.lose(uid)
+
+    def keep_only(self, uids: Collection[str]) -> None:
+        """There are no other pods than these."""
+        for uid in set(self._pods) - set(uids):
+            self.lose(uid)
 
     def lose(self, uid: str) -> None:
-        """This pod may not be used (any more). What is in it goes on until its end."""
+        """This pod cannot be used any more. What is in it goes on until its end."""
         self._pods.pop(uid, None)
         sandbox = self._free.pop(uid, None)
         if sandbox is not None:

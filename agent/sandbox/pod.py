@@ -160,7 +160,10 @@ class PodSandbox:
         Raises:
             SandboxError: it does not.
         """
-        await self._control.order(b"R", expect=b"R")
+        self._control.send(b"R")
+        while (await self._control.reply(b""))[0] != b"R":
+            if self.gone.done():
+                raise SandboxError("the container has ended", sandbox=self.id)
 
     async def set_up(self, root: str, logs: Path) -> None:
         """Note what is in the writable places before an instance is."""
@@ -211,6 +214,10 @@ class PodSandbox:
             raise SandboxError("the worker has no socket", sandbox=self.id)
         worker.setblocking(False)
         self.worker = Worker(worker, pid)
+
+    def foreign(self, path: str) -> bool:
+        """Yes, if it is of a volume or of the kubelet (/etc/hosts, tokens): each pod has its own."""
+        return podfiles.find(self.init_pid).foreign(path)
 
     def pack_files(self, layers: RootLayers) -> bytes:
         """What was written since :meth:`set_up`."""
@@ -282,9 +289,15 @@ class PodSandbox:
             self.worker = None
         if self.gone.done():
             return False
-        with contextlib.suppress(SandboxError):
+        try:
             self._control.send(b"G", ["0"])  # the container goes on
-        return await asyncio.to_thread(self._empty)
+            if not await asyncio.to_thread(self._empty):
+                return False
+            await self._control.order(b"F", expect=b"k")
+        except (SandboxError, OSError):
+            return False
+        self._control.forget()
+        return True
 
     def close(self) -> None:
         """Let go of the pod as it is."""
@@ -298,8 +311,11 @@ class PodSandbox:
         await asyncio.to_thread(shutil.rmtree, self.folder, True)
 
     def _empty(self) -> bool:
+        """Kill everything; whether nothing of it is left in processes or files."""
         deadline = time.monotonic() + _END_S
-        while pids := self.processes():
+        children = Path(f"/proc/{self.init_pid}/task/{self.init_pid}/children")
+        # Those that ended are PID 1's children until it has reaped and reported them.
+        while (pids := self.processes()) or children.read_text().strip():
             if time.monotonic() > deadline:
                 logger.error("processes of pod %s/%s do not end: %s", self.pod.namespace, self.pod.name, pids)
                 return False
@@ -307,10 +323,7 @@ class PodSandbox:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
             time.sleep(0.005)
-        try:
-            return not self.spent and archive.pack_layer(podfiles.find(self.init_pid).parts, before=self._before) == b""
-        except OSError:
-            return False
+        return not self.spent and archive.pack_layer(podfiles.find(self.init_pid).parts, before=self._before) == b""
 
     def _restored(self) -> list[int]:
         """Host pids of what CRIU has restored: all but PID 1 and the worker, which may not have ended yet."""

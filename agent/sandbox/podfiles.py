@@ -31,6 +31,17 @@ class Places:
     parts: dict[str, Path]
     closed: frozenset[str]
 
+    def foreign(self, path: str) -> bool:
+        """Whether others put a file there: it is of a mount that is no place and not the kernel's."""
+        steps = path.strip("/").split("/")
+        mounts = [mount for count in range(1, len(steps) + 1) if (mount := "/".join(steps[:count])) in self.closed]
+        return (
+            bool(mounts)
+            and mounts[-1].split("/")[0] not in ("proc", "sys")
+            and mounts[-1] != "dev"
+            and part_of(f"/{mounts[-1]}") not in self.parts
+        )
+
 
 def find(init_pid: int) -> Places:
     """The places of the container whose PID 1 has the host pid ``init_pid``. Blocking.

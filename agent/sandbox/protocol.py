@@ -108,6 +108,9 @@ class Sandbox(Protocol):
     async def start_worker(self, executable_fd: int, arguments: Sequence[str], fds: Sequence[int]) -> None:
         """Start a tool that serves requests on its descriptor 3, and keep it as :attr:`worker`; ``fds`` are its 100, 101, …"""
 
+    def foreign(self, path: str) -> bool:
+        """Whether the file at ``path`` inside is there in every sandbox, each time as others make it. Blocking."""
+
     def pack_files(self, layers: RootLayers) -> bytes:
         """What was written inside, as :func:`agent.store.archive.pack_layer` packs it. Blocking."""
 
