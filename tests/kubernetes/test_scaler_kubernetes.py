@@ -89,7 +89,7 @@ async def test_a_function_gets_a_placeholder_and_a_status(world: ScalerWorld) ->
 
 async def test_demand_is_answered_where_placeholders_are(world: ScalerWorld) -> None:
     await world.scaler()
-    await world.apply("two", instances={"max": 3})
+    await world.apply("two", instances={"max": 3}, policy={"idleSeconds": 600})
     (pod,) = await world.running("two", 1)
     await world.demand("two", 1)
     node = pod["spec"]["nodeName"]
@@ -311,7 +311,7 @@ def api_server(cluster: Cluster) -> int:
 
 async def test_the_api_server_is_killed_and_comes_back(world: ScalerWorld) -> None:
     process = await world.scaler()
-    await world.apply("steady", instances={"max": 4})
+    await world.apply("steady", instances={"max": 4}, policy={"idleSeconds": 600})
     await world.apply("leaving")
     (pod,) = await world.running("steady", 1)
     await world.running("leaving", 1)
@@ -377,7 +377,7 @@ async def test_of_two_scalers_the_owner_acts_and_the_other_takes_over(world: Sca
 
 async def test_a_scaler_that_was_away_cleans_up(world: ScalerWorld) -> None:
     process = await world.scaler()
-    await world.apply("gone", instances={"max": 4})
+    await world.apply("gone", instances={"max": 4}, policy={"idleSeconds": 1})
     await world.demand("gone", 3)
     await world.running("gone", 4)
     process.send_signal(signal.SIGTERM)
