@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import itertools
 import json
 import os
 import shutil
@@ -462,7 +463,7 @@ async def test_status_is_written_once_a_second_however_much_changes(world: Scale
         await asyncio.sleep(0.1)
     counting.cancel()
     assert len(patches) >= 3
-    assert all(after - before > 0.9 for before, after in zip(patches, patches[1:], strict=False))
+    assert all(after - before > 0.9 for before, after in itertools.pairwise(patches))
 
 
 async def test_a_drained_node_gives_its_placeholders_to_another(world: ScalerWorld) -> None:
