@@ -106,7 +106,7 @@ class KubernetesSettings:
     watch_s: float = 240.0
     #: Pause after a failed request, s; doubles up to the second, with jitter.
     retry_s: float = 0.2
-    retry_max_s: float = 10.0
+    retry_max_s: float = 3.0
 
 
 @dataclass(frozen=True)

@@ -243,6 +243,8 @@ class Service:
             del self._replayed[shard]
             self._handle(ShardReady(shard=shard), time.time_ns())
             logger.info("shard %d is decided on", shard)
+            if self._operator is not None:
+                self._operator.shard_ready()
 
     def _handle(self, event: Event, now_ns: int) -> None:
         """Hand one event to the planner and send what it decides, at once."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import itertools
 import json
 import os
 import shutil
@@ -89,7 +90,7 @@ async def test_a_function_gets_a_placeholder_and_a_status(world: ScalerWorld) ->
 
 async def test_demand_is_answered_where_placeholders_are(world: ScalerWorld) -> None:
     await world.scaler()
-    await world.apply("two", instances={"max": 3})
+    await world.apply("two", instances={"max": 3}, policy={"idleSeconds": 600})
     (pod,) = await world.running("two", 1)
     await world.demand("two", 1)
     node = pod["spec"]["nodeName"]
@@ -311,7 +312,7 @@ def api_server(cluster: Cluster) -> int:
 
 async def test_the_api_server_is_killed_and_comes_back(world: ScalerWorld) -> None:
     process = await world.scaler()
-    await world.apply("steady", instances={"max": 4})
+    await world.apply("steady", instances={"max": 4}, policy={"idleSeconds": 600})
     await world.apply("leaving")
     (pod,) = await world.running("steady", 1)
     await world.running("leaving", 1)
@@ -377,7 +378,7 @@ async def test_of_two_scalers_the_owner_acts_and_the_other_takes_over(world: Sca
 
 async def test_a_scaler_that_was_away_cleans_up(world: ScalerWorld) -> None:
     process = await world.scaler()
-    await world.apply("gone", instances={"max": 4})
+    await world.apply("gone", instances={"max": 4}, policy={"idleSeconds": 1})
     await world.demand("gone", 3)
     await world.running("gone", 4)
     process.send_signal(signal.SIGTERM)
@@ -415,3 +416,91 @@ async def test_a_watch_whose_version_is_forgotten_begins_again(world: ScalerWorl
             if seen[-1] == "+later":
                 break
     assert seen == ["list", "list", "+later"]
+
+
+async def test_a_server_that_does_not_answer_is_waited_for(world: ScalerWorld) -> None:
+    world.more = {"THAW_KUBERNETES_REQUEST_TIMEOUT_S": "1"}
+    process = await world.scaler()
+    await world.apply("patient", instances={"max": 6}, policy={"idleSeconds": 600})
+    await world.running("patient", 1)
+    server = api_server(world.cluster)
+    os.kill(server, signal.SIGSTOP)
+    try:
+        # Pods are wanted; whether the requests that get no answer are carried out later, nobody knows.
+        await world.demand("patient", 4)
+        await asyncio.sleep(5)
+    finally:
+        os.kill(server, signal.SIGCONT)
+    await world.running("patient", 5)
+
+    async def all_of_them() -> bool:
+        return sum(world.instances("patient").values()) == 4 and (await world.status("patient"))["instances"] == 4
+
+    await world.eventually(all_of_them)
+    await asyncio.sleep(2)
+    await world.running("patient", 5)
+    assert "no answer in time" in world.log_of(0).read_text()
+    assert process.returncode is None
+
+
+async def test_status_is_written_once_a_second_however_much_changes(world: ScalerWorld) -> None:
+    await world.scaler()
+    await world.apply("busy", instances={"max": 5}, policy={"idleSeconds": 0})
+    await world.running("busy", 1)
+    settings = dataclasses.replace(KubernetesSettings(), kubeconfig=str(world.cluster.status.kubeconfig))
+    path = f"/apis/thaw.dev/v1/namespaces/{world.space}/functions"
+    patches: list[float] = []
+
+    async def count() -> None:
+        async with client.connect(settings) as server:
+            async for news in watch.follow(server, path, settings):
+                if isinstance(news, watch.Changed):
+                    patches.append(time.monotonic())
+
+    counting = asyncio.create_task(count())
+    for number in range(40):
+        await world.demand("busy", number % 2)
+        await asyncio.sleep(0.1)
+    counting.cancel()
+    assert len(patches) >= 3
+    assert all(after - before > 0.9 for before, after in itertools.pairwise(patches))
+
+
+async def test_a_drained_node_gives_its_placeholders_to_another(world: ScalerWorld) -> None:
+    await world.scaler()
+    await world.apply("drained", instances={"max": 4}, policy={"standby": 0, "idleSeconds": 600})
+    (pod,) = await world.running("drained", 1)
+    node = pod["spec"]["nodeName"]
+    try:
+        await world.kubectl("drain", node, "--pod-selector=thaw.dev/placeholder=true", "--timeout=30s")
+        (after,) = await world.running("drained", 1)
+        assert after["spec"]["nodeName"] != node
+        await world.demand("drained", 1)
+        other = after["spec"]["nodeName"]
+        await world.agents[other].until(lambda: world.instances("drained") == {other: 1})
+    finally:
+        await world.kubectl("uncordon", node)
+
+
+async def test_what_no_node_can_hold_is_told(world: ScalerWorld) -> None:
+    await world.scaler()
+    await world.apply("nowhere", template={"nodeSelector": {"disk": "golden"}})
+
+    async def unschedulable() -> bool:
+        status, reason, message = await world.condition("nowhere")
+        told = [event for event in await world.events("nowhere") if event["reason"] == "Unschedulable"]
+        return (status, reason) == ("False", "Unschedulable") and "didn't match" in message and bool(told)
+
+    await world.eventually(unschedulable)
+    # An empty placeholder fits everywhere; what is to run in it does not.
+    greedy = {"requests": {"cpu": "900", "memory": "32Mi"}, "limits": {"memory": "96Mi"}}
+    container = {"name": "function", "image": world.image.reference, "imagePullPolicy": "Never", "resources": greedy}
+    await world.apply("greedy", template={"containers": [container]})
+    (pod,) = await world.running("greedy", 1)
+    await set_restored(world, pod["metadata"]["name"], "True")
+
+    async def infeasible() -> bool:
+        return any(event["reason"] in ("ResizePending", "ResizeFailed") for event in await world.events("greedy"))
+
+    await world.eventually(infeasible)
+    assert own(await world.get("pod", pod["metadata"]["name"]))["resources"]["limits"] == {"memory": "96Mi"}

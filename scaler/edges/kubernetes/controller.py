@@ -53,8 +53,10 @@ class Deciding(Protocol):
 class _Book:
     """What is remembered of one function's pods."""
 
-    #: Pauses of failures in a row.
+    #: Pauses of failures in a row, of this resource and generation; not before then (monotonic, s) is it tried again.
     waits: Iterator[float] | None = None
+    failed: tuple[str, int] = ("", 0)
+    retry_s: float = 0.0
     #: More pods than wanted since then, monotonic, s.
     surplus_s: float | None = None
 
@@ -70,6 +72,7 @@ class Controller:
         deciding: the planner.
         recorder: posts Events.
         changed: is told of functions whose pods have changed.
+        faulted: is told of functions whose :meth:`fault` has changed.
     """
 
     def __init__(
@@ -81,6 +84,7 @@ class Controller:
         deciding: Deciding,
         recorder: Recorder,
         changed: Callable[[str], None],
+        faulted: Callable[[str], None],
     ) -> None:
         self._server = server
         self._settings = settings
@@ -89,6 +93,7 @@ class Controller:
         self._deciding = deciding
         self._recorder = recorder
         self._changed = changed
+        self._faulted = faulted
         self.queue = Queue()
         #: function → uid → pod
         self._pods: dict[str, dict[str, Pod]] = {}
@@ -164,6 +169,9 @@ class Controller:
             self._faults.pop(name, None)
             return
         book = self._books.setdefault(name, _Book())
+        if book.waits is not None and book.failed == self._generation(name) and (early_s := book.retry_s - time.monotonic()) > 0:
+            self.queue.add_later(name, early_s)
+            return
         try:
             if self._resizable is None:
                 self._resizable = await self._can_resize()
@@ -173,9 +181,14 @@ class Controller:
         else:
             book.waits = None
             if self._faults.pop(name, None) is not None:
-                self._changed(name)
+                self._faulted(name)
             if book.surplus_s is None:
                 self._books.pop(name, None)
+
+    def _generation(self, name: str) -> tuple[str, int]:
+        """Another one is tried at once, whatever failed before."""
+        first = next(iter(self._table.resources(name)), None)
+        return (first.uid, int(first.value["metadata"].get("generation") or 0)) if first is not None else ("", 0)
 
     async def _bring_about(self, name: str, book: _Book) -> None:
         resource = self._table.applied(name)
@@ -252,16 +265,19 @@ class Controller:
 
     async def _failed(self, name: str, book: _Book, error: ApiError | PodTemplateInvalid) -> None:
         later = isinstance(error, ApiUnavailable | ApiConflict)
-        if book.waits is None:
+        generation = self._generation(name)
+        if book.waits is None or book.failed != generation:
+            book.failed = generation
             book.waits = pauses(self._settings.retry_s, self._settings.retry_max_s if later else _REFUSED_MAX_S)
         pause_s = max(next(book.waits), error.retry_after_s if isinstance(error, ApiBusy) else 0.0)
+        book.retry_s = time.monotonic() + pause_s
         self.queue.add_later(name, pause_s)
         reason = "ApiServerUnavailable" if later else "PlaceholderRefused"
         logger.warning("placeholder pods of %s: %s; again in %.1f s", name, error, pause_s)
         fault = Fault(reason, str(error))
         if self._faults.get(name) != fault:
             self._faults[name] = fault
-            self._changed(name)
+            self._faulted(name)
         self._warn(name, reason, str(error))
 
     def _warn(self, name: str, reason: str, message: str, pod: Pod | None = None) -> None:

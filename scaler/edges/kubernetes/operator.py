@@ -8,6 +8,7 @@ new, and agents' reports. Out: events for the planner, addresses for :mod:`scale
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Callable, Iterable, Iterator
 
 from agent.api.messages import CommandFailed, InstanceExited, StartFailed
@@ -57,11 +58,19 @@ class Operator:
         self._table = FunctionTable(settings.kubernetes.agent_image, self._function, self._changed)
         self._writer = StatusWriter(server, settings.kubernetes, self._statuses)
         self._controller = Controller(
-            server, settings.kubernetes, settings.scaler.placeholder_idle_s, self._table, self, self._recorder, self._pods_changed
+            server,
+            settings.kubernetes,
+            settings.scaler.placeholder_idle_s,
+            self._table,
+            self,
+            self._recorder,
+            self._pods_changed,
+            self._writer.note,
         )
         #: uid → what was told of it
         self._faults: dict[str, Fault] = {}
         self._functions_known = self._pods_known = False
+        self._gained = asyncio.Event()
         #: Set once every function and pod that was there at the start has been handed over.
         self.loaded = asyncio.Event()
 
@@ -83,6 +92,10 @@ class Operator:
         """The planner says something new of these functions."""
         for name in names:
             self._changed(name)
+
+    def shard_ready(self) -> None:
+        """This scaler decides for more functions than before."""
+        self._gained.set()
 
     def reported(self, node: str, report: PlannerReport) -> None:
         """An agent's report: what failed becomes an Event."""
@@ -151,7 +164,10 @@ class Operator:
 
     async def _again(self) -> None:
         while True:
-            await asyncio.sleep(_AGAIN_S)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(_AGAIN_S):
+                    await self._gained.wait()
+            self._gained.clear()
             names = list(dict.fromkeys([*self._table.names(), *self._controller.names()]))
             for index, name in enumerate(names):
                 if self._planner.acts_for(name):
