@@ -6,11 +6,13 @@ In: settings (where tools are cached). Out: OCI archives, the same bytes for the
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from infra.images import content, runtime
 from infra.kubernetes import oci
+from infra.kubernetes.cluster import life
 from infra.local import install
 from infra.settings import KubernetesSettings, Settings
 
@@ -49,6 +51,23 @@ def write(settings: Settings, kind: content.Kind, archive: Path, report: install
         labels={"org.opencontainers.image.title": f"thaw-{kind}"},
     )
     return oci.write(archive, REFERENCES[kind], [layer(folder) for folder in folders], config)
+
+
+def load(settings: Settings, report: install.Report) -> list[oci.Image]:
+    """Make the images of scaler and agent and give them to every node of the cluster on this machine.
+
+    Raises:
+        InstallError, ImageError: as :func:`write`; or containerd refuses one.
+        ClusterError: no cluster runs.
+    """
+    images = []
+    with tempfile.TemporaryDirectory(prefix="thaw-images-") as folder:
+        for kind in REFERENCES:
+            archive = Path(folder) / f"{kind}.tar"
+            write(settings, kind, archive, report)
+            images.append(life.load_image(settings, archive))
+            archive.unlink()
+    return images
 
 
 def write_function(settings: Settings, reference: str, archive: Path, files: Iterable[oci.Entry], report: install.Report) -> oci.Image:

@@ -302,7 +302,7 @@ def test_pods_read_settings_that_thaw_knows(tmp_path: Path) -> None:
     mounts = {mount["mountPath"] for mount in agent["volumeMounts"]}
     assert {str(loaded.paths.state_dir), str(loaded.paths.runtime_dir), "/etc/thaw"} <= mounts
     assert agent["ports"][0]["containerPort"] == loaded.agent.listen_port
-    assert loaded.scaler.agents == f"thaw-agent.thaw.svc:{loaded.agent.listen_port}"
+    assert (loaded.scaler.agents, loaded.scaler.functions, loaded.agent.sandboxes) == ("kubernetes", "kubernetes", "pods")
     assert named("NetworkPolicy", "thaw-agent")["spec"]["ingress"][0]["ports"][0]["port"] == loaded.agent.listen_port
     # Terraform writes what the pods need itself.
     module = (MANIFESTS.parents[1] / "terraform" / "modules" / "kubernetes" / "main.tf").read_text()
