@@ -45,8 +45,9 @@ class Instance:
 class EndpointPool:
     """Instances by function, and who waits for them."""
 
-    def __init__(self, concurrency: Mapping[str, int], now_ns: Callable[[], int]) -> None:
+    def __init__(self, concurrency: Mapping[str, int], now_ns: Callable[[], int], *, suspect_s: tuple[float, float] = SUSPECT_S) -> None:
         self._concurrency = concurrency
+        self._suspect_s = suspect_s
         self._now_ns = now_ns
         self._instances: dict[str, dict[str, Instance]] = collections.defaultdict(dict)
         #: By agent: taken down, and may still answer.
@@ -119,7 +120,7 @@ class EndpointPool:
 
     def fail(self, instance: Instance) -> None:
         """The request failed: others are preferred for a while, this one is tried again later."""
-        first, most = SUSPECT_S
+        first, most = self._suspect_s
         pause = min(most, first * 2**instance.failures)
         instance.failures = min(instance.failures + 1, 16)
         loop = asyncio.get_running_loop()

@@ -19,12 +19,14 @@ from infra.errors import ClusterError
 from infra.kubernetes.cluster.layout import CGROUP, LINK, Layout, Node
 from infra.local.parts import read_json, write_private
 
-#: Where containerd has its socket, and the state of what it runs.
-RUN_FOLDER = "/run/containerd"
-#: Folders that containerd, the kubelet, CNI plugins and mount(8) always use: private to each node, only the mount points are the machine's.
+#: In memory: where containerd has its socket, and where an agent keeps records of what runs.
+RUN_FOLDERS = ("/run/containerd", "/run/thaw")
+#: Folders that containerd, the kubelet, CNI plugins, mount(8) and Thaw's agents always use: private to each node, only the mount points
+#: are the machine's.
 PRIVATE_FOLDERS = (
     "/run/mount",
-    RUN_FOLDER,
+    *RUN_FOLDERS,
+    "/var/lib/thaw",
     "/var/lib/containerd",
     "/var/lib/kubelet",
     "/var/lib/cni",
