@@ -2,21 +2,23 @@
 
 In: states of functions (:mod:`scaler.state`). Out: :class:`Functions`, by name, as :mod:`scaler.world` holds them. Pure.
 
-A function sleeps when it has no live source of demand, no instance, no standby, no start and no command under way, and its
-forecast holds it no higher than in the cache. It wakes when it is looked at; a pre-thaw that its forecast has planned stays in
-the planner's timers and wakes it by name. What is packed is msgpack of plain values; the document, which never changes while
-the function sleeps, is deflated with a typical one as dictionary, once.
+A function sleeps when it has no live source of demand, no instance, no start and no command under way, and holds just the
+standbys that its forecast wants. One without standbys sleeps at once; one with some when it has been left alone for a while,
+because it may well be asked again soon. It wakes when it is looked at; a change that its forecast has planned stays in the
+planner's timers and wakes it by name, and what happens to its standbys is known by name too. What is packed is msgpack of plain
+values, those that are as ever left out. The document, which never changes while the function sleeps, is deflated once, with a
+typical one of that name as dictionary.
 
-While a function sleeps it is not told of nodes that come and go or of a shard that changes hands. So it packs what these
-were: on waking, what it knew of a node that has connected anew since is dropped and asked again, and so is its forecast when
-its shard was with another scaler meanwhile, which saw the demand that this one did not.
+While a function sleeps it is not told of nodes that come and go, and only if it holds standbys of a shard that changes hands. So
+it packs what these were: on waking, what it knew of a node that has connected anew since is dropped and asked again, and so is
+its forecast when its shard was with another scaler meanwhile, which saw the demand that this one did not.
 """
 
 from __future__ import annotations
 
 import zlib
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import msgspec
 
@@ -26,11 +28,15 @@ from scaler.forecast.function import FunctionForecast
 from scaler.forecast.slot import ForecastConfig
 from scaler.holding import Holding
 from scaler.ladder import RungCosts
+from scaler.levels import NS
+from scaler.packed import Packed
 from scaler.placement import Node
-from scaler.state import FunctionState
+from scaler.state import FunctionState, Standby
 
 #: Given a state with its document, what its forecast is priced with: :func:`scaler.forecasts.terms`.
 Terms = Callable[[FunctionState], tuple[ForecastConfig, RungCosts]]
+#: A function with standbys sleeps when it was not looked at for this long: most that are asked often are asked before.
+PAUSE_NS = 60 * NS
 
 
 class Functions:
@@ -49,6 +55,10 @@ class Functions:
         #: Looked at since :meth:`rest`; and of these the ones that slept.
         self._seen: dict[str, None] = {}
         self._woken: dict[str, None] = {}
+        #: Those that will sleep soon: since when they were not looked at, oldest first.
+        self._drowsy: OrderedDict[str, int] = OrderedDict()
+        #: Shards of those that sleep and hold standbys.
+        self._holders: dict[str, int] = {}
         #: Set by the planner: the costs are not known here.
         self.terms: Terms | None = None
 
@@ -60,8 +70,16 @@ class Functions:
             if packed is None:
                 return None
             state = self._awake[name] = self._wake(name, packed)
+            self._holders.pop(name, None)
             self._woken[name] = None
         self._seen[name] = None
+        return state
+
+    def peek(self, name: str) -> FunctionState | None:
+        """The function of that name to look at, not to change: one that sleeps sleeps on."""
+        state = self._awake.get(name)
+        if state is None and (packed := self._asleep.get(name)) is not None:
+            state = self._wake(name, packed)
         return state
 
     def __getitem__(self, name: str) -> FunctionState:
@@ -90,6 +108,14 @@ class Functions:
         """Those that are awake: all with anything going on."""
         return list(self._awake.values())
 
+    def of_shard(self, shard: int) -> list[FunctionState]:
+        """Those of a shard that are awake or hold standbys; the others will notice on waking that it changed hands."""
+        for name in [name for name, of in self._holders.items() if of == shard]:
+            self.get(name)
+        found = [state for state in self._awake.values() if state.shard == shard]
+        self._seen.update(dict.fromkeys(state.name for state in found))
+        return found
+
     @property
     def asleep(self) -> int:
         """How many sleep."""
@@ -111,82 +137,136 @@ class Functions:
         woken, self._woken = self._woken, {}
         return [state for name in woken if (state := self._awake.get(name)) is not None]
 
-    def rest(self) -> None:
-        """Let those sleep that were looked at and have nothing going on."""
+    def rest(self, now_ns: int) -> None:
+        """Let those sleep that have nothing going on, of those that were looked at and of those that were left alone since."""
         seen, self._seen = self._seen, {}
         for name in seen:
             state = self._awake.get(name)
-            if state is not None and state.resting and (epoch := self._epoch_of(state.shard)):
-                self._asleep[name] = pack(state, epoch, self._connections(state))
-                del self._awake[name]
+            if state is None or not state.resting:
+                continue
+            if state.standbys.held:
+                self._drowsy[name] = now_ns
+                self._drowsy.move_to_end(name)
+            else:
+                self._sleep(state)
+        while self._drowsy:
+            name, since_ns = next(iter(self._drowsy.items()))
+            if now_ns < since_ns + PAUSE_NS:
+                break
+            del self._drowsy[name]
+            state = self._awake.get(name)
+            if state is not None and state.resting:
+                self._sleep(state)
 
-    def _connections(self, state: FunctionState) -> dict[str, int]:
-        """The nodes that hold its image or were asked for it, as they are connected now; negative: asked only."""
-        checkpoint, result = state.checkpoint, {}
-        for name in (*checkpoint.cached, *checkpoint.asked):
+    def _sleep(self, state: FunctionState) -> None:
+        if not (epoch := self._epoch_of(state.shard)):
+            return
+        self._asleep[state.name] = pack(state, epoch, self._connections(state))
+        if state.standbys.held:
+            self._holders[state.name] = state.shard
+        self._drowsy.pop(state.name, None)
+        del self._awake[state.name]
+
+    def _connections(self, state: FunctionState) -> list[int]:
+        """Of the nodes that hold its image or were asked for it, as they are connected now; negative: asked only."""
+        checkpoint, result = state.checkpoint, []
+        for name in {**checkpoint.cached, **checkpoint.asked}:
             if (node := self._nodes.get(name)) is not None:
-                result[name] = node.connection if name in checkpoint.cached else -node.connection
+                result.append(node.connection if name in checkpoint.cached else -node.connection)
         return result
 
     def _wake(self, name: str, packed: bytes) -> FunctionState:
         assert self.terms is not None
         state, epoch, connections = unpack(name, packed, self.terms)
-        for node_name, connection in connections.items():
-            node = self._nodes.get(node_name)
-            if node is not None and node.connection == abs(connection):
-                state.checkpoint.asked[node_name] = None
+        nodes = {node.connection: node.name for node in self._nodes.values()} if connections else {}
+        for connection in connections:
+            if (node := nodes.get(abs(connection))) is not None:
+                state.checkpoint.asked[node] = None
                 if connection > 0:
-                    state.checkpoint.cached[node_name] = None
+                    state.checkpoint.cached[node] = None
         if epoch != self._epoch_of(state.shard):
             state.holding = state.forecast = None
         return state
 
 
-def pack(state: FunctionState, epoch: int, connections: dict[str, int]) -> bytes:
+#: What is measured, by place (:mod:`scaler.costs`).
+_MEASURED = ("thaw", "restore", "remote", "cold", "standby", "running")
+_PLACES: dict[str, int | str] = {what: place for place, what in enumerate(_MEASURED)}
+
+
+def pack(state: FunctionState, epoch: int, connections: list[int]) -> bytes:
     """A resting function, the epoch of its shard and the connections of nodes that it knows of, as bytes."""
     assert state.function is not None
     if not state.packed_document:
-        state.packed_document = _deflate(msgspec.msgpack.encode(state.function))
-    checkpoint = state.checkpoint
-    values = [
-        epoch,
-        connections,
-        state.shard,
-        state.packed_document,
-        bytes.fromhex(state.digest),
-        [state.failures, state.retry_ns, state.standbys.failures, state.standbys.retry_ns],
-        [checkpoint.id, checkpoint.checked, checkpoint.image_mb, checkpoint.cold_on, checkpoint.given_up],
-        [checkpoint.failures, checkpoint.retry_ns, checkpoint.fetch_failures, checkpoint.fetch_retry_ns],
-        list(state.measured.of.items()),
-        [state.last_start_ms, state.last_start_mode, state.last_error],
-        state.placeholders,
-    ]
-    if state.holding is not None and state.forecast is not None:
-        values += [state.holding.pack(), state.forecast.pack()]
-    return msgspec.msgpack.encode(values)
+        state.packed_document = _deflate(msgspec.msgpack.encode(state.function), state.name)
+    checkpoint, standbys = state.checkpoint, state.standbys
+    number = _number(checkpoint.id)
+    attempts = [state.failures, state.retry_ns, standbys.failures, standbys.retry_ns]
+    attempts += [checkpoint.failures, checkpoint.retry_ns, checkpoint.fetch_failures, checkpoint.fetch_retry_ns]
+    predicted = state.holding is not None and state.forecast is not None
+    return msgspec.msgpack.encode(
+        Packed(
+            shard=state.shard,
+            epoch=epoch,
+            document=state.packed_document,
+            connections=connections,
+            checkpoint="" if number else checkpoint.id,
+            checkpoint_number=number,
+            checked=checkpoint.checked,
+            image_mb=checkpoint.image_mb,
+            cold_on=checkpoint.cold_on,
+            given_up=checkpoint.given_up,
+            attempts=attempts if any(attempts) else [],
+            measured={_PLACES.get(what, what): value for what, value in state.measured.of.items()},
+            start_ms=state.last_start_ms or None,
+            start_mode=state.last_start_mode,
+            error=state.last_error,
+            standbys=[
+                (item.id, item.node, item.pss_mb, item.made_ns, item.attempt) for held in standbys.held.values() for item in held.values()
+            ],
+            placeholders=state.placeholders,
+            holding=state.holding.pack() if predicted and state.holding is not None else [],
+            forecast=state.forecast.pack() if predicted and state.forecast is not None else [],
+        )
+    )
 
 
-def unpack(name: str, packed: bytes, terms: Terms) -> tuple[FunctionState, int, dict[str, int]]:
+def unpack(name: str, packed: bytes, terms: Terms) -> tuple[FunctionState, int, list[int]]:
     """What :func:`pack` packed, of the function of that name."""
-    values: list[Any] = msgspec.msgpack.decode(packed)
-    epoch, connections, shard, document, digest, attempts, image, image_attempts, measured, last, placeholders, *forecast = values
-    state = FunctionState(name, shard)
-    state.take(_DECODER.decode(_inflate(document)), digest.hex())
-    state.packed_document = document
-    state.failures, state.retry_ns, state.standbys.failures, state.standbys.retry_ns = attempts
-    checkpoint = state.checkpoint
-    checkpoint.id, checkpoint.checked, checkpoint.image_mb, checkpoint.cold_on, checkpoint.given_up = image
-    checkpoint.failures, checkpoint.retry_ns, checkpoint.fetch_failures, checkpoint.fetch_retry_ns = image_attempts
-    state.measured = Means(dict(measured))
-    state.last_start_ms, state.last_start_mode, state.last_error = last
-    state.placeholders = placeholders
-    if forecast:
-        state.forecast = FunctionForecast.unpack(forecast[1], *terms(state))
-        state.holding = Holding.unpack(forecast[0], state.forecast)
-    return state, epoch, connections
+    was = _STATES.decode(packed)
+    state = FunctionState(name, was.shard)
+    function = _DOCUMENTS.decode(_inflate(was.document, name))
+    state.take(function, function.digest)
+    state.packed_document = was.document
+    checkpoint, standbys = state.checkpoint, state.standbys
+    checkpoint.id = was.checkpoint or was.checkpoint_number.hex()
+    checkpoint.checked, checkpoint.image_mb = was.checked, was.image_mb
+    checkpoint.cold_on, checkpoint.given_up = was.cold_on, was.given_up
+    if was.attempts:
+        state.failures, state.retry_ns, standbys.failures, standbys.retry_ns = was.attempts[:4]
+        checkpoint.failures, checkpoint.retry_ns, checkpoint.fetch_failures, checkpoint.fetch_retry_ns = was.attempts[4:]
+    state.measured = Means({_MEASURED[what] if isinstance(what, int) else what: value for what, value in was.measured.items()})
+    state.last_start_ms, state.last_start_mode, state.last_error = was.start_ms or 0.0, was.start_mode, was.error
+    for standby, node, pss_mb, made_ns, attempt in was.standbys:
+        standbys.add(Standby(standby, node, state.digest, checkpoint.id, pss_mb, made_ns, attempt))
+    state.placeholders = was.placeholders
+    if was.forecast:
+        state.forecast = FunctionForecast.unpack(was.forecast, *terms(state))
+        state.holding = Holding.unpack(was.holding, state.forecast)
+    return state, was.epoch, was.connections
 
 
-_DECODER = msgspec.msgpack.Decoder(Function)
+def _number(name: str) -> bytes:
+    """A hexadecimal name as the number that it is; empty when it is not one."""
+    try:
+        number = bytes.fromhex(name)
+    except ValueError:
+        return b""
+    return number if number.hex() == name else b""
+
+
+_STATES = msgspec.msgpack.Decoder(Packed)
+_DOCUMENTS = msgspec.msgpack.Decoder(Function)
 _TYPICAL = msgspec.msgpack.encode(
     Function(
         metadata=Metadata(name="typical", labels={"team": "typical"}),
@@ -201,10 +281,19 @@ _TYPICAL = msgspec.msgpack.encode(
 )
 
 
-def _deflate(data: bytes) -> bytes:
-    compress = zlib.compressobj(9, wbits=-zlib.MAX_WBITS, zdict=_TYPICAL)
+#: Of documents of a few KB; a greater window would only have to be cleared.
+_WINDOW, _EFFORT = -13, 6
+
+
+def _deflate(data: bytes, name: str) -> bytes:
+    compress = zlib.compressobj(9, wbits=_WINDOW, memLevel=_EFFORT, zdict=_typical(name))
     return compress.compress(data) + compress.flush()
 
 
-def _inflate(data: bytes) -> bytes:
-    return zlib.decompressobj(wbits=-zlib.MAX_WBITS, zdict=_TYPICAL).decompress(data)
+def _inflate(data: bytes, name: str) -> bytes:
+    return zlib.decompressobj(wbits=_WINDOW, zdict=_typical(name)).decompress(data)
+
+
+def _typical(name: str) -> bytes:
+    """What most of a document is; not a document itself, as lengths do not agree."""
+    return _TYPICAL.replace(b"typical", name.encode())

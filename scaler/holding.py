@@ -154,11 +154,11 @@ class Holding:
         self._queue(number, slot)
 
     def pack(self) -> list[object]:
-        """Plain values, for :meth:`unpack`; only while no slot is busy or held above cached."""
+        """Plain values, for :meth:`unpack`; only while no slot is busy."""
         self.settle(self.now_s)
         slots = []
         for slot in self._slots:
-            ahead = (slot.begin_s, slot.plan[slot.at :]) if slot.queued_s < FOREVER else ()
+            ahead = (slot.begin_s, slot.plan[slot.at :]) if slot.queued_s < FOREVER or slot.rung != Rung.CACHED else ()
             slots.append([slot.freed_s, slot.arrived_s, slot.idle_s, slot.rise_s, *ahead])
         return [self.now_s, self.idle_s, self.moves_up, slots]
 
@@ -172,6 +172,9 @@ class Holding:
             slot.freed_s, slot.arrived_s, slot.idle_s, slot.rise_s = freed_s, arrived_s, idle_s, rise_s
             if plan:
                 slot.begin_s, slot.plan = plan[0], tuple(map(tuple, plan[1]))
+                slot.rung = slot.plan[0][1]
+                holding.held[Rung.CACHED] -= 1
+                holding.held[slot.rung] += 1
                 holding._queue(number, slot)
         return holding
 

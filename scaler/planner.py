@@ -81,7 +81,8 @@ class Planner:
         self._handlers[type(event)](event, now_ns)
         for state in world.functions.drain_woken():
             checkpoints.settle(world, state, now_ns)
-        world.functions.rest()
+            standbys.settle(world, state, now_ns)
+        world.functions.rest(now_ns)
         commands, world.out = world.out, []
         return commands
 
@@ -96,8 +97,8 @@ class Planner:
         return self._world.counters
 
     def explain(self, name: str) -> FunctionSnapshot | None:
-        """What the planner knows of a function; None when nothing."""
-        state = self._world.functions.get(name)
+        """What the planner knows of a function; None when nothing. It changes nothing: events alone say what is decided."""
+        state = self._world.functions.peek(name)
         if state is None:
             return None
         return snapshot(state, standbys.wanted(state))
@@ -115,7 +116,7 @@ class Planner:
 
     def occupants(self, name: str) -> dict[str, str]:
         """What of a function is on nodes, or is believed to be: name → ``instance`` or ``standby``."""
-        state = self._world.functions.get(name)
+        state = self._world.functions.peek(name)
         if state is None:
             return {}
         found = {standby: "standby" for held in state.standbys.held.values() for standby in held}
@@ -125,7 +126,7 @@ class Planner:
 
     def placeholders_wanted(self, name: str, ahead: int) -> int:
         """How many placeholder pods of its current digest a function shall have; ``ahead`` of them are for the unexpected."""
-        state = self._world.functions.get(name)
+        state = self._world.functions.peek(name)
         if state is None or state.function is None:
             return 0
         checkpoint, policy = state.checkpoint, state.function.spec.policy
@@ -288,9 +289,7 @@ class Planner:
         if shard is None or shard.ready:
             return
         shard.ready = True
-        for name in list(world.by_shard.get(event.shard, {})):
-            if (state := world.functions.if_awake(name)) is None:
-                continue
+        for state in world.functions.of_shard(event.shard):
             forecasts.follow(world, state, now_ns)
             checkpoints.settle(world, state, now_ns)
             instances.settle(world, state, now_ns, _waiting_demand(state, now_ns))
@@ -300,15 +299,13 @@ class Planner:
         world = self._world
         if world.owned.pop(event.shard, None) is None:
             return
-        for name in list(world.by_shard.get(event.shard, {})):
-            if (state := world.functions.if_awake(name)) is None:
-                continue  # it does not know of the shard, and will notice
+        for state in world.functions.of_shard(event.shard):
             for command_id in list(state.starts):
                 instances.forget_start(world, state, command_id)
             state.disown()
-            world.unknown.pop(name, None)
-            world.waiting.pop(name, None)
-            world.short.pop(name, None)
+            world.unknown.pop(state.name, None)
+            world.waiting.pop(state.name, None)
+            world.short.pop(state.name, None)
             world.forget_if_empty(state)
         for command_id, pending in list(world.pending.items()):
             if world.shard_of(pending.function) == event.shard:

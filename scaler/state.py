@@ -358,17 +358,23 @@ class FunctionState:
 
     @property
     def resting(self) -> bool:
-        """It has a document and nothing going on: no demand, nothing on any node but its image, nothing under way."""
+        """It has a document and nothing going on: no demand, nothing under way, on nodes only its image and the standbys that it wants."""
         function, checkpoint, standbys, holding = self.function, self.checkpoint, self.standbys, self.holding
         if function is None or self.levels.sources or self.ready or self.stale or self.releasing:
             return False
         if self.starts or self.owed or self.surplus:
             return False
-        if standbys.held or standbys.leaving or standbys.making or checkpoint.fetching or checkpoint.making:
+        if standbys.leaving or standbys.making or checkpoint.fetching or checkpoint.making:
             return False
         if function.spec.instances.min or function.spec.policy.standby:
             return False
-        return holding is None or not (holding.need or holding.held[Rung.STANDBY] or holding.held[Rung.RUNNING])
+        if holding is None:
+            return not standbys.held
+        if holding.need or holding.held[Rung.RUNNING] or holding.held[Rung.STANDBY] != standbys.count:
+            return False
+        return all(
+            item.digest == self.digest and item.checkpoint == checkpoint.id for held in standbys.held.values() for item in held.values()
+        )
 
     @property
     def empty(self) -> bool:

@@ -31,6 +31,8 @@ class TimerKey(NamedTuple):
 
 #: Due time of a disarmed timer whose heap entry has not surfaced yet.
 _NEVER = 1 << 63
+#: So many entries that do not count are not worth a look.
+_DEAD_MOST = 1000
 
 
 class Timers:
@@ -59,6 +61,13 @@ class Timers:
             # disarmed with every event must not grow the heap.
             self._due[key] = (_NEVER, pending[1])
 
+    def cancel(self, key: TimerKey) -> None:
+        """Stop the timer of ``key``, if any, which is not armed again: nothing of it is kept for long."""
+        self._due.pop(key, None)
+        # Each key has one entry that counts. Most of the others are of answers that came long before their deadlines.
+        if len(self._heap) - len(self._due) > max(_DEAD_MOST, len(self._due)):
+            self._compact()
+
     @property
     def next_due_ns(self) -> int | None:
         """Time at which :meth:`pop_due` has work to do; never later than the first due time, sometimes earlier."""
@@ -83,6 +92,17 @@ class Timers:
 
     def __len__(self) -> int:
         return len(self._heap)
+
+    def _compact(self) -> None:
+        """Drop the entries that do not count."""
+        kept: dict[TimerKey, tuple[int, int, TimerKey]] = {}
+        for entry in self._heap:
+            at_ns, _, key = entry
+            pending = self._due.get(key)
+            if pending is not None and pending[1] == at_ns:
+                kept[key] = min(entry, kept.get(key, entry))
+        self._heap = list(kept.values())
+        heapq.heapify(self._heap)
 
     def _push(self, key: TimerKey, at_ns: int) -> None:
         self._pushed += 1

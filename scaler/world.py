@@ -104,8 +104,6 @@ class World:
     shard_of: Callable[[str], int]
     config: PlannerConfig
     functions: Functions = field(init=False)
-    #: Names of :attr:`functions` by shard, owned or not.
-    by_shard: dict[int, dict[str, None]] = field(default_factory=dict)
     owned: dict[int, Shard] = field(default_factory=dict)
     nodes: dict[str, Node] = field(default_factory=dict)
     pending: dict[str, Pending] = field(default_factory=dict)
@@ -139,14 +137,12 @@ class World:
         if state is None:
             state = FunctionState(name, self.shard_of(name))
             self.functions.add(state)
-            self.by_shard.setdefault(state.shard, {})[name] = None
         return state
 
     def forget_if_empty(self, state: FunctionState) -> None:
         """Drop a function of which nothing is left."""
         if state.empty and self.functions.get(state.name) is state:
             self.functions.remove(state.name)
-            self.by_shard[state.shard].pop(state.name, None)
             self.unknown.pop(state.name, None)
             self.waiting.pop(state.name, None)
             self.short.pop(state.name, None)
@@ -178,7 +174,7 @@ class World:
 
     def answered(self, command_id: str) -> Pending | None:
         """Stop waiting for a command; None when it was not (or no longer) waited for."""
-        self.timers.disarm(TimerKey("answer", command_id))
+        self.timers.cancel(TimerKey("answer", command_id))
         return self.pending.pop(command_id, None)
 
 

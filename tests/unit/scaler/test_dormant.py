@@ -9,6 +9,7 @@ from scaler_harness import NS, Harness, function, only, prepares, releases, star
 
 from agent.api.messages import Fetch
 from scaler import dormant
+from scaler.commands import NodeCommand
 from scaler.events import FunctionApplied, ShardGained, ShardLost, ShardReady, Tick
 from scaler.forecast.function import FunctionForecast
 from scaler.forecast.slot import ForecastConfig
@@ -40,10 +41,10 @@ def asked(gaps: list[tuple[float, float]]) -> FunctionState:
 
 
 def again(state: FunctionState, epoch: int = 3) -> FunctionState:
-    packed = dormant.pack(state, epoch, {"n1": 7})
+    packed = dormant.pack(state, epoch, [7, -8])
     back, was, connections = dormant.unpack("f", packed, lambda _: (CONFIG, COSTS))
-    assert (was, connections) == (epoch, {"n1": 7})
-    assert dormant.pack(back, epoch, {"n1": 7}) == packed
+    assert (was, connections) == (epoch, [7, -8])
+    assert dormant.pack(back, epoch, [7, -8]) == packed
     return back
 
 
@@ -76,7 +77,7 @@ def test_what_it_expects_is_the_same(gaps: list[tuple[float, float]]) -> None:
 def test_a_typical_function_takes_less_than_a_kilobyte() -> None:
     """48 requests: the median of azure2019-500f-8h; a name and two entries of dictionaries come to it."""
     state = asked([(37.0 * (1 + number % 7), 0.3) for number in range(48)])
-    assert len(dormant.pack(state, 1, {"node-a": 1, "node-b": 2})) < 750
+    assert len(dormant.pack(state, 1, [1, 2])) < 750
 
 
 # What the planner does with them
@@ -183,6 +184,83 @@ def test_applying_and_deleting_reach_those_that_sleep(harness):
     assert harness.planner.explain("f").digest == changed.digest
     harness.delete()
     assert harness.planner.functions == []
+
+
+# With a standby
+
+
+def answer(harness: Harness, commands: list[NodeCommand]) -> None:
+    """Nodes do what they are told, but for fetches; a start takes 10 ms."""
+    waiting = list(commands)
+    while waiting:
+        command = waiting.pop(0)
+        if starts([command]):
+            harness.now += NS // 100
+            waiting += harness.done(command)
+        elif prepares([command]):
+            waiting += harness.prepared(command)
+        elif releases([command]):
+            waiting += harness.released(command)
+
+
+def standbys(harness: Harness) -> int:
+    state = harness.planner.explain("f")
+    return state.standbys if state is not None else 0
+
+
+@pytest.fixture
+def holder(harness: Harness) -> Harness:
+    """f was asked once, and sleeps with a standby on n1."""
+    answer(harness, harness.demand(1, ttl=10.0))
+    answer(harness, harness.demand(0, ttl=10.0))
+    for _ in range(50):
+        answer(harness, harness.pass_s(1))
+    assert (asleep(harness), standbys(harness)) == (0, 1), "it may be asked again soon"
+    for _ in range(50):
+        answer(harness, harness.pass_s(1))
+    assert (asleep(harness), standbys(harness)) == (1, 1)
+    return harness
+
+
+def test_its_standby_is_thawed_by_demand(holder):
+    (start,) = starts(holder.demand(1))
+    holder.done(start, mode="thaw", instance=next(iter(holder.planner._world.nodes["n1"].standbys)))
+    assert standbys(holder) == 0 and asleep(holder) == 0
+
+
+def test_it_wakes_to_let_its_standby_go(holder):
+    released = next(commands for _ in range(900) if (commands := releases(holder.pass_s(1))))
+    assert len(released) == 1
+    holder.released(released[0])
+    assert (asleep(holder), standbys(holder)) == (1, 0)
+
+
+def test_a_standby_that_ends_meanwhile_is_made_again(holder):
+    (standby,) = holder.planner._world.nodes["n1"].standbys
+    assert len(prepares(holder.exited(standby))) == 1
+    assert standbys(holder) == 0
+
+
+def test_a_standby_of_a_lost_node_is_made_elsewhere(holder):
+    for fetch in only(Fetch, holder.node("n2")):
+        holder.fetched(fetch, checkpoint="cp")
+    commands = holder.lost("n1")
+    assert standbys(holder) == 0
+    for fetch in only(Fetch, [*commands, *holder.pass_s(1)]):
+        commands += holder.fetched(fetch, checkpoint="cp")
+    assert [prepare.node for prepare in prepares(commands)] == ["n2"]
+
+
+def test_its_standby_goes_when_the_shard_comes_back_without_a_forecast(holder):
+    assert releases(holder.do(ShardLost(shard=0))) == []
+    holder.do(ShardGained(shard=0, epoch=2))
+    assert len(releases(holder.do(ShardReady(shard=0)))) == 1
+
+
+def test_looking_at_it_changes_nothing(holder):
+    for _ in range(3):
+        assert holder.planner.explain("f").standbys == 1
+        assert asleep(holder) == 1
 
 
 def test_functions_that_promise_something_stay_awake():

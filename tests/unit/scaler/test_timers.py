@@ -38,3 +38,28 @@ def test_moving_and_stopping_a_timer_does_not_grow_the_heap() -> None:
         timers.disarm(key)
         timers.arm(key, now + 1_000_001)
     assert len(timers) == 1
+
+
+@given(st.lists(st.tuples(st.integers(0, 5000), st.booleans()), max_size=60))
+def test_cancelled_timers_are_not_due_and_the_others_keep_their_order(steps) -> None:
+    kept, timers = Timers(), Timers()
+    for number, (due, cancelled) in enumerate(steps):
+        key = TimerKey("answer", str(number))
+        timers.arm(key, due)
+        if cancelled:
+            timers.cancel(key)
+        else:
+            kept.arm(key, due)
+    assert timers.pop_due(2500) == kept.pop_due(2500)
+    assert timers.pop_due(5000) == kept.pop_due(5000)
+
+
+def test_answers_that_come_in_time_do_not_grow_the_heap() -> None:
+    timers, late = Timers(), TimerKey("answer", "late")
+    timers.arm(late, 50_000)
+    for now in range(10_000):
+        key = TimerKey("answer", str(now))
+        timers.arm(key, now + 60_000)
+        timers.cancel(key)
+    assert len(timers) < 3000
+    assert timers.pop_due(100_000) == [late]
