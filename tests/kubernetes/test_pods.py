@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import signal
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
@@ -25,6 +26,7 @@ from agent.api.messages import (
 )
 from agent.sandbox import confinement
 from agent.sandbox.pod import init_of
+from infra.kubernetes.cluster import life
 from infra.local import native
 from infra.settings import Settings
 from tests.integration.agent.harness import AgentUnderTest, running_agent
@@ -235,3 +237,69 @@ async def test_instances_outlive_their_agent(node: AgentUnderTest, cluster: Clus
     await asyncio.to_thread(eventually, lambda: node.log.count("waits for an instance") >= 4, within_s=10)
     again = await node.start_instance(pods.function)
     assert again.record.start_mode == "restore", "the pod that waited is found again"
+
+
+async def test_a_start_needs_no_api_server(node: AgentUnderTest, cluster: Cluster, namespace: str) -> None:
+    pods = Pods(cluster, pod_world.function("alone", namespace))
+    await waiting(node, pods, "alone-a")
+    await checkpoint(node, pods)
+    kill(cluster, "kube-apiserver")
+    report = await node.start_instance(pods.function)
+    assert report.record.start_mode == "restore" and (await answer(report))["ok"]
+    await asyncio.to_thread(life.up, cluster.settings, print)
+    await gated(pods, "alone-a", "True", "Answers")
+    kill(cluster, "node-1-kubelet")
+    kill(cluster, "node-1-containerd")
+    assert (await answer(report))["ok"]
+    await asyncio.to_thread(life.up, cluster.settings, print)
+    assert (await answer(report))["ok"]
+    assert (await asyncio.to_thread(pods.get, "alone-a"))["status"]["containerStatuses"][0]["restartCount"] == 0
+
+
+async def test_a_restore_that_fails_becomes_a_cold_start_in_the_same_pod(node: AgentUnderTest, cluster: Cluster, namespace: str) -> None:
+    pods = Pods(cluster, pod_world.function("fallback", namespace))
+    await waiting(node, pods, "fallback-a")
+    await checkpoint(node, pods)
+    pod = await asyncio.to_thread(pods.get, "fallback-a")
+    init = init_of(pod["status"]["containerStatuses"][0]["containerID"].rpartition("/")[2])
+    (worker,) = Path(f"/proc/{init}/task/{init}/children").read_text().split()
+    os.kill(int(worker), signal.SIGKILL)
+    report = await node.start_instance(pods.function)
+    assert report.record.start_mode == "cold" and report.record.fallback_reason.startswith("criu:"), report.record
+    assert report.instance.instance == "fallback-a" and (await answer(report))["ok"]
+
+
+async def test_a_pod_deleted_while_it_is_filled_leaves_nothing(node: AgentUnderTest, cluster: Cluster, namespace: str) -> None:
+    pods = Pods(cluster, pod_world.function("midway", namespace, pages=131072, memory="700Mi"))
+    await waiting(node, pods, "midway-a")
+    folders = Path("/run") / f"thaw-{NODE}" / "pods"
+    uid = (await asyncio.to_thread(pods.get, "midway-a"))["metadata"]["uid"]
+    assert (folders / uid).exists()
+    starting = asyncio.create_task(node.call(Start, function=pods.function))
+    await asyncio.sleep(0.2)
+    await asyncio.to_thread(pods.remove, "midway-a")
+    report = await starting
+    assert isinstance(report, StartDone | StartFailed)
+    await asyncio.to_thread(eventually, lambda: not (folders / uid).exists())
+    assert (await node.call(Start, function=pods.function)).reason == "no_room"
+
+
+async def test_a_drained_node_ends_instances_and_takes_no_more(node: AgentUnderTest, cluster: Cluster, namespace: str) -> None:
+    pods = Pods(cluster, pod_world.function("drained", namespace))
+    await waiting(node, pods, "drained-a", "drained-b")
+    report = await node.start_instance(pods.function)
+    words = ("--ignore-daemonsets", "--force", "--delete-emptydir-data", "--pod-selector=app=drained", "--timeout=60s")
+    try:
+        await asyncio.to_thread(cluster.kubectl, "drain", NODE, *words)
+    finally:
+        await asyncio.to_thread(cluster.kubectl, "uncordon", NODE)
+    exited = await node.wait(lambda message: isinstance(message, InstanceExited))
+    assert exited.instance == report.instance.instance
+    assert (await node.call(Start, function=pods.function)).reason == "no_room"
+
+
+def kill(cluster: Cluster, part: str) -> None:
+    """SIGKILL a part of the cluster."""
+    (pid,) = [item.pid for item in life.status(cluster.settings).parts if item.name == part]
+    assert pid is not None
+    os.kill(pid, signal.SIGKILL)
