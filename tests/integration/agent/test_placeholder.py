@@ -133,7 +133,8 @@ async def test_a_request_to_end_reaches_all_and_stopped_ones_do_not_delay_it(mak
 
 async def test_tools_run_inside_as_root_and_are_reaped_there(make: Make, tmp_path: Path) -> None:
     sandbox = await make("/bin/sleep", "60")
-    script = "import os; os.write(100, f'{os.getpid()} {os.getuid()} {os.readlink('/proc/self/ns/net')} '.encode() + os.read(101, 99))"
+    script = 'import os; link = os.readlink("/proc/self/ns/net"); say = f"{os.getpid()} {os.getuid()} {link} "'
+    script += "; os.write(100, say.encode() + os.read(101, 99))"
     out, given = tmp_path / "out", tmp_path / "given"
     given.write_text("a line\n")
     python = os.open("/usr/bin/python3", os.O_RDONLY | os.O_CLOEXEC)
