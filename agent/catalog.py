@@ -12,14 +12,12 @@ import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 from agent.api.function import Function
 from agent.api.records import PhaseClock
-from agent.errors import AgentError, FunctionInvalid, ImageInvalid
+from agent.errors import AgentError, ImageInvalid
 from agent.fetch import Fetched, Fetcher
 from agent.pager.client import PagerClient
-from agent.sandbox import rootfs
 from agent.sandbox.rootfs import RootLayers
 from agent.store.cache import CachedImage, ImageCache
 from infra.errors import StoreError
@@ -56,9 +54,16 @@ class Catalog:
         store: ObjectStore,
         pager: Callable[[], PagerClient],
         tasks: TaskGroup,
-        layers: Path,
+        layers: Callable[[Function], RootLayers],
         criu_version: str,
     ) -> None:
+        """Begin with nothing known.
+
+        Args:
+            settings, cache, store, pager, tasks: what the node works with.
+            layers: finds a function's root files; may block, and raises FunctionInvalid or NoRoom.
+            criu_version: of this node.
+        """
         self._settings = settings
         self._cache = cache
         self._pager = pager
@@ -66,7 +71,7 @@ class Catalog:
         self._layers = layers
         self._fetcher = Fetcher(cache, store, pager, tasks, criu_version, settings.store_parallel)
         self._known: dict[str, Resolution] = {}
-        self._resolving: dict[tuple[str, str], asyncio.Task[Resolution | FunctionInvalid]] = {}
+        self._resolving: dict[tuple[str, str], asyncio.Task[Resolution | AgentError]] = {}
 
     async def resolve(
         self, function: Function, *, refresh: bool = False, clock: PhaseClock | None = None, fetched: Fetched | None = None
@@ -83,7 +88,7 @@ class Catalog:
             fetched: counts what is read from S3.
 
         Raises:
-            FunctionInvalid: its files are not on this node. An unusable or unreachable checkpoint raises nothing: see ``reason``.
+            FunctionInvalid, NoRoom: its files are not on this node. An unusable or unreachable checkpoint raises nothing: see ``reason``.
         """
         clock, fetched = clock or PhaseClock(), fetched or Fetched()
         key = (function.name, function.digest)
@@ -98,13 +103,11 @@ class Catalog:
             self._resolving[key] = self._tasks.spawn(work, f"resolution of {function.name}")
             self._resolving[key].add_done_callback(lambda _: self._resolving.pop(key, None))
         found = await asyncio.shield(self._resolving[key])
-        if isinstance(found, FunctionInvalid):
+        if isinstance(found, AgentError):
             raise found
         return found
 
-    async def _resolve(
-        self, function: Function, known: Resolution | None, clock: PhaseClock, fetched: Fetched
-    ) -> Resolution | FunctionInvalid:
+    async def _resolve(self, function: Function, known: Resolution | None, clock: PhaseClock, fetched: Fetched) -> Resolution | AgentError:
         before = self._known.get(function.name)
         layers = self._root_layers(function, known, clock)
         image, reason, ask_again_at = None, "", float("inf")
@@ -120,7 +123,7 @@ class Catalog:
             reason = str(error)
         try:
             resolution = Resolution(function.digest, await layers, image, reason, ask_again_at)
-        except FunctionInvalid as error:
+        except AgentError as error:
             return error
         if reason:
             logger.warning("function %s is started cold on this node: %s", function.name, reason)
@@ -137,7 +140,7 @@ class Catalog:
 
         def prepare() -> RootLayers:
             with clock.phase("files"):
-                return rootfs.prepare(function, self._layers)
+                return self._layers(function)
 
         return loop.run_in_executor(None, prepare)
 
@@ -148,6 +151,10 @@ class Catalog:
     def made(self, function: Function, layers: RootLayers, image: CachedImage) -> None:
         """A checkpoint was made here."""
         self._known[function.name] = Resolution(function.digest, layers, image)
+
+    def forget(self, function_name: str) -> None:
+        """A function's root has changed under the same document: find out again with its next start."""
+        self._known.pop(function_name, None)
 
     def usable(self, function: Function, resolution: Resolution) -> tuple[CachedImage | None, str]:
         """The image to restore from, or None and why there is none (empty when none is wanted or none was ever made)."""

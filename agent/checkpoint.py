@@ -120,6 +120,7 @@ class Checkpointer:
                 furnisher = self._workshop.furnisher
                 await tool.dump(donor.sandbox, furnisher.criu_fd, furnisher.features, donor.root_pid, building / IMAGES, left_s)
             with clock.phase("pack_files"):
+                await asyncio.to_thread(_loosen_files, building / IMAGES, donor.sandbox.foreign)
                 layer = await asyncio.to_thread(donor.sandbox.pack_files, layers)
         finally:
             await donor.stop(self._workshop)
@@ -232,6 +233,11 @@ def _pack(building: Path, draft: Manifest, recording: Recording) -> tuple[Manife
     (building / ARCHIVE).write_bytes(packed)
     blob = Blob(len(packed), hashlib.sha256(packed).digest(), plain_bytes)
     return msgspec.structs.replace(known, archive=blob, image_bytes=known.image_bytes + plain_bytes), working_set
+
+
+def _loosen_files(directory: Path, foreign: Callable[[str], bool]) -> None:
+    path = directory / "files.img"
+    path.write_bytes(images.loosen_files(path.read_bytes(), foreign))
 
 
 def _digest_pages(directory: Path) -> dict[str, Pages]:

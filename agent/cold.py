@@ -36,7 +36,7 @@ async def start_cold(
         workshop: what the node works with.
         function: what to run.
         layers: its root files.
-        instance_id: name of the new instance.
+        instance_id: name of the new instance, if its sandbox gives it none.
         deadline_ns: wall clock ns at which to give up; the readiness rule's own timeout may be earlier.
         clock: gets the phases ``sandbox``, ``exec``, ``ready``, ``first_response``.
         donor: it will be dumped.
@@ -46,10 +46,11 @@ async def start_cold(
     """
     with clock.phase("sandbox"):
         sandbox = await workshop.pool.take(function, layers)
-        instance = Instance(instance_id, function, sandbox, sandbox.output or workshop.furnisher.log(instance_id))
+        name = sandbox.name(instance_id)
+        instance = Instance(name, function, sandbox, sandbox.output or workshop.furnisher.log(name))
     try:
         with clock.phase("sandbox.root"):
-            await workshop.furnisher.furnish(sandbox, function, layers, instance_id, "")
+            await workshop.furnisher.furnish(sandbox, function, layers, instance.id, "")
             if sandbox.worker is not None:
                 sandbox.worker.close()  # nothing is restored here
         with clock.phase("exec"):
@@ -64,11 +65,9 @@ async def start_cold(
         readiness = await wait_ready(sandbox.address, function, min(deadline_ns, limit_ns), instance.ended)
         clock.add("ready", start_ns, readiness.accepted_ns)
         clock.add("first_response", readiness.accepted_ns, readiness.responded_ns)
-        if not donor:
-            sandbox.complete(instance.root_pid)
         instance.started_ns = readiness.responded_ns
     except BaseException as error:
-        instance.keep_log(workshop.furnisher.log(instance_id))
+        instance.keep_log(workshop.furnisher.log(instance.id))
         await instance.stop(workshop)
         said = last_output(instance.log)
         if isinstance(error, AgentError) and said:

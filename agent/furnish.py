@@ -7,6 +7,7 @@ before the function is known is put there before: the root, a waiting CRIU worke
 from __future__ import annotations
 
 import os
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,8 +26,8 @@ class Furnisher:
 
     #: Open CRIU executable.
     criu_fd: int
-    #: Folder of CRIU's kernel feature cache; without it each restore would probe the kernel for 10 ms.
-    features: Path
+    #: Descriptor of the folder of CRIU's kernel feature cache; without it each restore would probe the kernel for 10 ms.
+    features: int
     #: Directory of all images of the node.
     images: Path
     #: Output of instances, one file each.
@@ -36,6 +37,7 @@ class Furnisher:
         """Before demand: root, output, waiting worker."""
         await sandbox.set_up(root, self.logs)
         work = work_directory(sandbox)
+        shutil.rmtree(work, ignore_errors=True)  # of an instance before, in a sandbox that can be used again
         work.mkdir()
         outputs = sandbox.open_outputs()
         try:

@@ -38,6 +38,7 @@ class Workshop:
 class Instance:
     """A process tree of a function in its sandbox."""
 
+    #: As reported; a pod's own name is that of its instance.
     id: str
     function: Function
     sandbox: Sandbox
@@ -104,6 +105,7 @@ class Instance:
     async def stop(self, workshop: Workshop, grace_s: float = 0.0) -> None:
         """End the instance: SIGTERM, then after ``grace_s`` everything; nothing of it is left when this returns."""
         self.releasing = True
+        self.sandbox.retire()
         if grace_s > 0 and not self.standby and not self.ended.done() and not self.sandbox.gone.done():
             with contextlib.suppress(TimeoutError, SandboxError):
                 self.sandbox.signal_all(signal.SIGTERM)

@@ -56,7 +56,7 @@ class Restoration:
         image: the checkpoint.
         function: what it is a checkpoint of.
         layers: its root files.
-        instance_id: name of the new instance.
+        instance_id: name of the new instance, if its sandbox gives it none.
         deadline_ns: wall clock ns at which to give up.
         opened: makes sure that the pager has the image open.
         record: copy nothing ahead and note each touched page.
@@ -102,7 +102,8 @@ async def restore(
     image = what.image
     with clock.phase("sandbox"):
         sandbox = await workshop.pool.take(what.function, what.layers)
-        instance = Instance(what.instance_id, what.function, sandbox, sandbox.output or workshop.furnisher.log(what.instance_id))
+        name = sandbox.name(what.instance_id)
+        instance = Instance(name, what.function, sandbox, sandbox.output or workshop.furnisher.log(name))
         instance.image, instance.pager = image, pager if what.lazy else None
         image.users += 1
         image.used_at = time.monotonic()
@@ -138,6 +139,7 @@ async def _fill(workshop: Workshop, what: Restoration, instance: Instance, clock
         served = served_callbacks(instance)
         serve = pager.serve(instance.id, image.checkpoint, work, served, record=what.record, prefetch=not what.record, opened=what.opened)
         serving = workshop.tasks.spawn(serve, f"pager of {instance.id}")
+        await asyncio.sleep(0)  # its first step makes the socket that CRIU looks for
     try:
         with clock.phase("sandbox.root"):
             if image.layer.stat().st_size:  # the thread costs more than the call when there is nothing to unpack
@@ -192,7 +194,6 @@ async def resume(workshop: Workshop, instance: Instance, deadline_ns: int, clock
     clock.add("ready", start_ns, accepted_ns)
     clock.add("resume", accepted_ns, resumed_ns)
     clock.add("first_response", resumed_ns, readiness.responded_ns)
-    sandbox.complete(instance.root_pid)
     instance.started_ns = readiness.responded_ns
 
 

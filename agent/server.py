@@ -34,10 +34,8 @@ from agent.furnish import Furnisher
 from agent.instance import Workshop
 from agent.node import Node, endpoint
 from agent.pager.client import PagerClient
-from agent.sandbox.cgroup import CgroupTree
-from agent.sandbox.factory import SandboxFactory
-from agent.sandbox.network import Network
-from agent.sandbox.pool import SandboxPool
+from agent.sandbox import mounts
+from agent.sites import LocalSite, PodSite, Site
 from agent.standbys import Standbys
 from agent.starts import Starter
 from agent.store.cache import ImageCache
@@ -55,7 +53,9 @@ class Tools:
     criu: Path
     #: Images are restored by the version that made them.
     criu_version: str
+    #: PID 1 of sandboxes of the agent's own, and what enters those of Kubernetes.
     init: Path
+    enter: Path
 
 
 class Agent:
@@ -67,8 +67,8 @@ class Agent:
         self._state = settings.paths.state_dir / "agent"
         self._scalers: set[Connection] = set()
         self._watchers: set[Connection] = set()
-        #: Whether an agent before left something that serves on. Until this one serves itself, its end must not end that.
-        self._inherits = False
+        #: Whether what runs here must go on when this agent ends: until it serves itself that is what an agent before has left.
+        self._inherits = True
         self._keeping: asyncio.Task[None] | None = None
 
     async def run(self, stop: asyncio.Event) -> None:
@@ -83,7 +83,7 @@ class Agent:
             listener = stack.enter_context(_listen(self._settings.agent))
             node = await self._open(stack)
             server = await self._accept(node, listener)
-            self._inherits = False
+            self._inherits = self._site.outlives
             stack.push_async_callback(self._hang_up, server)
             stopping = self._tasks.spawn(stop.wait(), "wait for the end")
             await asyncio.wait([stopping, self._tasks.failed], return_when=asyncio.FIRST_COMPLETED)
@@ -96,16 +96,14 @@ class Agent:
         for what, name in (("bridge", settings.bridge), ("node_name", settings.node_name)):
             stack.callback(_claim(what, name).close)
         logs = self._settings.paths.state_dir / "logs" / "instances"
-        for path in (state / "images", state / "layers", logs):
+        for path in (state / "images", logs):
             path.mkdir(parents=True, exist_ok=True)
         runtime = self._settings.runtime_folder
         runtime.mkdir(mode=0o700, parents=True, exist_ok=True)
-        network, cgroups = Network(settings.bridge, settings.subnet), CgroupTree(f"thaw-{settings.node_name}")
-        factory = SandboxFactory(self._tools.init, runtime / "sandboxes", cgroups, network, settings.orphan_s, settings.run_as)
-        self._inherits = bool(factory.left())
-        stack.push_async_callback(self._close_node, network, runtime)
-        stack.callback(cgroups.close)
-        await network.open()
+        stack.callback(self._remove_runtime, runtime)
+        self._site = self._choose_site()
+        await self._site.open(stack)
+        self._inherits = bool(self._site.keeper.left())
         store = ObjectStore(self._settings.s3, settings.store_parallel, warm=WARM_CONNECTIONS)
         stack.callback(store.close)
         self._pager = await self._start_pager()
@@ -115,20 +113,16 @@ class Agent:
         criu_fd = os.open(self._tools.criu, os.O_RDONLY | os.O_CLOEXEC)
         stack.callback(os.close, criu_fd)
         logger.info("node %s: CRIU %s, %d checkpoints in the cache", settings.node_name, self._tools.criu_version, len(cached))
-        instances = await adopt(factory, cache, self._pager, logs)
-        for name in cgroups.left() - {instance.sandbox.id for instance in instances}:
-            await asyncio.to_thread(cgroups.existing(name).remove)
+        instances = await adopt(self._site.keeper, cache, self._pager, logs)
         for path in set(logs.glob(".*")) - {logs / f".{instance.sandbox.id}" for instance in instances}:
             path.unlink()  # of sandboxes that were never used
-        await network.sweep()
-        features = runtime / "criu"
-        features.mkdir(mode=0o700, exist_ok=True)
+        await self._site.tidy({instance.sandbox.id for instance in instances})
+        features = mounts.memory_folder()
+        stack.callback(os.close, features)
         await asyncio.to_thread(tool.probe, self._tools.criu, features)
         furnisher = Furnisher(criu_fd, features, state / "images", logs)
-        pool = SandboxPool(factory, settings.pool_size, self._tasks, furnisher.prepare)
-        stack.push_async_callback(pool.close)
-        workshop = Workshop(settings, furnisher, pool, self._tasks)
-        catalog = Catalog(settings, cache, store, lambda: self._pager, self._tasks, state / "layers", self._tools.criu_version)
+        catalog = Catalog(settings, cache, store, lambda: self._pager, self._tasks, self._site.layers, self._tools.criu_version)
+        workshop = Workshop(settings, furnisher, self._site.begin(stack, furnisher, catalog.forget), self._tasks)
         quiet = asyncio.Event()
         standbys = Standbys(workshop, catalog, lambda: self._pager, quiet)
         starter = Starter(settings.node_name, workshop, catalog, standbys, lambda: self._pager, quiet)
@@ -145,8 +139,21 @@ class Agent:
         log.parent.mkdir(parents=True, exist_ok=True)
         return await PagerClient.start(self._settings.s3, self._settings.agent, self._settings.runtime_folder / "pager.sock", log)
 
-    async def _close_node(self, network: Network, runtime: Path) -> None:
-        await network.close(keep_bridge=self._inherits)
+    def _choose_site(self) -> Site:
+        """Sandboxes of its own, or the node's placeholder pods.
+
+        Raises:
+            AgentError: the setting is unknown.
+        """
+        match self._settings.agent.sandboxes:
+            case "local":
+                return LocalSite(self._settings, self._tasks, self._tools.init, keeps=lambda: self._inherits)
+            case "pods":
+                return PodSite(self._settings, self._tasks, self._tools.enter)
+            case other:
+                raise AgentError(f"setting agent.sandboxes: {other!r} is neither local nor pods")
+
+    def _remove_runtime(self, runtime: Path) -> None:
         if not self._inherits:
             shutil.rmtree(runtime, ignore_errors=True)
 

@@ -64,10 +64,11 @@ class Standbys:
             try:
                 if instance.pager is not None:
                     with clock.phase("prefetch"):
-                        await instance.pager.prefetched(instance_id, _PREFETCH_TIMEOUT_S)
+                        await instance.pager.prefetched(instance.id, _PREFETCH_TIMEOUT_S)
                 instance.command_id = command.id
                 instance.pss_bytes = await asyncio.to_thread(instance.measure)
                 instance.made_ns = time.time_ns()
+                instance.sandbox.rest()
             except BaseException:
                 await instance.stop(self._workshop)
                 raise

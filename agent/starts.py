@@ -114,6 +114,7 @@ class Starter:
                 self._quiet.set()
         instance.command_id = command.id
         answered(instance)
+        instance.sandbox.complete(instance.root_pid)
         if instance.start_mode != "cold":
             try:
                 attempt.evidence = await evidence_of(instance)

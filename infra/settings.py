@@ -115,6 +115,9 @@ class AgentSettings:
     #: 0: a free port, published in state_dir/agent.json.
     listen_port: int = 7070
     node_name: str = "node-1"
+    #: Where instances live: ``local`` (sandboxes that the agent makes) or ``pods`` (placeholder pods of the Kubernetes node that is
+    #: named as this one).
+    sandboxes: str = "local"
     #: Addresses of instances, one each; the first is the bridge. 198.18/15 is reserved for benchmarks (RFC 2544).
     subnet: str = "198.18.0.0/16"
     bridge: str = "thaw0"

@@ -22,8 +22,8 @@ def tools(settings: Settings) -> Tools:
     Raises:
         InstallError: one is missing and cannot be made.
     """
-    source = Path(agent.sandbox.__file__).with_name("init.c")
-    return Tools(criu=criu.criu_path(settings), criu_version=criu.VERSION, init=native.build(source, settings.paths.cache_dir))
+    init, enter = (native.build(Path(agent.sandbox.__file__).with_name(name), settings.paths.cache_dir) for name in ("init.c", "enter.c"))
+    return Tools(criu=criu.criu_path(settings), criu_version=criu.VERSION, init=init, enter=enter)
 
 
 @click.command("agent")

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import stat
 import subprocess
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -103,7 +104,8 @@ def _of_file(descriptor: Descriptor, mounts: set[int]) -> str:
         return _ANONYMOUS[target]
     if not target.startswith("/") or target.startswith(_NO_MOUNT):
         return ""
-    if target.startswith("/dev/") and not target.startswith("/dev/shm/") and target not in _DEVICES:
+    kind = descriptor.path.stat().st_mode
+    if (stat.S_ISCHR(kind) or stat.S_ISBLK(kind)) and target not in _DEVICES:
         return f"the device {target}; close it before the warm-up ends"
     if _mount(descriptor) not in mounts:
         return f"{target}, a file of a mount outside its sandbox; close it before the warm-up ends"

@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import re
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -122,6 +122,44 @@ def make_eager(data: bytes, spans: Sequence[tuple[int, int]]) -> bytes:
         counts: protobuf.Fields = {number: [(end - start) // PAGE] for number in (2, 5) if number in entry}
         out += _entry({**entry, **counts, 1: [start], 4: [flags]})
     return bytes(out)
+
+
+#: A Kubernetes volume of small files is replaced as a whole: its files are links into a folder that is named by the time.
+_DATED = re.compile(r"/\.\.\d{4}_[^/]+(?=/)")
+_REGULAR, _NAME, _SIZE, _CHECKSUMS = 3, 6, 8, (12, 13, 14)
+
+
+def loosen_files(data: bytes, foreign: Callable[[str], bool]) -> bytes:
+    """A files.img in which open files that every sandbox has anew, each time with other content, need not be as they were.
+
+    Args:
+        data: files.img, of images/fdinfo.proto and images/regfile.proto.
+        foreign: whether a file is one of those, by its path.
+
+    Raises:
+        ImageInvalid: not such a file.
+    """
+    out = bytearray(data[:8])
+    try:
+        for entry in _entries(data):
+            for number, value in enumerate(entry.get(_REGULAR, [])):
+                if isinstance(value, bytes):
+                    entry[_REGULAR][number] = _loosened(value, foreign)
+            out += _entry(entry)
+    except ValueError as error:
+        raise ImageInvalid(f"files.img: {error}") from error
+    return bytes(out)
+
+
+def _loosened(file: bytes, foreign: Callable[[str], bool]) -> bytes:
+    fields = protobuf.decode(file)
+    name = protobuf.text(fields, _NAME)
+    if not foreign(f"/{name.lstrip('/')}"):
+        return file
+    for number in (_SIZE, *_CHECKSUMS):
+        fields.pop(number, None)
+    fields[_NAME] = [_DATED.sub("", name).encode()]
+    return protobuf.encode(fields)
 
 
 def _entry(fields: protobuf.Fields) -> bytes:

@@ -50,24 +50,26 @@ def work_log(work_directory: Path, name: str) -> str:
     return " | ".join(line.strip() for line in (marked or lines)[-6:]) or "the log is empty"
 
 
-def probe(criu: Path, features: Path) -> None:
+def probe(criu: Path, features: int) -> None:
     """Have CRIU ask the kernel once what it can, and keep the answers in the folder ``features``. Blocking; 0.1 s.
 
     The check itself may complain of devices that are missing here; what counts are the answers.
 
+    Args:
+        criu: the executable.
+        features: descriptor of a folder in memory; CRIU keeps nothing on a disk, where answers of another boot could be.
+
     Raises:
         CriuError: it wrote none.
     """
-    if (features / _FEATURES).exists():
-        return  # of this boot: the folder is in memory
-    actions = [(os.POSIX_SPAWN_OPEN, _FEATURES_FD, str(features), os.O_RDONLY | os.O_DIRECTORY, 0)]
-    actions += [(os.POSIX_SPAWN_OPEN, number, "/dev/null", os.O_RDWR, 0) for number in (0, 1, 2)]
+    null = [(os.POSIX_SPAWN_OPEN, number, "/dev/null", os.O_RDWR, 0) for number in (0, 1, 2)]
+    actions = [(os.POSIX_SPAWN_DUP2, features, _FEATURES_FD), *null]
     os.waitpid(os.posix_spawn(criu, ["criu", "check"], {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin"}, file_actions=actions), 0)
-    if not (features / _FEATURES).exists():
+    if _FEATURES not in os.listdir(features):
         raise CriuError("criu check found that this kernel cannot be used; run `thaw doctor`", stage="criu.check")
 
 
-async def dump(sandbox: Sandbox, criu_fd: int, features: Path, pid: int, images: Path, timeout_s: float) -> None:
+async def dump(sandbox: Sandbox, criu_fd: int, features: int, pid: int, images: Path, timeout_s: float) -> None:
     """Freeze the process tree of ``pid`` (a pid inside) into ``images`` and end it.
 
     Raises:
@@ -77,13 +79,11 @@ async def dump(sandbox: Sandbox, criu_fd: int, features: Path, pid: int, images:
         "criu", "dump", "-t", str(pid), "-D", "/proc/self/fd/100", "-o", "dump.log", f"-v{LOG_LEVEL}", "--tcp-close",
         "--network-lock", "skip", "--manage-cgroups=ignore", "--file-locks", "--link-remap", "--ext-unix-sk",
     ]  # fmt: skip
-    # It takes its images for a work directory too.
-    directories = [os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC) for path in (images, images, features)]
+    directory = os.open(images, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        status = await sandbox.run_tool(criu_fd, arguments, directories, timeout_s)
+        status = await sandbox.run_tool(criu_fd, arguments, [directory, directory, features], timeout_s)
     finally:
-        for fd in directories:
-            os.close(fd)
+        os.close(directory)
     if status:
         log = work_log(images, "dump.log")
         for pattern, meaning in _NOT_FREEZABLE:
@@ -92,7 +92,7 @@ async def dump(sandbox: Sandbox, criu_fd: int, features: Path, pid: int, images:
         raise CriuError(f"criu dump failed: {log}", stage="criu.dump")
 
 
-async def start_worker(sandbox: Sandbox, criu_fd: int, features: Path, images: Path, work_directory: Path, outputs: Sequence[int]) -> None:
+async def start_worker(sandbox: Sandbox, criu_fd: int, features: int, images: Path, work_directory: Path, outputs: Sequence[int]) -> None:
     """Let a CRIU process wait in the sandbox for :func:`restore`.
 
     Args:
@@ -103,9 +103,9 @@ async def start_worker(sandbox: Sandbox, criu_fd: int, features: Path, images: P
         work_directory: gets CRIU's log and statistics, and holds the pager's socket.
         outputs: what takes the place of the donor's outputs: one for all, or one each.
     """
-    directories = [os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC) for path in (images, work_directory, features)]
+    directories = [os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC) for path in (images, work_directory)]
     try:
-        await sandbox.start_worker(criu_fd, ["criu", "swrk", "3"], [*directories, *outputs])
+        await sandbox.start_worker(criu_fd, ["criu", "swrk", "3"], [*directories, features, *outputs])
     finally:
         for fd in directories:
             os.close(fd)

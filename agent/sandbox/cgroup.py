@@ -1,7 +1,8 @@
 """Memory and process limits of a sandbox, on cgroup v2 or on the v1 controllers where a host still has them.
 
 In: the sandbox's id and the function's limits. Out: :class:`Cgroup`, one directory per hierarchy, joined by the sandbox's PID 1 before
-anything runs, so that every process inside is under it. Used by :mod:`agent.sandbox.local`.
+anything runs, so that every process inside is under it. Used by :mod:`agent.sandbox.local`. For a pod the groups are there already:
+:func:`directories_of`.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
+
+from infra import probe
 
 logger = logging.getLogger(__name__)
 ROOT = Path("/sys/fs/cgroup")
@@ -145,3 +148,39 @@ class Cgroup:
                     if time.monotonic() > give_up:
                         raise
                     time.sleep(0.002)
+
+
+def directories_of(pid: int) -> dict[str, Path]:
+    """Where a process is in each hierarchy that is mounted here, by the hierarchy's controllers; not where it is in the root.
+
+    Raises:
+        OSError: it is gone.
+    """
+    unified, legacy = probe.cgroup_mounts(Path("/proc/self/mountinfo").read_text())
+    found = {}
+    for line in Path(f"/proc/{pid}/cgroup").read_text().splitlines():
+        _, controllers, path = line.split(":", 2)
+        mount = legacy.get(controllers.split(",")[0]) if controllers else unified
+        directory = mount / path.lstrip("/") if mount is not None else None
+        if path != "/" and directory is not None and (directory / "cgroup.procs").exists():
+            found[controllers] = directory
+    return found
+
+
+def limited(directories: dict[str, Path]) -> Cgroup:
+    """The group in :func:`directories_of` that has the memory controller, for counting and for what the OOM killer did."""
+    memory = next((path for names, path in directories.items() if "memory" in names.split(",")), None)
+    if memory is not None:
+        return Cgroup([(Hierarchy(memory, 1, frozenset({"memory"})), memory)])
+    path = directories.get("")
+    return Cgroup([(Hierarchy(path, 2, frozenset({"memory"})), path)] if path is not None else [])
+
+
+def outside_pods() -> list[Path]:
+    """Where in each hierarchy the pods of this node are, if this process runs in one of them: what is put there outlives the pod."""
+    found = []
+    for directory in directories_of(os.getpid()).values():
+        pods = [path for path in directory.parents if path.name.startswith("kubepods")]
+        if pods:
+            found.append(pods[-1].parent)
+    return found

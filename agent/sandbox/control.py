@@ -103,6 +103,11 @@ class Control:
         """Wait status of a process inside that has ended and that nobody waited for."""
         return self._ended.get(pid)
 
+    def forget(self) -> None:
+        """Forget all ends: pids will be used again."""
+        self._ended.clear()
+        self.on_exit = lambda pid, status: None
+
     async def kill(self) -> None:
         """End PID 1, and with it everything inside."""
         if self.gone.done():

@@ -27,7 +27,7 @@ static void tell(int to, int passed, const char *format, ...) {
     va_end(arguments);
 }
 
-static void become(char mode, int control, char **arguments, const int *fds, int fd_count) {
+static void become(char mode, int control, int null, char **arguments, const int *fds, int fd_count) {
     int pair[2] = {-1, -1};
     if (mode == 'W') {
         // Made here: CRIU looks up its peer's pid, and it must find itself.
@@ -37,6 +37,7 @@ static void become(char mode, int control, char **arguments, const int *fds, int
         tell(control, -1, "P %d", getpid());
     }
     setsid();
+    for (int fd = 0; fd < 3; fd++) place(null, fd);  // the caller reads our output to its end
     run_tool(arguments, fds, fd_count, pair[1]);
 }
 
@@ -50,8 +51,12 @@ int main(int count, char **arguments) {
         if (write(groups[i], "0", 1) < 0) die("cgroup");
         close(groups[i]);
     }
-    for (int i = 0; i < fd_count; i++) fcntl(fds[i], F_SETFD, FD_CLOEXEC);
-    fcntl(control, F_SETFD, FD_CLOEXEC);
+    // Out of the way of the numbers that they shall have.
+    for (int i = 0; i < fd_count; i++)
+        if ((fds[i] = fcntl(fds[i], F_DUPFD_CLOEXEC, TOOL_FD + 2 * FDS_MAX)) < 0) die("fcntl");
+    if ((control = fcntl(control, F_DUPFD_CLOEXEC, TOOL_FD + 2 * FDS_MAX)) < 0) die("fcntl");
+    int null = open("/dev/null", O_RDWR | O_CLOEXEC);
+    if (null < 0) die("/dev/null");
     // Opened where it can be written; what counts is the pid namespace of who writes.
     int last_pid = mode == 'L' ? open("/proc/sys/kernel/ns_last_pid", O_WRONLY | O_CLOEXEC) : -1;
     if (mode == 'L' && last_pid < 0) die("ns_last_pid");
@@ -63,7 +68,7 @@ int main(int count, char **arguments) {
         if (mode == 'L') _exit(write(last_pid, arguments[6], strlen(arguments[6])) < 0);
         // Once more, so that the tool's parent is of the pod's pid namespace, and PID 1 there inherits it.
         pid_t tool = fork();
-        if (tool == 0) become(mode, control, arguments + 6, fds, fd_count);
+        if (tool == 0) become(mode, control, null, arguments + 6, fds, fd_count);
         _exit(tool < 0);
     }
     int status;

@@ -85,6 +85,10 @@ class LocalSandbox:
         """The writable layer, reachable only through this process."""
         return Path(f"/proc/self/fd/{self.layer_fd}")
 
+    def name(self, proposed: str) -> str:
+        """As proposed."""
+        return proposed
+
     async def set_up(self, root: str, logs: Path) -> None:
         """Mount the directory ``root`` of the node as root, read-only under the writable layer, and name an output file."""
         if any(char in root for char in ":,\\"):
@@ -147,6 +151,10 @@ class LocalSandbox:
         worker.setblocking(False)
         self.worker = Worker(worker, int(reply.split()[1]))
 
+    def foreign(self, path: str) -> bool:
+        """No: all files are the root's, the function's or the instance's."""
+        return False
+
     def pack_files(self, layers: RootLayers) -> bytes:
         """The writable layer."""
         return archive.pack_layer({part: self.layer / part for part in _PARTS}, layers.targets, _OWN)
@@ -166,6 +174,12 @@ class LocalSandbox:
 
     def complete(self, pid: int) -> None:
         """Nothing: PID 1 waits on, for the agent to end it."""
+
+    def rest(self) -> None:
+        """Nothing: the agent's reports say so."""
+
+    def retire(self) -> None:
+        """Nothing: the agent's reports say so."""
 
     def lift_memory_limit(self) -> None:
         """CRIU's output is charged here, and may not be reclaimable (tmpfs, a slow disk)."""

@@ -1,7 +1,8 @@
-"""Detached read-only mounts: a file or directory of the node, ready to be attached in a sandbox that cannot see the node's files.
+"""Mounts that are nowhere: a file or directory of the node, to be attached in a sandbox that cannot see it; a folder in memory.
 
-In: a path. Out: a descriptor that :meth:`agent.sandbox.local.Sandbox.bind_files` hands to PID 1, which attaches it with ``move_mount``.
-Source: open_tree(2), mount_setattr(2), include/uapi/linux/mount.h. Neither call is in Python's library.
+In: a path, or nothing. Out: a descriptor. :meth:`agent.sandbox.local.LocalSandbox.furnish` hands those of the node to PID 1, which attaches
+them with ``move_mount``. Source: open_tree(2), mount_setattr(2), fsopen(2), fsmount(2), include/uapi/linux/mount.h. None of the calls is in
+Python's library.
 """
 
 from __future__ import annotations
@@ -9,10 +10,11 @@ from __future__ import annotations
 import ctypes
 import os
 
-_OPEN_TREE, _MOUNT_SETATTR = 428, 442
+_OPEN_TREE, _FSOPEN, _FSCONFIG, _FSMOUNT, _MOUNT_SETATTR = 428, 430, 431, 432, 442
+_FSOPEN_CLOEXEC, _FSCONFIG_CMD_CREATE, _FSMOUNT_CLOEXEC = 1, 6, 1
 _AT_FDCWD, _AT_EMPTY_PATH = -100, 0x1000
 _OPEN_TREE_CLONE, _OPEN_TREE_CLOEXEC = 1, os.O_CLOEXEC
-_RDONLY, _NOSUID, _NODEV = 1, 2, 4
+_RDONLY, _NOSUID, _NODEV, _NOEXEC = 1, 2, 4, 8
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -41,3 +43,28 @@ def detached(path: str) -> int:
         os.close(fd)
         raise OSError(error, os.strerror(error), path)
     return int(fd)
+
+
+def memory_folder() -> int:
+    """A folder in memory that no path leads to; it goes with the last copy of the descriptor.
+
+    Raises:
+        OSError: the kernel refuses.
+    """
+    context = _checked(_libc.syscall(_FSOPEN, b"tmpfs", _FSOPEN_CLOEXEC))
+    try:
+        _checked(_libc.syscall(_FSCONFIG, context, _FSCONFIG_CMD_CREATE, None, None, 0))
+        mount = _checked(_libc.syscall(_FSMOUNT, context, _FSMOUNT_CLOEXEC, _NOSUID | _NODEV | _NOEXEC))
+    finally:
+        os.close(context)
+    try:
+        return os.open(f"/proc/self/fd/{mount}", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    finally:
+        os.close(mount)
+
+
+def _checked(result: int) -> int:
+    if result < 0:
+        error = ctypes.get_errno()
+        raise OSError(error, os.strerror(error), "tmpfs")
+    return result

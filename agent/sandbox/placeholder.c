@@ -11,6 +11,7 @@
 //   S signal          send a signal to every process but PID 1                               (no answer)
 //   H pid signal      send a signal to one process if it has a handler for it                (no answer)
 //   G pid             an instance is complete: when this process of it ends, end with its code, as the container of a plain pod does
+//   F                 the pod is empty and will be used again: forget all ends                -> k
 // Unasked: E pid status for each process reaped. Signals to us go to every process; after SIGTERM, SIGINT or SIGQUIT we end as soon as
 // all that we could signal has ended or is stopped (a standby never gets to handle it).
 // Works with a read-only root, all capabilities dropped and any user. Built statically by infra.local.native.
@@ -100,6 +101,7 @@ static void handle(char *buffer, int length) {
     case 'S': if (count == 1) kill(-1, atoi(arguments[0])); break;
     case 'H': if (count == 2) signal_handler(arguments[0], atoi(arguments[1])); break;
     case 'G': if (count == 1) instance = atoi(arguments[0]); break;
+    case 'F': ended_count = 0; instance = 0; answer("k"); break;
     default: answer("e unknown order");
     }
 }
@@ -134,6 +136,7 @@ int main(int count, char **arguments) {
     int pair[2], fds[FDS_MAX], fd_count, terminating = 0;
     if (count == 3 && !strcmp(arguments[1], "--install")) return install(arguments[2]);
     if (count < 2) { dprintf(2, "usage: init COMMAND [ARGUMENT...]\n"); return 2; }
+    if (getpid() != 1) { dprintf(2, "thaw-init: not PID 1: signals meant for a container would go to everybody\n"); return 2; }
     command = arguments + 1;
     prctl(PR_SET_NAME, "thaw-init");
     prctl(PR_SET_DUMPABLE, 0);  // what runs as the same user may not look into us

@@ -78,6 +78,9 @@ class Sandbox(Protocol):
     def gone(self) -> asyncio.Future[None]:
         """Completed when PID 1 is gone, whatever the reason."""
 
+    def name(self, proposed: str) -> str:
+        """What the instance in it is called, if not as the sandbox is."""
+
     async def set_up(self, root: str, logs: Path) -> None:
         """Before anything is known of the instance: the root ``root``, and an output among ``logs``."""
 
@@ -105,6 +108,9 @@ class Sandbox(Protocol):
     async def start_worker(self, executable_fd: int, arguments: Sequence[str], fds: Sequence[int]) -> None:
         """Start a tool that serves requests on its descriptor 3, and keep it as :attr:`worker`; ``fds`` are its 100, 101, …"""
 
+    def foreign(self, path: str) -> bool:
+        """Whether the file at ``path`` inside is there in every sandbox, each time as others make it. Blocking."""
+
     def pack_files(self, layers: RootLayers) -> bytes:
         """What was written inside, as :func:`agent.store.archive.pack_layer` packs it. Blocking."""
 
@@ -120,6 +126,12 @@ class Sandbox(Protocol):
 
     def complete(self, pid: int) -> None:
         """An instance with the main process ``pid`` (inside) has answered: from now on the sandbox is its own."""
+
+    def rest(self) -> None:
+        """What is in it is on standby."""
+
+    def retire(self) -> None:
+        """What is in it is about to end: nobody should send requests there any more."""
 
     def lift_memory_limit(self) -> None:
         """Before CRIU's dump, whose output may be charged here."""

@@ -72,18 +72,32 @@ class _Archive(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     layer: bytes
 
 
-def pack_layer(parts: Mapping[str, Path], mount_points: Iterable[str] = (), left_out: Collection[str] = ()) -> bytes:
+#: What is in a layer before an instance is, by name: kind and permissions, size, time of the last change, ns.
+Stamps = Mapping[str, tuple[int, int, int]]
+
+
+def stamps(parts: Mapping[str, Path]) -> Stamps:
+    """What is there now, to tell later what was written since."""
+    return {name: _stamp(path) for path, name in _walk(parts, set())}
+
+
+def pack_layer(
+    parts: Mapping[str, Path], mount_points: Iterable[str] = (), left_out: Collection[str] = (), before: Stamps | None = None
+) -> bytes:
     """The writable layer as a tar, every parent before what is in it; empty when nothing was written.
 
     Args:
         parts: directories by name.
         mount_points: paths of the root over which something is mounted: made anew for each instance.
         left_out: names (``part/path``) of what is made anew too.
+        before: what was there before and is left out if it has not changed.
 
     Raises:
         ImageInvalid: the function wrote more than :data:`LAYER_BYTES_MAX` to its root.
     """
     found = list(_walk(parts, _mount_point_names(parts.get(ROOT_PART), mount_points) | set(left_out)))
+    if before:
+        found = [(path, name) for path, name in found if before.get(name) != _stamp(path)]
     if all("/" not in name for _, name in found):
         return b""
     buffer = io.BytesIO()
@@ -168,6 +182,41 @@ def _mount_point_names(root: Path | None, mount_points: Iterable[str]) -> set[st
             names.add(f"{ROOT_PART}/{path.relative_to(root)}")
             path = path.parent
     return names
+
+
+def wipe(parts: Mapping[str, Path], before: Stamps, open_part: Callable[[str], int]) -> bool:
+    """Remove what was written since; whether all is then as it was.
+
+    Not in the root, where what looks new may be a changed file of the image below.
+
+    Args:
+        parts, before: of :func:`stamps`.
+        open_part: opens one; the descriptor is closed here.
+    """
+    for name in [name for _, name in _walk(parts, set()) if name not in before][::-1]:
+        part, *names = name.split("/")
+        if part == ROOT_PART or not names:
+            continue
+        base = open_part(part)
+        try:
+            parent = _open_parent(base, names[:-1])
+        finally:
+            os.close(base)
+        try:
+            try:
+                os.unlink(names[-1], dir_fd=parent)
+            except IsADirectoryError:
+                os.rmdir(names[-1], dir_fd=parent)
+        finally:
+            os.close(parent)
+    return stamps(parts) == before
+
+
+def _stamp(path: Path) -> tuple[int, int, int]:
+    status = path.lstat()
+    if stat.S_ISDIR(status.st_mode):
+        return (status.st_mode, 0, 0)  # its date is that of the files in it
+    return (status.st_mode, status.st_size, status.st_mtime_ns)
 
 
 def _children(path: Path) -> list[Path]:

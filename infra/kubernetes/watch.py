@@ -45,16 +45,18 @@ def pauses(first_s: float, longest_s: float) -> Iterator[float]:
         pause_s = min(pause_s * 2, longest_s)
 
 
-async def follow(server: ApiServer, path: str, settings: KubernetesSettings, *, labels: str = "") -> AsyncIterator[Listed | Changed]:
+async def follow(
+    server: ApiServer, path: str, settings: KubernetesSettings, *, labels: str = "", fields: str = ""
+) -> AsyncIterator[Listed | Changed]:
     """Follow the collection at ``path`` for ever.
 
     Args:
         server: whom to ask.
         path: of the collection.
         settings: times.
-        labels: only objects that this selector matches.
+        labels, fields: only objects that these selectors match.
     """
-    selector: dict[str, str | int] = {"labelSelector": labels} if labels else {}
+    selector: dict[str, str | int] = {key: text for key, text in (("labelSelector", labels), ("fieldSelector", fields)) if text}
     waits, version, trouble = pauses(settings.retry_s, settings.retry_max_s), "", ""
     while True:
         try:

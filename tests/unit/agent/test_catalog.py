@@ -17,6 +17,7 @@ import pytest
 from agent.api.function import Function, from_builtins
 from agent.catalog import Catalog
 from agent.errors import FunctionInvalid, ImageInvalid, PagerError
+from agent.sandbox import rootfs
 from agent.store import archive, chunks, host, manifest
 from agent.store.cache import ImageCache
 from agent.store.manifest import Blob, Extent, Manifest, Pages
@@ -82,7 +83,7 @@ class World:
             store,
             lambda: self.pager,
             self.tasks,
-            folder / "layers",
+            lambda function: rootfs.prepare(function, folder / "layers"),
             "4.2.1",  # type: ignore[arg-type, return-value]
         )
 

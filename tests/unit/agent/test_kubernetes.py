@@ -1,0 +1,66 @@
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+
+from agent.kubernetes import is_free, living
+
+POD: dict[str, Any] = {
+    "metadata": {
+        "name": "shop-a", "namespace": "sales", "uid": "u1", "labels": {"thaw.dev/function": "shop"},
+        "annotations": {"thaw.dev/function-digest": "d1"},
+    },
+    "status": {
+        "phase": "Running", "podIP": "10.0.0.7", "conditions": [{"type": "Ready", "status": "False"}],
+        "containerStatuses": [
+            {"name": "logs", "containerID": "containerd://other", "state": {"running": {}}},
+            {
+                "name": "function", "containerID": "containerd://abc", "imageID": "shop@sha256:1", "restartCount": 0,
+                "state": {"running": {}},
+            },
+        ],
+    },
+}  # fmt: skip
+
+
+def changed(where: str, value: Any) -> dict[str, Any]:
+    pod = copy.deepcopy(POD)
+    *path, last = where.split("/")
+    target: Any = pod
+    for step in path:
+        target = target[int(step) if step.isdigit() else step]
+    target[last] = value
+    return pod
+
+
+def gated(reason: str, status: str = "False") -> dict[str, Any]:
+    return changed("status/conditions", [{"type": "thaw.dev/restored", "status": status, "reason": reason}])
+
+
+def test_a_pod_that_waits_is_free() -> None:
+    pod = living(POD)
+    assert pod is not None
+    assert (pod.function, pod.digest, pod.address, pod.container, pod.image) == ("shop", "d1", "10.0.0.7", "abc", "shop@sha256:1")
+    assert is_free(POD) and is_free(gated("Waiting"))
+
+
+@pytest.mark.parametrize(
+    "pod",
+    [
+        changed("status/phase", "Pending"),
+        changed("status/podIP", ""),
+        changed("metadata/deletionTimestamp", "2026-01-01T00:00:00Z"),
+        changed("status/containerStatuses/1/state", {"terminated": {}}),
+        changed("status/containerStatuses/1/restartCount", 1),
+        changed("status/containerStatuses", []),
+    ],
+)
+def test_others_do_not_live(pod: dict[str, Any]) -> None:
+    assert living(pod) is None
+
+
+@pytest.mark.parametrize("pod", [gated("Ended"), gated("Standby"), gated("Answers", "True")])
+def test_a_pod_in_use_lives_but_is_not_free(pod: dict[str, Any]) -> None:
+    assert living(pod) is not None and not is_free(pod)
