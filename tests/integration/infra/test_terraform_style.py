@@ -14,17 +14,15 @@ import pytest
 
 import infra
 from infra.local.terraform import Terraform
-from tests.terraform_workspace import Workspace
+from tests.terraform_workspace import NO_AWS, Workspace
 
 pytestmark = [pytest.mark.stack, pytest.mark.timeout(1800)]
 
 TERRAFORM = Path(infra.__file__).parent / "terraform"
-#: hashicorp/aws can't be built here: where no mirror has it, what needs it is left out, with this sentence.
-NO_AWS = "hashicorp/aws is in no mirror of this machine: set THAW_STACK_TERRAFORM_MIRROR to a folder made by `terraform providers mirror`"
 
 
 def workspace(tools: Terraform, home: Path, root: str) -> Workspace:
-    if root != "modules/kafka" and root != "modules/kubernetes" and tools.aws is None:
+    if root not in ("modules/kafka", "modules/kubernetes") and tools.aws is None:
         pytest.skip(NO_AWS)
     made = Workspace(tools, home, root)
     made.init()

@@ -23,6 +23,7 @@ from agent.api.function import Function, FunctionSpec, from_builtins
 from agent.errors import FunctionInvalid
 from infra import settings as settings_module
 from scaler.snapshots import FunctionSnapshot
+from tests.function_documents import BAD, GOOD, a_file, document
 
 MANIFESTS = Path(infra.__file__).parent / "kubernetes" / "manifests"
 #: What only Kubernetes has.
@@ -120,8 +121,8 @@ def _metadata() -> Any:
 
 def refused(node: Mapping[str, Any], value: Any, where: str = "") -> Iterator[str]:
     """Where an API server would refuse ``value``: structural schema, and the rules of this CRD."""
-    if value is None and node.get("nullable"):
-        return
+    if value is None and ("default" in node or node.get("nullable")):
+        return  # null is the default
     kinds = {"object": dict, "array": list, "string": str, "integer": int, "number": (int, float), "boolean": bool}
     if not isinstance(value, kinds[node["type"]]) or (isinstance(value, bool) and node["type"] != "boolean"):  # type: ignore[arg-type]
         yield f"{where}: not {node['type']}"
@@ -163,7 +164,7 @@ RULES = {
         not re.search(r"(^|/)[.][.](/|\Z)", path) and not re.search(r"^/+([.]/+)*[.]?\Z", path)
     ),
     "!self.matches('^/+([.]/+)*(proc|sys|dev|run|tmp)(/|$)')": lambda path: not re.search(r"^/+([.]/+)*(proc|sys|dev|run|tmp)(/|\Z)", path),
-    "self.min <= self.max": lambda bounds: bounds.get("min", 0) <= bounds.get("max", 10),
+    "(has(self.min) ? self.min : 0) <= (has(self.max) ? self.max : 10)": lambda bounds: bounds.get("min", 0) <= bounds.get("max", 10),
 }
 
 
@@ -188,55 +189,6 @@ def both(document: dict[str, Any]) -> tuple[list[str], str]:
     return [*refused({**schema(), "x-kubernetes-preserve-unknown-fields": False}, body)], ours
 
 
-def document(name: str = "f", **spec: Any) -> dict[str, Any]:
-    metadata = {"name": name}
-    return {"apiVersion": "thaw.dev/v1", "kind": "Function", "metadata": metadata, "spec": {"command": ["x"], "port": 80, **spec}}
-
-
-def a_file(target: str) -> dict[str, Any]:
-    return document(files=[{"source": "/a", "target": target}])
-
-
-GOOD = [
-    document(),
-    document(name="a" * 63),
-    document(workingDirectory="/srv", environment={"A": "1"}, root="/srv/root", resumeSignal="SIGUSR1"),
-    document(readiness={"path": "", "timeoutSeconds": 0.5}, limits={"memoryMb": 4, "concurrency": 100000, "pids": 1}),
-    document(warmUp=[{}, {"path": "/warm?x=1", "method": "POST", "body": "{}", "repeat": 10000}]),
-    document(instances={"min": 3, "max": 3}, policy={"idleSeconds": None, "delayWeight": 0, "memory": "whole", "checkpoint": "off"}),
-    document(policy={"idleSeconds": 0, "standby": 10000}),
-    *[a_file(target) for target in ("/srv/a", "//srv", "/./srv", "/a/..b", "/devices", "/...", "/a/.", "/x/proc")],
-]
-BAD = [
-    *[document(name=name) for name in ("", "F", "-f", "f-", "a" * 64, "a.b", "a\n")],
-    *[document(port=port) for port in (0, 65536, "80", None, 1.5, True)],
-    *[document(command=command) for command in ([], "x", [""], ["x", 1], ["x\0"], ["x"] * 257)],
-    document(workingDirectory="srv"),
-    document(environment={"A": 1}),
-    document(environment={"A": "\0"}),
-    document(unknown=1),
-    document(limits={"memoryMB": 512}),
-    *[document(limits={name: value}) for name, value in (("memoryMb", 3), ("memoryMb", 1048577), ("concurrency", 0), ("pids", 32769))],
-    *[document(readiness=value) for value in ({"path": "x"}, {"timeoutSeconds": 0}, {"timeoutSeconds": 86401}, [])],
-    *[
-        document(warmUp=[value])
-        for value in ({"path": "x"}, {"path": "/a b"}, {"path": "/a\n"}, {"method": "PUT"}, {"repeat": 0}, {"path": ""})
-    ],
-    document(resumeSignal="SIGKILL"),
-    *[document(instances=value) for value in ({"min": 11}, {"min": 2, "max": 1}, {"max": 0}, {"min": -1}, {"max": 10001})],
-    *[
-        document(policy=value)
-        for value in ({"memory": "none"}, {"checkpoint": "on"}, {"standby": -1}, {"idleSeconds": -1}, {"delayWeight": None})
-    ],
-    *[
-        a_file(target)
-        for target in ("", "srv", "/", "//", "/.", "/a/../b", "/..", "/proc", "/proc/x", "//sys", "/./dev", "/run/a\nb", "/tmp/")
-    ],
-    document(files=[{"source": "/a"}]),
-    {"metadata": {"name": "f"}, "apiVersion": "thaw.dev/v1", "kind": "Function"},
-]
-
-
 @pytest.mark.parametrize("value", GOOD, ids=repr)
 def test_both_take_it(value: dict[str, Any]) -> None:
     assert both(value) == ([], "")
@@ -247,6 +199,12 @@ def test_both_refuse_it(value: dict[str, Any]) -> None:
     theirs, ours = both(value)
     assert theirs, ours
     assert ours, theirs
+
+
+def test_null_for_a_default_is_taken_by_kubernetes_alone() -> None:
+    theirs, ours = both(document(policy={"delayWeight": None}))
+    assert theirs == []
+    assert "delayWeight" in ours
 
 
 @given(st.text(alphabet="/.aprocdevsyntmu\n", max_size=12))
@@ -303,10 +261,10 @@ def test_least_privilege() -> None:
     assert rights("thaw-scaler") == scaler
     agent = {("", "pods", verb) for verb in look} | {("", "pods/status", "patch"), ("", "events", "create")}
     assert rights("thaw-agent") == agent
-    for document in documents():
-        if document["kind"] == "ClusterRoleBinding":
-            [subject] = document["subjects"]
-            assert subject["name"] == document["roleRef"]["name"] == document["metadata"]["name"]
+    for binding in documents():
+        if binding["kind"] == "ClusterRoleBinding":
+            [subject] = binding["subjects"]
+            assert subject["name"] == binding["roleRef"]["name"] == binding["metadata"]["name"]
 
 
 def test_only_the_agent_is_privileged() -> None:
