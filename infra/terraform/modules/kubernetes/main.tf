@@ -26,7 +26,11 @@ locals {
   settings_needed = {
     paths  = { cache_dir = "/opt/thaw", runtime_dir = "/run/thaw", state_dir = "/var/lib/thaw" }
     agent  = { listen_port = "7070" }
-    scaler = { agents = "thaw-agent.${var.namespace}.svc:7070" }
+    scaler = { agents = "kubernetes", functions = "kubernetes" }
+    kubernetes = {
+      agents_namespace = var.namespace
+      agent_image      = coalesce(var.images.agent, local.placed["DaemonSet/thaw-agent"].spec.template.spec.containers[0].image)
+    }
   }
   # TOML: a JSON string is one of its strings, and Thaw reads numbers from strings too.
   settings_file = join("\n", [
