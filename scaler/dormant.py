@@ -221,10 +221,10 @@ def pack(state: FunctionState, epoch: int, connections: list[int]) -> bytes:
             start_ms=state.last_start_ms or None,
             start_mode=state.last_start_mode,
             error=state.last_error,
-            placeholders=state.placeholders,
             standbys=[
                 (item.id, item.node, item.pss_mb, item.made_ns, item.attempt) for held in standbys.held.values() for item in held.values()
             ],
+            placeholders=state.placeholders,
             holding=state.holding.pack() if predicted and state.holding is not None else [],
             forecast=state.forecast.pack() if predicted and state.forecast is not None else [],
         )
@@ -247,9 +247,9 @@ def unpack(name: str, packed: bytes, terms: Terms) -> tuple[FunctionState, int, 
         checkpoint.failures, checkpoint.retry_ns, checkpoint.fetch_failures, checkpoint.fetch_retry_ns = was.attempts[4:]
     state.measured = Means({_MEASURED[what] if isinstance(what, int) else what: value for what, value in was.measured.items()})
     state.last_start_ms, state.last_start_mode, state.last_error = was.start_ms or 0.0, was.start_mode, was.error
-    state.placeholders = was.placeholders
     for standby, node, pss_mb, made_ns, attempt in was.standbys:
         standbys.add(Standby(standby, node, state.digest, checkpoint.id, pss_mb, made_ns, attempt))
+    state.placeholders = was.placeholders
     if was.forecast:
         state.forecast = FunctionForecast.unpack(was.forecast, *terms(state))
         state.holding = Holding.unpack(was.holding, state.forecast)

@@ -27,7 +27,6 @@ _SHORT = {
     "start_ms": "t",
     "start_mode": "w",
     "error": "r",
-    "placeholders": "p",
     "standbys": "b",
     "holding": "h",
     "forecast": "f",
@@ -56,9 +55,9 @@ class Packed(msgspec.Struct, omit_defaults=True, rename=_SHORT):
     start_ms: float | None = None
     start_mode: str = ""
     error: str = ""
-    #: Placeholder pods by node; None: a function without pods.
-    placeholders: dict[str, int] | None = None
     #: Name, node, MB, when made, attempt.
     standbys: list[tuple[str, str, float, int, int]] = []
+    #: Pods by node; None: it has none.
+    placeholders: dict[str, int] | None = None
     holding: list[Any] = []
     forecast: list[Any] = []

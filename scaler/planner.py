@@ -116,7 +116,7 @@ class Planner:
 
     def occupants(self, name: str) -> dict[str, str]:
         """What of a function is on nodes, or is believed to be: name → ``instance`` or ``standby``."""
-        state = self._world.functions.get(name)
+        state = self._world.functions.peek(name)
         if state is None:
             return {}
         found = {standby: "standby" for held in state.standbys.held.values() for standby in held}
@@ -126,7 +126,7 @@ class Planner:
 
     def placeholders_wanted(self, name: str, ahead: int) -> int:
         """How many placeholder pods of its current digest a function shall have; ``ahead`` of them are for the unexpected."""
-        state = self._world.functions.get(name)
+        state = self._world.functions.peek(name)
         if state is None or state.function is None:
             return 0
         checkpoint, policy = state.checkpoint, state.function.spec.policy

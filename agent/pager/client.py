@@ -25,6 +25,7 @@ from typing import Any
 import msgpack
 
 from agent.errors import PagerError
+from agent.pager import outside
 from agent.pager.worker import ORDER_BYTES_MAX, PROTOCOL
 from infra.settings import AgentSettings, S3Settings
 
@@ -137,7 +138,7 @@ class PagerClient:
             _listen(listener, path)
             with _short(path) as name:
                 control.connect(name)
-            arguments = [sys.executable, "-m", "agent.pager.process", str(listener.fileno())]
+            arguments = [*outside.command_prefix(), sys.executable, "-m", "agent.pager.process", str(listener.fileno())]
             with log.open("ab") as output:
                 process = await asyncio.to_thread(
                     subprocess.Popen,
@@ -153,6 +154,7 @@ class PagerClient:
             raise PagerError(f"the pager cannot be started: {error}") from error
         finally:
             listener.close()
+        outside.leave_pod(process.pid)
         client = cls(control)
         client._process = process
         client._follow(process.pid)

@@ -174,3 +174,13 @@ def limited(directories: dict[str, Path]) -> Cgroup:
         return Cgroup([(Hierarchy(memory, 1, frozenset({"memory"})), memory)])
     path = directories.get("")
     return Cgroup([(Hierarchy(path, 2, frozenset({"memory"})), path)] if path is not None else [])
+
+
+def outside_pods() -> list[Path]:
+    """Where in each hierarchy the pods of this node are, if this process runs in one of them: what is put there outlives the pod."""
+    found = []
+    for directory in directories_of(os.getpid()).values():
+        pods = [path for path in directory.parents if path.name.startswith("kubepods")]
+        if pods:
+            found.append(pods[-1].parent)
+    return found

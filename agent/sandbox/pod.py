@@ -323,7 +323,10 @@ class PodSandbox:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
             time.sleep(0.005)
-        return not self.spent and archive.pack_layer(podfiles.find(self.init_pid).parts, before=self._before) == b""
+        if self.spent:
+            return False
+        parts = podfiles.find(self.init_pid).parts
+        return archive.wipe(parts, self._before, lambda part: podfiles.open_place(self.init_pid, part))
 
     def _restored(self) -> list[int]:
         """Host pids of what CRIU has restored: all but PID 1 and the worker, which may not have ended yet."""

@@ -184,8 +184,38 @@ def _mount_point_names(root: Path | None, mount_points: Iterable[str]) -> set[st
     return names
 
 
+def wipe(parts: Mapping[str, Path], before: Stamps, open_part: Callable[[str], int]) -> bool:
+    """Remove what was written since; whether all is then as it was.
+
+    Not in the root, where what looks new may be a changed file of the image below.
+
+    Args:
+        parts, before: of :func:`stamps`.
+        open_part: opens one; the descriptor is closed here.
+    """
+    for name in [name for _, name in _walk(parts, set()) if name not in before][::-1]:
+        part, *names = name.split("/")
+        if part == ROOT_PART or not names:
+            continue
+        base = open_part(part)
+        try:
+            parent = _open_parent(base, names[:-1])
+        finally:
+            os.close(base)
+        try:
+            try:
+                os.unlink(names[-1], dir_fd=parent)
+            except IsADirectoryError:
+                os.rmdir(names[-1], dir_fd=parent)
+        finally:
+            os.close(parent)
+    return stamps(parts) == before
+
+
 def _stamp(path: Path) -> tuple[int, int, int]:
     status = path.lstat()
+    if stat.S_ISDIR(status.st_mode):
+        return (status.st_mode, 0, 0)  # its date is that of the files in it
     return (status.st_mode, status.st_size, status.st_mtime_ns)
 
 

@@ -4,13 +4,29 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
+import signal
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import agent.sandbox
-from agent.api.messages import CheckpointPublished, MakeCheckpoint
+from agent.api.messages import (
+    CheckpointPublished,
+    InstanceExited,
+    MakeCheckpoint,
+    Prepare,
+    PrepareDone,
+    Release,
+    Start,
+    StartDone,
+    StartFailed,
+)
+from agent.sandbox import confinement
+from agent.sandbox.pod import init_of
+from infra.kubernetes.cluster import life
 from infra.local import native
 from infra.settings import Settings
 from tests.integration.agent.harness import AgentUnderTest, running_agent
@@ -51,17 +67,239 @@ async def checkpoint(node: AgentUnderTest, pods: Pods) -> CheckpointPublished:
     return report
 
 
+async def waiting(node: AgentUnderTest, pods: Pods, *names: str) -> None:
+    """Make placeholders, and wait until the agent has prepared them."""
+    await asyncio.to_thread(pods.make, *names)
+    for name in names:
+        await asyncio.to_thread(eventually, lambda name=name: f"{pods.namespace}/{name} of" in node.log)
+
+
+async def gated(pods: Pods, name: str, status: str, reason: str) -> None:
+    await asyncio.to_thread(eventually, lambda: pods.gate(name) == (status, reason))
+
+
+async def answer(report: StartDone, path: str = "/1") -> dict[str, Any]:
+    value: dict[str, Any] = json.loads(await asyncio.to_thread(ask, report.instance.address, path))
+    return value
+
+
 async def test_a_checkpoint_of_a_pod_is_restored_into_another(node: AgentUnderTest, cluster: Cluster, namespace: str) -> None:
     pods = Pods(cluster, pod_world.function("first", namespace))
-    await asyncio.to_thread(pods.make, "first-a", "first-b")
-    await asyncio.to_thread(eventually, lambda: node.log.count("waits for an instance") == 2)
+    await waiting(node, pods, "first-a", "first-b")
     await checkpoint(node, pods)
     report = await node.start_instance(pods.function)
     assert report.record.start_mode == "restore", report.record
-    answer = json.loads(await asyncio.to_thread(ask, report.instance.address))
-    assert answer["ok"] and answer["uid"] == 1000
+    found = await answer(report)
+    assert found["ok"] and found["uid"] == 1000
     name = report.instance.instance
     assert name in ("first-a", "first-b")
-    assert await asyncio.to_thread(eventually, lambda: pods.gate(name) == ("True", "Answers"))
+    await gated(pods, name, "True", "Answers")
     assert "asked for /1" in await asyncio.to_thread(pods.logs, name)
-    print([(phase.name, round((phase.end_ns - phase.start_ns) / 1e6, 2)) for phase in report.record.phases])
+    released = await node.call(Release, instance=name)
+    assert released.reason == "released"
+    await gated(pods, name, "False", "Ended")
+    pod = await asyncio.to_thread(pods.get, name)
+    assert pod["status"]["containerStatuses"][0]["restartCount"] == 0, "whoever made the pod deletes it"
+
+
+@pytest.mark.parametrize(
+    ("name", "security", "pod_security", "space"),
+    [
+        ("plain", {}, {}, "default"),
+        ("restricted", pod_world.RESTRICTED, pod_world.RESTRICTED_POD, _SPACE),
+        ("readonly", pod_world.READ_ONLY, {**pod_world.RESTRICTED_POD, "fsGroup": 2000}, _SPACE),
+    ],
+)
+async def test_an_instance_is_confined_as_its_pod(
+    node: AgentUnderTest, cluster: Cluster, namespace: str, name: str, security: dict[str, Any], pod_security: dict[str, Any], space: str
+) -> None:
+    pods = Pods(cluster, pod_world.function(name, space, security=security, pod_security=pod_security))
+    await waiting(node, pods, name)
+    await checkpoint(node, pods)
+    report = await node.start_instance(pods.function)
+    assert report.record.start_mode == "restore", report.record
+    assert (await answer(report))["ok"]
+    pod = await asyncio.to_thread(pods.get, name)
+    init = init_of(pod["status"]["containerStatuses"][0]["containerID"].rpartition("/")[2])
+    assert init is not None
+    (child,) = Path(f"/proc/{init}/task/{init}/children").read_text().split()
+    own, restored = confinement.read(init), confinement.read(int(child))
+    assert restored == own, "user, groups, capabilities, NoNewPrivs, seccomp mode, cgroups and namespaces are the pod's"
+    assert own.users[0] == pod_security.get("runAsUser", 0)
+    for file in ("oom_score_adj", "limits"):
+        assert Path(f"/proc/{child}/{file}").read_text() == Path(f"/proc/{init}/{file}").read_text()
+    if security:
+        assert set(own.capabilities.values()) == {0} and own.no_new_privileges and own.seccomp == 2
+    await node.call(Release, instance=name)
+    await asyncio.to_thread(pods.remove, name)
+
+
+async def test_a_standby_fits_a_small_pod_and_thaws(node: AgentUnderTest, cluster: Cluster, namespace: str) -> None:
+    large = Pods(cluster, pod_world.function("standby", namespace, pages=131072, memory="700Mi"))
+    await waiting(node, large, "standby-a")
+    await checkpoint(node, large)
+    # The limit is no part of what the process is, so the same checkpoint fits.
+    small = Pods(cluster, pod_world.function("standby", namespace, pages=131072, memory="64Mi"))
+    await waiting(node, small, "standby-b")
+    await asyncio.to_thread(large.remove, "standby-a")
+    report = await node.call(Prepare, function=small.function)
+    assert isinstance(report, PrepareDone), f"{report}\n{node.log}"
+    assert report.standby.standby == "standby-b" and report.standby.pss_bytes < 16 << 20
+    await gated(small, "standby-b", "False", "Standby")
+    started = await node.start_instance(small.function)
+    assert started.record.start_mode == "thaw"
+    assert (await answer(started))["ok"]
+    await gated(small, "standby-b", "True", "Answers")
+
+
+async def test_files_that_an_instance_holds_are_those_of_its_pod(node: AgentUnderTest, cluster: Cluster, namespace: str) -> None:
+    token = "/var/run/secrets/kubernetes.io/serviceaccount/token"
+    volumes = [{"name": "settings", "configMap": {"name": "settings"}}, {"name": "data", "emptyDir": {}}, {"name": "tmp", "emptyDir": {}}]
+    mounts = [{"name": "settings", "mountPath": "/settings"}, {"name": "data", "mountPath": "/data"}, {"name": "tmp", "mountPath": "/tmp"}]
+    cluster.apply({"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": "settings", "namespace": namespace}, "data": {"a": "one"}})
+    document = pod_world.function(
+        "files", namespace, held=f"{token},/settings/a", written="/data/held,/tmp/held,/dev/shm/held",
+        security=pod_world.READ_ONLY, pod={"volumes": volumes}, container={"volumeMounts": mounts},
+    )  # fmt: skip
+    pods = Pods(cluster, document)
+    await waiting(node, pods, "files-donor")
+    await checkpoint(node, pods)
+    await asyncio.to_thread(pods.remove, "files-donor")
+    cluster.apply(
+        {"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": "settings", "namespace": namespace}, "data": {"a": "longer"}}
+    )
+    await waiting(node, pods, "files-other-name")
+    report = await node.start_instance(pods.function)
+    assert report.record.start_mode == "restore", report.record
+    found = await answer(report, "/files")
+    assert found["/data/held"] == found["/tmp/held"] == found["/dev/shm/held"] == "before the freeze"
+    assert "files-other-name" in found["/etc/hosts"] and found["/etc/hostname"] == "files-other-name\n"
+    assert found["/settings/a"] == "longer"
+    assert found[token].count(".") == 2
+    identity = await answer(report, "/identity")
+    assert identity["instance"] == "files-other-name" and identity["function"] == "files"
+
+
+async def test_without_a_pod_a_start_is_refused(node: AgentUnderTest, cluster: Cluster, namespace: str) -> None:
+    pods = Pods(cluster, pod_world.function("nowhere", namespace))
+    report = await node.call(Start, function=pods.function)
+    assert isinstance(report, StartFailed) and report.refused and report.reason == "no_room"
+
+
+async def test_a_cold_instance_ends_as_a_plain_pod_does(node: AgentUnderTest, cluster: Cluster, namespace: str) -> None:
+    pods = Pods(cluster, pod_world.function("cold", namespace))
+    await waiting(node, pods, "cold-a")
+    report = await node.start_instance(pods.function)
+    assert report.record.start_mode == "cold"
+    assert (await answer(report))["uid"] == 1000
+    await gated(pods, "cold-a", "True", "Answers")
+    with pytest.raises(OSError):
+        await answer(report, "/exit=7")
+    exited = await node.wait(lambda message: isinstance(message, InstanceExited))
+    assert exited.instance == "cold-a" and exited.exit_code == 7
+
+    def terminated() -> Any:
+        status = pods.get("cold-a")["status"]["containerStatuses"][0]
+        return status["restartCount"] == 1 and status["lastState"]["terminated"]["exitCode"] == 7
+
+    await asyncio.to_thread(eventually, terminated)
+    await gated(pods, "cold-a", "False", "Ended")
+
+
+async def test_a_deleted_pod_ends_its_instance(node: AgentUnderTest, cluster: Cluster, namespace: str) -> None:
+    pods = Pods(cluster, pod_world.function("deleted", namespace))
+    await waiting(node, pods, "deleted-a")
+    await node.start_instance(pods.function)
+    await asyncio.to_thread(pods.remove, "deleted-a")
+    exited = await node.wait(lambda message: isinstance(message, InstanceExited))
+    assert exited.instance == "deleted-a"
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+async def test_instances_outlive_their_agent(node: AgentUnderTest, cluster: Cluster, namespace: str, number: signal.Signals) -> None:
+    name = f"outlive-{number}"
+    pods = Pods(cluster, pod_world.function(name, namespace))
+    await waiting(node, pods, f"{name}-a", f"{name}-b", f"{name}-c")
+    await checkpoint(node, pods)
+    running = await node.start_instance(pods.function)
+    held = await node.call(Prepare, function=pods.function)
+    assert isinstance(held, PrepareDone)
+    before = await answer(running)
+    await node.stop(number)
+    assert await answer(running) == before
+    await node.start()
+    assert node.inventory is not None
+    assert [item.instance for item in node.inventory.instances] == [running.instance.instance]
+    assert [item.standby for item in node.inventory.standbys] == [held.standby.standby]
+    assert await answer(running) == before
+    thawed = await node.start_instance(pods.function)
+    assert thawed.record.start_mode == "thaw" and (await answer(thawed))["ok"]
+    await asyncio.to_thread(eventually, lambda: node.log.count("waits for an instance") >= 4, within_s=10)
+    again = await node.start_instance(pods.function)
+    assert again.record.start_mode == "restore", "the pod that waited is found again"
+
+
+async def test_a_start_needs_no_api_server(node: AgentUnderTest, cluster: Cluster, namespace: str) -> None:
+    pods = Pods(cluster, pod_world.function("alone", namespace))
+    await waiting(node, pods, "alone-a")
+    await checkpoint(node, pods)
+    kill(cluster, "kube-apiserver")
+    report = await node.start_instance(pods.function)
+    assert report.record.start_mode == "restore" and (await answer(report))["ok"]
+    await asyncio.to_thread(life.up, cluster.settings, print)
+    await gated(pods, "alone-a", "True", "Answers")
+    kill(cluster, "node-1-kubelet")
+    kill(cluster, "node-1-containerd")
+    assert (await answer(report))["ok"]
+    await asyncio.to_thread(life.up, cluster.settings, print)
+    assert (await answer(report))["ok"]
+    assert (await asyncio.to_thread(pods.get, "alone-a"))["status"]["containerStatuses"][0]["restartCount"] == 0
+
+
+async def test_a_restore_that_fails_becomes_a_cold_start_in_the_same_pod(node: AgentUnderTest, cluster: Cluster, namespace: str) -> None:
+    pods = Pods(cluster, pod_world.function("fallback", namespace))
+    await waiting(node, pods, "fallback-a")
+    await checkpoint(node, pods)
+    pod = await asyncio.to_thread(pods.get, "fallback-a")
+    init = init_of(pod["status"]["containerStatuses"][0]["containerID"].rpartition("/")[2])
+    (worker,) = Path(f"/proc/{init}/task/{init}/children").read_text().split()
+    os.kill(int(worker), signal.SIGKILL)
+    report = await node.start_instance(pods.function)
+    assert report.record.start_mode == "cold" and report.record.fallback_reason.startswith("criu:"), report.record
+    assert report.instance.instance == "fallback-a" and (await answer(report))["ok"]
+
+
+async def test_a_pod_deleted_while_it_is_filled_leaves_nothing(node: AgentUnderTest, cluster: Cluster, namespace: str) -> None:
+    pods = Pods(cluster, pod_world.function("midway", namespace, pages=131072, memory="700Mi"))
+    await waiting(node, pods, "midway-a")
+    folders = Path("/run") / f"thaw-{NODE}" / "pods"
+    uid = (await asyncio.to_thread(pods.get, "midway-a"))["metadata"]["uid"]
+    assert (folders / uid).exists()
+    starting = asyncio.create_task(node.call(Start, function=pods.function))
+    await asyncio.sleep(0.2)
+    await asyncio.to_thread(pods.remove, "midway-a")
+    report = await starting
+    assert isinstance(report, StartDone | StartFailed)
+    await asyncio.to_thread(eventually, lambda: not (folders / uid).exists())
+    assert (await node.call(Start, function=pods.function)).reason == "no_room"
+
+
+async def test_a_drained_node_ends_instances_and_takes_no_more(node: AgentUnderTest, cluster: Cluster, namespace: str) -> None:
+    pods = Pods(cluster, pod_world.function("drained", namespace))
+    await waiting(node, pods, "drained-a", "drained-b")
+    report = await node.start_instance(pods.function)
+    words = ("--ignore-daemonsets", "--force", "--delete-emptydir-data", "--pod-selector=app=drained", "--timeout=60s")
+    try:
+        await asyncio.to_thread(cluster.kubectl, "drain", NODE, *words)
+    finally:
+        await asyncio.to_thread(cluster.kubectl, "uncordon", NODE)
+    exited = await node.wait(lambda message: isinstance(message, InstanceExited))
+    assert exited.instance == report.instance.instance
+    assert (await node.call(Start, function=pods.function)).reason == "no_room"
+
+
+def kill(cluster: Cluster, part: str) -> None:
+    """SIGKILL a part of the cluster."""
+    (pid,) = [item.pid for item in life.status(cluster.settings).parts if item.name == part]
+    assert pid is not None
+    os.kill(pid, signal.SIGKILL)

@@ -472,7 +472,7 @@ async def test_a_drained_node_gives_its_placeholders_to_another(world: ScalerWor
     (pod,) = await world.running("drained", 1)
     node = pod["spec"]["nodeName"]
     try:
-        await world.kubectl("drain", node, "--pod-selector=thaw.dev/placeholder=true", "--timeout=30s")
+        await world.kubectl("drain", node, "--pod-selector=thaw.dev/placeholder=true", "--delete-emptydir-data", "--timeout=30s")
         (after,) = await world.running("drained", 1)
         assert after["spec"]["nodeName"] != node
         await world.demand("drained", 1)

@@ -152,3 +152,29 @@ def test_images_and_layer_come_back(layer: Path, tmp_path: Path) -> None:
     out.mkdir()
     archive.unpack(packed, size, out, tmp_path / "layer.tar")
     assert [path.name for path in out.iterdir()] == ["core-1.img"]
+
+
+def test_what_was_there_before_is_left_out_and_stays_when_wiped(layer: Path) -> None:
+    parts = {part: layer / part for part in PARTS}
+    (layer / "tmp" / "given").write_bytes(b"by an init container")
+    (layer / "upper" / "etc").mkdir()
+    before = archive.stamps(parts)
+    assert archive.pack_layer(parts, before=before) == b""
+    (layer / "tmp" / "new" / "deep").mkdir(parents=True)
+    (layer / "tmp" / "new" / "deep" / "file").write_bytes(b"x")
+    (layer / "shm" / "link").symlink_to("/etc/passwd")
+    with tarfile.open(fileobj=io.BytesIO(archive.pack_layer(parts, before=before))) as made:
+        assert made.getnames() == ["tmp/new", "tmp/new/deep", "tmp/new/deep/file", "shm/link"]
+
+    def base(part: str) -> int:
+        return os.open(layer / part, os.O_RDONLY | os.O_DIRECTORY)
+
+    assert archive.wipe(parts, before, base)
+    assert list((layer / "tmp").iterdir()) == [layer / "tmp" / "given"] and not list((layer / "shm").iterdir())
+    for change in (lambda: (layer / "tmp" / "given").write_bytes(b"changed"), lambda: (layer / "upper" / "etc" / "new").touch()):
+        change()
+        assert not archive.wipe(parts, before, base)
+        assert archive.pack_layer(parts, before=before) != b""
+        before = archive.stamps(parts)
+    (layer / "tmp" / "given").unlink()
+    assert not archive.wipe(parts, before, base), "what is gone cannot be brought back"

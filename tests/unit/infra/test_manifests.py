@@ -19,15 +19,16 @@ from hypothesis import strategies as st
 from msgspec import inspect
 
 import infra
-from agent.api.function import Function, FunctionSpec, from_builtins
+from agent.api.function import Function, FunctionSpec, PodTemplate, from_builtins
 from agent.errors import FunctionInvalid
 from infra import settings as settings_module
+from scaler.edges.kubernetes.agents import SELECTOR
 from scaler.snapshots import FunctionSnapshot
 from tests.function_documents import BAD, GOOD, a_file, document
 
 MANIFESTS = Path(infra.__file__).parent / "kubernetes" / "manifests"
-#: What only Kubernetes has.
-KUBERNETES_ONLY = {"template"}
+#: Kubernetes' own, and described by it: compared apart.
+POD = "template"
 
 
 def documents() -> list[dict[str, Any]]:
@@ -94,7 +95,7 @@ def in_our_words(node: Mapping[str, Any]) -> dict[str, Any]:
         if key in found:
             found[key] = set(found[key])
     if "properties" in found:
-        found["properties"] = {name: in_our_words(child) for name, child in found["properties"].items() if name not in KUBERNETES_ONLY}
+        found["properties"] = {name: in_our_words(child) for name, child in found["properties"].items() if name != POD}
     for key in ("items", "additionalProperties"):
         if key in found:
             found[key] = in_our_words(found[key])
@@ -102,7 +103,10 @@ def in_our_words(node: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def test_the_resource_has_the_fields_bounds_and_defaults_of_the_document() -> None:
-    ours, theirs = described(inspect.type_info(FunctionSpec)), in_our_words(schema()["properties"]["spec"])
+    kind = inspect.type_info(FunctionSpec)
+    assert isinstance(kind, inspect.StructType)
+    kind.fields = tuple(field for field in kind.fields if field.encode_name != POD)
+    ours, theirs = described(kind), in_our_words(schema()["properties"]["spec"])
     # A list without a bound would make rules over it unaffordable for the API server.
     for name in ("files", "warmUp"):
         assert theirs["properties"][name].pop("maxItems") == 256
@@ -220,12 +224,15 @@ def test_both_agree_on_paths_and_bounds(path: str, low: int, high: int) -> None:
     assert bool(theirs) == bool(ours), (theirs, ours)
 
 
-def test_only_the_pod_template_is_not_in_the_document() -> None:
+def test_the_template_is_a_pod() -> None:
     spec = schema()["properties"]["spec"]["properties"]
-    assert set(spec) - {field.encode_name for field in inspect.type_info(FunctionSpec).fields} == KUBERNETES_ONLY
+    assert set(spec) == {field.encode_name for field in inspect.type_info(FunctionSpec).fields}
+    metadata = inspect.type_info(PodTemplate).fields[0].type
+    assert set(spec["template"]["properties"]["metadata"]["properties"]) == {field.encode_name for field in metadata.fields}
     pod = {"spec": {"containers": [{"name": "main", "image": "image", "resources": {"limits": {"memory": "64Mi"}}}], "volumes": []}}
     assert [*refused(spec["template"], pod)] == []
     assert [*refused(spec["template"], {"spec": {"containers": []}})] == [".spec.containers: number of items"]
+    assert both(document(template=pod)) == ([], "")
 
 
 # What people see, and what the parts may do
@@ -242,7 +249,7 @@ def test_columns_status_and_short_name() -> None:
         assert path == ".metadata.creationTimestamp" or path.removeprefix(".status.") in status
     snapshot = {field.name for field in inspect.type_info(FunctionSnapshot).fields}
     words = {name: re.sub("[A-Z]", lambda found: f"_{found[0].lower()}", name) for name in status}
-    assert {word for word in words.values() if word not in snapshot} == {"observed_generation", "conditions"}
+    assert {word for word in words.values() if word not in snapshot} == {"observed_generation", "conditions", "placeholders"}
 
 
 def rights(role: str) -> set[tuple[str, str, str]]:
@@ -254,10 +261,9 @@ def rights(role: str) -> set[tuple[str, str, str]]:
 
 def test_least_privilege() -> None:
     look = ("get", "list", "watch")
-    scaler = {("thaw.dev", "functions", verb) for verb in look} | {
-        ("thaw.dev", "functions/status", verb) for verb in ("get", "patch", "update")
-    }
-    scaler |= {("", "pods", verb) for verb in (*look, "create", "delete")} | {("", "pods/status", "patch"), ("", "events", "create")}
+    scaler = {("thaw.dev", "functions", verb) for verb in look} | {("thaw.dev", "functions/status", verb) for verb in ("get", "patch")}
+    scaler |= {("", "pods", verb) for verb in (*look, "create", "delete")} | {("", "pods/resize", "patch")}
+    scaler |= {("", "events", verb) for verb in ("create", "patch")}
     assert rights("thaw-scaler") == scaler
     agent = {("", "pods", verb) for verb in look} | {("", "pods/status", "patch"), ("", "events", "create")}
     assert rights("thaw-agent") == agent
@@ -302,7 +308,12 @@ def test_pods_read_settings_that_thaw_knows(tmp_path: Path) -> None:
     mounts = {mount["mountPath"] for mount in agent["volumeMounts"]}
     assert {str(loaded.paths.state_dir), str(loaded.paths.runtime_dir), "/etc/thaw"} <= mounts
     assert agent["ports"][0]["containerPort"] == loaded.agent.listen_port
-    assert (loaded.scaler.agents, loaded.scaler.functions, loaded.agent.sandboxes) == ("kubernetes", "kubernetes", "pods")
+    assert loaded.scaler.agents == loaded.scaler.functions == "kubernetes"
+    assert loaded.agent.sandboxes == "pods"
+    assert loaded.kubernetes.agents_namespace == named("DaemonSet", "thaw-agent")["metadata"]["namespace"]
+    assert loaded.kubernetes.agent_image == agent["image"]
+    labels = named("DaemonSet", "thaw-agent")["spec"]["template"]["metadata"]["labels"]
+    assert sorted(SELECTOR.split(",")) == sorted(f"{key}={value}" for key, value in labels.items())
     assert named("NetworkPolicy", "thaw-agent")["spec"]["ingress"][0]["ports"][0]["port"] == loaded.agent.listen_port
     # Terraform writes what the pods need itself.
     module = (MANIFESTS.parents[1] / "terraform" / "modules" / "kubernetes" / "main.tf").read_text()

@@ -22,13 +22,15 @@ locals {
     for section in distinct(concat(keys(local.settings_needed), keys(var.settings))) :
     section => merge(lookup(local.settings_needed, section, {}), lookup(var.settings, section, {}))
   }
-  # Where the pods of the manifests have their volumes and ports, and how they find each other.
+  # Where the pods of the manifests have their volumes and ports.
   settings_needed = {
     paths  = { cache_dir = "/opt/thaw", runtime_dir = "/run/thaw", state_dir = "/var/lib/thaw" }
     agent  = { listen_port = "7070", sandboxes = "pods" }
     scaler = { agents = "kubernetes", functions = "kubernetes" }
-    # Placeholder pods get their first process from the agents' image.
-    kubernetes = { agent_image = local.agent_image, agents_namespace = var.namespace }
+    kubernetes = {
+      agents_namespace = var.namespace
+      agent_image      = coalesce(var.images.agent, local.placed["DaemonSet/thaw-agent"].spec.template.spec.containers[0].image)
+    }
   }
   # TOML: a JSON string is one of its strings, and Thaw reads numbers from strings too.
   settings_file = join("\n", [
@@ -41,8 +43,6 @@ locals {
 
   # Pods read the settings file at their start: another file is another pod.
   settings_annotation = { "thaw.dev/settings" = substr(sha256(local.settings_file), 0, 16) }
-
-  agent_image = coalesce(var.images.agent, local.agent.spec.template.spec.containers[0].image)
 
   agent  = local.placed["DaemonSet/thaw-agent"]
   scaler = local.placed["Deployment/thaw-scaler"]
@@ -71,7 +71,7 @@ locals {
           spec = merge(
             local.agent.spec.template.spec,
             {
-              containers   = [for one in local.agent.spec.template.spec.containers : merge(one, { image = local.agent_image })]
+              containers   = [for one in local.agent.spec.template.spec.containers : merge(one, { image = coalesce(var.images.agent, one.image) })]
               nodeSelector = merge(local.agent.spec.template.spec.nodeSelector, var.agent_node_selector)
             },
             {
