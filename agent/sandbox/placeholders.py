@@ -87,9 +87,9 @@ class Placeholders:
     def lose(self, uid: str) -> None:
         """This pod cannot be used any more. What is in it goes on until its end."""
         self._pods.pop(uid, None)
+        self._busy.discard(uid)
         sandbox = self._free.pop(uid, None)
         if sandbox is not None:
-            self._busy.add(uid)
             self._tasks.spawn(self._let_go(sandbox), f"end of placeholder {uid}")
 
     async def take(self, function: Function, layers: RootLayers) -> PodSandbox:
@@ -159,6 +159,7 @@ class Placeholders:
         except SandboxError:
             sandbox.close()
             raise
+        sandbox.spent = True  # what was in its volumes before is not known any more
         self._busy.add(sandbox.id)
         return sandbox
 
