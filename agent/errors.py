@@ -47,6 +47,10 @@ class ProtocolError(AgentError):
     reason = "protocol"
 
 
+class PeerSilent(ProtocolError):
+    """A peer went without a word, as probes do that only look whether a port is open."""
+
+
 class Refused(AgentError):
     """The agent will not carry out a command; the planner may try another node."""
 

@@ -30,7 +30,7 @@ from agent.catalog import Catalog
 from agent.checkpoint import Checkpointer
 from agent.criu import tool
 from agent.drain import Drainer
-from agent.errors import AgentError, CriuError, PagerError, ProtocolError, SandboxError
+from agent.errors import AgentError, CriuError, PagerError, PeerSilent, ProtocolError, SandboxError
 from agent.furnish import Furnisher
 from agent.instance import Workshop
 from agent.node import Node, endpoint
@@ -190,6 +190,8 @@ class Agent:
             connection = Connection(reader, writer)
             try:
                 await self._serve(node, connection)
+            except PeerSilent:
+                pass  # the kubelet's probe of the port, every few seconds
             except (ProtocolError, ConnectionError) as error:
                 logger.warning("stream of %s is closed: %s", connection.peer, error)
             finally:

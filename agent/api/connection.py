@@ -12,7 +12,7 @@ import socket
 import ssl
 
 from agent.api.messages import PROTOCOL_VERSION, AnyMessage, Hello, Message, decode, encode
-from agent.errors import ProtocolError
+from agent.errors import PeerSilent, ProtocolError
 
 #: An inventory of 10,000 instances is about 2 MB; nothing legitimate is larger.
 FRAME_BYTES_MAX = 16 << 20
@@ -71,7 +71,8 @@ class Connection:
         """Exchange hellos.
 
         Raises:
-            ProtocolError: the peer speaks another version, or does not say hello in time.
+            PeerSilent: the peer closed the stream at once.
+            ProtocolError: it speaks another version, or does not say hello in time.
         """
         self.send(mine)
         try:
@@ -79,6 +80,8 @@ class Connection:
                 theirs = await self.receive()
         except TimeoutError as error:
             raise ProtocolError(f"peer {self.peer} did not say hello within {timeout_s} s") from error
+        if theirs is None:
+            raise PeerSilent(f"peer {self.peer} went without a word")
         if not isinstance(theirs, Hello):
             raise ProtocolError(f"peer {self.peer} sent {type(theirs).__name__} where hello was expected")
         if theirs.version != PROTOCOL_VERSION:

@@ -149,7 +149,8 @@ class Controller:
         resource = self._table.applied(pod.function)
         if resource is None or not self._deciding.acts_for(pod.function):
             return
-        if pod.trouble[0] and (before is None or before.trouble != pod.trouble):
+        # That one whose instance has ended ends too is no trouble.
+        if pod.trouble[0] and not (pod.leaving or pod.used_up) and (before is None or before.trouble != pod.trouble):
             self._recorder.note(about(resource.value), pod.trouble[0], f"placeholder pod {pod.name}: {pod.trouble[1]}")
         if pod.resize_trouble and (before is None or before.resize_trouble != pod.resize_trouble):
             self._recorder.note(about(resource.value), "ResizePending", f"pod {pod.name}: {pod.resize_trouble}")
