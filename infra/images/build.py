@@ -40,10 +40,11 @@ def write(settings: Settings, kind: content.Kind, archive: Path, report: install
         InstallError: something can't be compiled.
         ImageError: the environment is not the locked one, or a program or library is missing.
     """
-    base = [runtime.python(settings, report)]
+    python = runtime.python(settings, report)
+    folders = [python, *content.layers(settings, kind, report)]
     if kind == "agent":
-        base.append(runtime.programs(settings, _PROGRAMS, base, report))
-    folders = [*base, *content.layers(settings, kind, report)]
+        # On top: what both images have is unpacked once.
+        folders.append(runtime.programs(settings, _PROGRAMS, [python], report))
     config = oci.Config(
         command=("/usr/local/bin/thaw",),
         environment=_ENVIRONMENT,

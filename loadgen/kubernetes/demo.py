@@ -47,7 +47,7 @@ _NODE = "node-1"
 _CHECKPOINTS_S, _READY_S, _IDLE_S, _GONE_S = 120.0, 90.0, 90.0, 60.0
 _SPARE_DESCRIPTORS = 32
 #: A Service's refusals may be silent (the kernel limits how often it sends them): a connection is quick or is tried again, s.
-_CONNECT_S = 0.05
+_CONNECT_S = 0.015
 _LOG_LINES = 200
 
 
@@ -83,6 +83,10 @@ class ClusterDemo:
         Raises:
             LoadImpossible: a step failed; the message names its log.
         """
+        if any((self._installation.state / name).exists() for name in ("cluster", "stack")):
+            self._say("removing what an interrupted run has left")
+            self._installation.command("stack", "down", "--purge")
+            self._installation.command("cluster", "down")
         try:
             return self._run_all()
         finally:
