@@ -249,7 +249,8 @@ class PodSandbox:
     def complete(self, pid: int) -> None:
         """From now on the container ends with the process ``pid``, and Services route to it."""
         self.spent = True
-        self._control.send(b"G", [str(pid)])
+        with contextlib.suppress(SandboxError):  # it has ended meanwhile, which is reported elsewhere
+            self._control.send(b"G", [str(pid)])
         self._gate.answers(self.pod)
 
     def rest(self) -> None:
