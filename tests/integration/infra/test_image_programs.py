@@ -44,9 +44,9 @@ class Unpacked:
 
     def run(self, *command: str) -> subprocess.CompletedProcess[str]:
         user = self.config["User"].partition(":")[0]
-        # Root's rights are needed to enter; what runs has the image's user.
+        # Root's rights are needed to enter; what runs has the image's user, and the home that container runtimes give to one without.
         words = ["unshare", "--mount", "sh", "-c", _INSIDE, "sh", str(self.root), *command]
-        environment = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "ENVIRONMENT": " ".join(self.config["Env"])}
+        environment = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "ENVIRONMENT": " ".join(["HOME=/", *self.config["Env"]])}
         if user != "0":
             words[4] = words[4].replace('"$(command -v chroot)"', f'"$(command -v chroot)" --userspec={user}:{user}')
         return subprocess.run(words, capture_output=True, text=True, check=False, env=environment)
