@@ -69,7 +69,11 @@ def test_all_that_the_command_needs_is_in_it(unpacked: Unpacked) -> None:
     user, _, planner = done.stdout.strip().partition(" ")
     assert user == unpacked.config["User"].partition(":")[0]
     assert unpacked.kind == "agent" or "_compiled" in planner
-    shown = unpacked.run("thaw", unpacked.kind)
+    (unpacked.root / "state").mkdir()
+    (unpacked.root / "state").chmod(0o777)
+    starting = "import os; os.environ['THAW_PATHS_STATE_DIR'] = '/state'; os.execlp('thaw', 'thaw', "
+    shown = unpacked.run("python3", "-c", f"{starting}{unpacked.kind!r})")
+    shutil.rmtree(unpacked.root / "state")
     assert shown.returncode == 1
     complaint = {"agent": "no Kafka broker|not installed|userfaultfd|bridge|cannot|needs", "scaler": "no Kafka broker is known"}[
         unpacked.kind
