@@ -12,6 +12,7 @@ import contextlib
 import dataclasses
 import functools
 import json
+import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -245,7 +246,23 @@ class ClusterDemo:
         self._say(f"  {result.answered} of {result.requests} answered, {result.wrong} wrong, {len(found)} starts")
         for problem in result.problems:
             self._say(f"  {problem}")
-        return report.RunData(name, title, result, found, samples, sorted((self._installation.state / "traces").glob("*.jsonl")))
+        return report.RunData(name, title, result, found, samples, self._spans(name))
+
+    def _spans(self, name: str) -> list[Path]:
+        """Spans so far, of the load generator and of the pods, whose volumes go with the cluster."""
+        folder = self._installation.state / "spans" / name
+        folder.mkdir(parents=True, exist_ok=True)
+        home = self._layout.node(1).home
+        sources = [
+            *(self._installation.state / "traces").glob("*.jsonl"),
+            *(home / "var-lib-thaw" / "traces").glob("*.jsonl"),
+            *(home / "var-lib-kubelet" / "pods").glob("*/volumes/*/state/traces/*.jsonl"),
+        ]
+        copies = []
+        for number, source in enumerate(sorted(sources)):
+            copies.append(folder / f"{source.stem}-{number}.jsonl")
+            shutil.copyfile(source, copies[-1])
+        return copies
 
     async def _load(
         self,
