@@ -32,6 +32,7 @@ logger = logging.getLogger(__name__)
 #: Files in a sandbox's folder: which pod it is; there when something was put into it.
 _RECORD, _TAKEN = "pod", "taken"
 _TRIES, _PAUSE_S = 10, 0.3
+_RENEW_S = 1.0
 
 
 class Placeholders:
@@ -176,6 +177,22 @@ class Placeholders:
                             os.kill(pid, signal.SIGKILL)
         await asyncio.to_thread(shutil.rmtree, folder, True)
 
+    def _set_free(self, sandbox: PodSandbox) -> None:
+        """It waits, until its worker ends (out of memory, or killed by the pod's root): then it gets another."""
+
+        def ended(pid: int, status: int) -> None:
+            if sandbox.worker is not None and pid == sandbox.worker.pid and self._free.pop(sandbox.id, None) is not None:
+                logger.warning("the worker in pod %s/%s has ended with status %d", sandbox.pod.namespace, sandbox.pod.name, status)
+                self._busy.add(sandbox.id)
+                self._tasks.spawn(self._renew(sandbox), f"another worker in pod {sandbox.pod.name}")
+
+        sandbox.on_exit = ended
+        self._free[sandbox.id] = sandbox
+
+    async def _renew(self, sandbox: PodSandbox) -> None:
+        await asyncio.sleep(_RENEW_S)  # whoever kills it may do so again and again
+        await self._take_back(sandbox)
+
     async def _take_back(self, sandbox: PodSandbox) -> None:
         if await sandbox.empty() and sandbox.id in self._pods and self._prepare is not None:
             try:
@@ -186,7 +203,7 @@ class Placeholders:
                 (sandbox.folder / _TAKEN).unlink(missing_ok=True)
                 self._gate.waits(sandbox.pod)
                 self._busy.discard(sandbox.id)
-                self._free[sandbox.id] = sandbox
+                self._set_free(sandbox)
                 return
         self._pods.pop(sandbox.id, None)
         await sandbox.destroy()
@@ -197,7 +214,7 @@ class Placeholders:
                 if self._pods.get(pod.uid) != pod:
                     return
                 try:
-                    self._free[pod.uid] = await self._prepared(pod)
+                    self._set_free(await self._prepared(pod))
                     logger.info("pod %s/%s of %s waits for an instance", pod.namespace, pod.name, pod.function)
                     return
                 except (AgentError, OSError) as error:

@@ -293,17 +293,38 @@ async def test_a_start_needs_no_api_server(node: AgentUnderTest, cluster: Cluste
     assert (await asyncio.to_thread(pods.get, "alone-a"))["status"]["containerStatuses"][0]["restartCount"] == 0
 
 
+def worker_of(pods: Pods, name: str) -> int:
+    """Host pid of the CRIU worker that waits in a pod."""
+    init = init_of(pods.get(name)["status"]["containerStatuses"][0]["containerID"].rpartition("/")[2])
+    (worker,) = Path(f"/proc/{init}/task/{init}/children").read_text().split()
+    return int(worker)
+
+
 async def test_a_restore_that_fails_becomes_a_cold_start_in_the_same_pod(node: AgentUnderTest, cluster: Cluster, namespace: str) -> None:
     pods = Pods(cluster, pod_world.function("fallback", namespace))
     await waiting(node, pods, "fallback-a")
     await checkpoint(node, pods)
-    pod = await asyncio.to_thread(pods.get, "fallback-a")
-    init = init_of(pod["status"]["containerStatuses"][0]["containerID"].rpartition("/")[2])
-    (worker,) = Path(f"/proc/{init}/task/{init}/children").read_text().split()
-    os.kill(int(worker), signal.SIGKILL)
-    report = await node.start_instance(pods.function)
+    os.kill(await asyncio.to_thread(worker_of, pods, "fallback-a"), signal.SIGSTOP)
+    report = await node.start_instance(pods.function, timeout_s=10.0)
     assert report.record.start_mode == "cold" and report.record.fallback_reason.startswith("criu:"), report.record
     assert report.instance.instance == "fallback-a" and (await answer(report))["ok"]
+
+
+async def test_a_worker_that_ends_is_replaced(node: AgentUnderTest, cluster: Cluster, namespace: str) -> None:
+    pods = Pods(cluster, pod_world.function("worker", namespace))
+    await waiting(node, pods, "worker-a")
+    await checkpoint(node, pods)
+    first = await asyncio.to_thread(worker_of, pods, "worker-a")
+    os.kill(first, signal.SIGKILL)
+
+    def another() -> bool:
+        return worker_of(pods, "worker-a") != first
+
+    await asyncio.to_thread(eventually, lambda: node.log.count("has ended with status 9") == 1)
+    await asyncio.sleep(2)
+    assert await asyncio.to_thread(another)
+    report = await node.start_instance(pods.function)
+    assert report.record.start_mode == "restore" and not report.record.fallback_reason
 
 
 async def test_a_pod_deleted_while_it_is_filled_leaves_nothing(node: AgentUnderTest, cluster: Cluster, namespace: str) -> None:
