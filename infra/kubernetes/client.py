@@ -45,6 +45,8 @@ _ERRORS: dict[int, type[ApiError]] = {
     422: ApiInvalid,
 }
 _AGENT = "thaw"
+#: Reason of a refusal: the namespace is being deleted, and with it all that is in it.
+NAMESPACE_ENDS = "NamespaceTerminating"
 
 
 class ApiServer:
@@ -156,8 +158,10 @@ def error_of(status: int, said: Object, what: str, retry_after: object = None) -
         retry_after: what a header says of when to ask again.
     """
     details = said.get("details") or {}
-    fields = tuple(str(cause["field"]) for cause in details.get("causes") or [] if cause.get("field"))
-    reason = str(said.get("reason") or status)
+    causes = details.get("causes") or []
+    fields = tuple(str(cause["field"]) for cause in causes if cause.get("field"))
+    ends = any(cause.get("reason") == NAMESPACE_ENDS for cause in causes)
+    reason = NAMESPACE_ENDS if ends else str(said.get("reason") or status)
     message = f"{what}: {said.get('message') or f'{status} without a reason'}"
     if status == 429:
         return ApiBusy(message, reason=reason, retry_after_s=_seconds(retry_after or details.get("retryAfterSeconds") or 1))

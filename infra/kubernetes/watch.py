@@ -97,7 +97,7 @@ async def _list(server: ApiServer, path: str, selector: dict[str, str | int]) ->
 async def _watch(
     server: ApiServer, path: str, selector: dict[str, str | int], version: str, settings: KubernetesSettings
 ) -> AsyncIterator[tuple[str, Object]]:
-    """What the server says until it ends the watch; bookmarks are versions without a change."""
+    """What the server says until it ends the watch; bookmarks are versions without a change, or with nothing at all."""
     query = {
         **selector,
         "watch": "true",
@@ -106,6 +106,7 @@ async def _watch(
         "timeoutSeconds": int(settings.watch_s * random.uniform(1.0, 1.25)),
     }
     async with server.lines(path, query, silence_s=settings.watch_s / 2) as lines:
+        yield "BOOKMARK", {}  # the server has taken it up
         async for line in lines:
             kind, value = str(line.get("type")), line.get("object")
             if not isinstance(value, dict):

@@ -326,11 +326,9 @@ async def test_the_api_server_is_killed_and_comes_back(world: ScalerWorld) -> No
     print(f"start with the API server dead: {time.monotonic() - began:.3f} s")
     await asyncio.sleep(2)
     await asyncio.to_thread(life.up, world.cluster.settings, print)
-    back = time.monotonic()
     await world.apply("fresh")
     await world.kubectl("-n", world.space, "delete", "function", "leaving", "--wait=false")
     await world.running("fresh", 1)
-    print(f"a function applied after its return has its placeholder {time.monotonic() - back:.1f} s later")
     await world.running("leaving", 0)
     await world.running("steady", 2)
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from typing import Protocol
 
 from infra.errors import ApiBusy, ApiConflict, ApiError, ApiMissing, ApiUnavailable, PodTemplateInvalid
-from infra.kubernetes.client import ApiServer, Object
+from infra.kubernetes.client import NAMESPACE_ENDS, ApiServer, Object
 from infra.kubernetes.pods import CONTAINER
 from infra.kubernetes.watch import Changed, Listed, pauses
 from infra.settings import KubernetesSettings
@@ -272,6 +272,8 @@ class Controller:
         pause_s = max(next(book.waits), error.retry_after_s if isinstance(error, ApiBusy) else 0.0)
         book.retry_s = time.monotonic() + pause_s
         self.queue.add_later(name, pause_s)
+        if isinstance(error, ApiError) and error.reason == NAMESPACE_ENDS:
+            return  # and soon the function does
         reason = "ApiServerUnavailable" if later else "PlaceholderRefused"
         logger.warning("placeholder pods of %s: %s; again in %.1f s", name, error, pause_s)
         fault = Fault(reason, str(error))

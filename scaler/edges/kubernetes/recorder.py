@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from infra.errors import ApiError, ApiMissing, ApiUnavailable
-from infra.kubernetes.client import ApiServer, Object
+from infra.kubernetes.client import NAMESPACE_ENDS, ApiServer, Object
 from infra.kubernetes.watch import pauses
 from infra.settings import KubernetesSettings
 
@@ -112,7 +112,8 @@ class Recorder:
                     break
                 except ApiError as error:
                     # The namespace is on its way out, or we may not: again would give the same.
-                    logger.warning("Event %s of %s %s: %s", key[2], told.about["kind"], told.about["name"], error)
+                    level = logging.INFO if error.reason == NAMESPACE_ENDS else logging.WARNING
+                    logger.log(level, "Event %s of %s %s: %s", key[2], told.about["kind"], told.about["name"], error)
                     told.posted = told.count
 
     async def _post(self, key: tuple[str, str, str, str], told: _Told) -> None:
