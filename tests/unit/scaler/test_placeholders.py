@@ -146,7 +146,7 @@ def test_what_sleeps_remembers_its_placeholders():
     state = FunctionState("f", 0)
     state.apply(podded())
     state.placeholders = {"n1": 2}
-    again, _, _ = unpack("f", pack(state, 1, {}), lambda state: (None, None))
+    again, _, _ = unpack("f", pack(state, 1, []), lambda state: (None, None))
     assert again.placeholders == {"n1": 2}
     assert again.function == podded()
 
