@@ -35,7 +35,7 @@ class PodGate:
         self._settings = settings
         self._tasks = tasks
         self._wanted: dict[str, tuple[Pod, str]] = {}
-        self._sending: set[str] = set()
+        self._sending: dict[str, asyncio.Task[None]] = {}
 
     def answers(self, pod: Pod) -> None:
         """An instance serves in it: Services may route there."""
@@ -53,11 +53,16 @@ class PodGate:
         """What was in it has ended or is about to."""
         self._set(pod, ENDED)
 
+    async def unrouted(self, pod: Pod) -> None:
+        """Wait until the server knows the condition, and as long as EndpointSlices and the nodes' proxies take to follow."""
+        if pod.uid in self._sending:
+            await asyncio.wait([self._sending[pod.uid]])
+        await asyncio.sleep(self._settings.routes_settle_s)
+
     def _set(self, pod: Pod, reason: str) -> None:
         self._wanted[pod.uid] = (pod, reason)
         if pod.uid not in self._sending:
-            self._sending.add(pod.uid)
-            self._tasks.spawn(self._send(pod.uid), f"condition of pod {pod.name}")
+            self._sending[pod.uid] = self._tasks.spawn(self._send(pod.uid), f"condition of pod {pod.name}")
 
     async def _send(self, uid: str) -> None:
         waits = watch.pauses(self._settings.retry_s, self._settings.retry_max_s)
@@ -78,7 +83,7 @@ class PodGate:
                 if self._wanted.get(uid) == (pod, reason):
                     del self._wanted[uid]
         finally:
-            self._sending.discard(uid)
+            self._sending.pop(uid, None)
 
 
 async def follow_pods(server: ApiServer, settings: KubernetesSettings, node: str, placeholders: Placeholders) -> None:

@@ -329,6 +329,7 @@ class Node:
             if not instance.standby:
                 # Watchers learn of the end before it happens, so that no new request is sent there.
                 self._report(EndpointDown(function=instance.function.name, instance=instance.id, drain_s=drain_s))
+                instance.sandbox.retire()
                 if command_id:
                     report = msgspec.structs.replace(report, pss_bytes=await self._drain(instance, drain_s))
         finally:  # also when this is cancelled
@@ -345,6 +346,10 @@ class Node:
 
     async def _drain(self, instance: Instance, drain_s: float) -> int:
         """Wait for the requests that it serves; returns its memory, 0 if it was not idle."""
+        until = time.monotonic() + drain_s
+        if drain_s > 0:
+            await instance.sandbox.unrouted(drain_s)
+            drain_s = max(0.001, until - time.monotonic())
         pss_bytes = await asyncio.to_thread(instance.measure)  # first, so that nothing comes between the last look and the end
         if drain_s > 0 and not await self._drainer.drain(instance, drain_s):
             return 0

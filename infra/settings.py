@@ -107,6 +107,9 @@ class KubernetesSettings:
     #: Pause after a failed request, s; doubles up to the second, with jitter.
     retry_s: float = 0.2
     retry_max_s: float = 3.0
+    #: From a pod's condition to the last node that opens no new connection to it, s: EndpointSlices follow within 0.7 s, and kube-proxy
+    #: writes its rules once a second.
+    routes_settle_s: float = 2.0
 
 
 @dataclass(frozen=True)

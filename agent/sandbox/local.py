@@ -181,6 +181,9 @@ class LocalSandbox:
     def retire(self) -> None:
         """Nothing: the agent's reports say so."""
 
+    async def unrouted(self, timeout_s: float) -> None:
+        """Nothing: who gets the agent's reports acts on them at once."""
+
     def lift_memory_limit(self) -> None:
         """CRIU's output is charged here, and may not be reclaimable (tmpfs, a slow disk)."""
         self._cgroup.lift_memory_limit()

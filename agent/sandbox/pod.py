@@ -88,6 +88,9 @@ class Gate(Protocol):
     def ended(self, pod: Pod) -> None:
         """What was in it has ended or is about to: no new requests there, and nobody else will use it."""
 
+    async def unrouted(self, pod: Pod) -> None:
+        """Wait until that is so everywhere."""
+
 
 class PodSandbox:
     """A live placeholder pod; see :class:`agent.sandbox.protocol.Sandbox`."""
@@ -261,6 +264,12 @@ class PodSandbox:
         """What is in here is about to end."""
         if self.spent:
             self._gate.ended(self.pod)
+
+    async def unrouted(self, timeout_s: float) -> None:
+        """Services go by the pod's condition, and take their time."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(timeout_s):
+                await self._gate.unrouted(self.pod)
 
     def lift_memory_limit(self) -> None:
         """Nothing: CRIU's output is not charged here."""

@@ -135,6 +135,9 @@ class Sandbox(Protocol):
     def retire(self) -> None:
         """What is in it is about to end: nobody should send requests there any more."""
 
+    async def unrouted(self, timeout_s: float) -> None:
+        """After :meth:`retire`: wait until nobody sends new requests there, as far as that can be known, or the time is over."""
+
     def lift_memory_limit(self) -> None:
         """Before CRIU's dump, whose output may be charged here."""
 

@@ -243,6 +243,40 @@ async def test_a_cold_instance_ends_as_a_plain_pod_does(node: AgentUnderTest, cl
     await gated(pods, "cold-a", "False", "Ended")
 
 
+async def test_an_instance_is_released_without_losing_a_request(node: AgentUnderTest, cluster: Cluster, namespace: str) -> None:
+    pods = Pods(cluster, pod_world.function("released", namespace))
+    selector = {"thaw.dev/function": "released"}
+    service = {"selector": selector, "ports": [{"port": 80, "targetPort": 8080}]}
+    cluster.apply({"apiVersion": "v1", "kind": "Service", "metadata": {"name": "released", "namespace": namespace}, "spec": service})
+    await waiting(node, pods, "released-a", "released-b")
+    first, second = await node.start_instance(pods.function), await node.start_instance(pods.function)
+    for report in (first, second):
+        await gated(pods, report.instance.instance, "True", "Answers")
+    address = cluster.get("-n", namespace, "service", "released")["spec"]["clusterIP"]
+    seen: list[str] = []
+
+    def two_are_there() -> bool:
+        seen.append(json.loads(ask(f"{address}:80"))["token"])
+        return len(set(seen)) == 2
+
+    await asyncio.to_thread(eventually, two_are_there)
+    over = asyncio.Event()
+
+    async def use() -> int:
+        count = 0
+        while not over.is_set():
+            await asyncio.to_thread(ask, f"{address}:80")  # fails the test when it fails
+            count += 1
+        return count
+
+    users = [asyncio.create_task(use()) for _ in range(3)]
+    await asyncio.sleep(1)
+    assert (await node.call(Release, instance=first.instance.instance)).reason == "released"
+    await asyncio.sleep(1)
+    over.set()
+    assert sum(await asyncio.gather(*users)) > 100
+
+
 async def test_a_deleted_pod_ends_its_instance(node: AgentUnderTest, cluster: Cluster, namespace: str) -> None:
     pods = Pods(cluster, pod_world.function("deleted", namespace))
     await waiting(node, pods, "deleted-a")

@@ -42,6 +42,9 @@ class Told:
     def ended(self, pod: Pod) -> None:
         self.words.append("ended")
 
+    async def unrouted(self, pod: Pod) -> None:
+        self.words.append("unrouted")
+
 
 def program(name: str) -> Path:
     return native.build(Path(agent.sandbox.__file__).with_name(name), load().paths.cache_dir)

@@ -30,7 +30,7 @@ class TestTarget:
 
     @given(CASES, st.sampled_from(["wanted", "standbys", "making", "maximum", "ahead"]))
     def test_more_asked_for_is_never_fewer(self, case, what):
-        more = True if what == "making" else case[what] + 1  # a compiled module takes no number for a bool
+        more = True if what == "making" else case[what] + 1
         assert target(**{**case, what: more}) >= target(**case)
 
     @pytest.mark.parametrize(
