@@ -98,7 +98,7 @@ async def apply_functions(settings: KafkaSettings, functions: Sequence[Function]
     Raises:
         KafkaUnavailable: the broker cannot be reached.
     """
-    await kafka.ensure_topics(settings, TOPICS)
+    await kafka.ensure_topics(settings, [topic for topic in TOPICS if topic.name == FUNCTIONS_TOPIC])  # no other right is needed
     known = await read_functions(settings)
     outcome, write = {}, {}
     for function in functions:

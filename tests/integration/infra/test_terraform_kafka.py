@@ -25,7 +25,7 @@ from infra.errors import KafkaUnavailable
 from infra.local import broker, ports, processes
 from infra.local.terraform import Terraform
 from infra.settings import Settings
-from scaler.demand import DEMAND_TOPIC, FUNCTIONS_TOPIC, RESTORES_TOPIC, STATE_TOPIC, DemandEvent, encode
+from scaler.demand import DEMAND_TOPIC, FORECASTS_TOPIC, FUNCTIONS_TOPIC, RESTORES_TOPIC, STATE_TOPIC, DemandEvent, encode
 from scaler.edges.topics import TOPICS
 from scaler.service import Service
 from tests.terraform_workspace import Workspace
@@ -163,10 +163,11 @@ async def test_topics_are_made_as_thaw_makes_them_and_change(world: Workspace, s
 
     world.variables(replication_factor=1, partitions=6, retention_hours={"demand": 48, "restores": 1})
     said = world.apply()
-    assert "0 to add, 2 to change, 0 to destroy" in said
+    assert "0 to add, 3 to change, 0 to destroy" in said
     changed = await topics_of(secured.administrator)
     assert (changed[DEMAND_TOPIC].partitions, changed[DEMAND_TOPIC].config["retention.ms"]) == (6, "172800000")
     assert (changed[RESTORES_TOPIC].partitions, changed[RESTORES_TOPIC].config["retention.ms"]) == (6, "3600000")
+    assert (changed[FORECASTS_TOPIC].partitions, changed[FORECASTS_TOPIC].config) == (6, wanted[FORECASTS_TOPIC].config)
     assert {name: changed[name] for name in (STATE_TOPIC, FUNCTIONS_TOPIC)} == {
         name: wanted[name] for name in (STATE_TOPIC, FUNCTIONS_TOPIC)
     }
@@ -242,7 +243,7 @@ async def test_each_role_can_do_its_work_and_nothing_else(world: Workspace, secu
             await join(settings, "another-group")
 
     world.variables(replication_factor=1)
-    assert "13 to destroy" in world.apply()
+    assert "15 to destroy" in world.apply()
     with log_in("gateway"), pytest.raises((TopicAuthorizationFailedError, KafkaUnavailable)):
         await send(settings, DEMAND_TOPIC, demand("guarded"))
 
