@@ -139,9 +139,10 @@ async def _fill(workshop: Workshop, what: Restoration, instance: Instance, clock
         served = served_callbacks(instance)
         serve = pager.serve(instance.id, image.checkpoint, work, served, record=what.record, prefetch=not what.record, opened=what.opened)
         serving = workshop.tasks.spawn(serve, f"pager of {instance.id}")
-        await asyncio.sleep(0)  # its first step makes the socket that CRIU looks for
     try:
         with clock.phase("sandbox.root"):
+            if serving is not None:
+                await asyncio.sleep(0)  # its first step makes the socket that CRIU looks for
             if image.layer.stat().st_size:  # the thread costs more than the call when there is nothing to unpack
                 await asyncio.to_thread(sandbox.unpack_files, image.layer)
             await workshop.furnisher.furnish(sandbox, what.function, what.layers, instance.id, image.checkpoint)
@@ -153,7 +154,7 @@ async def _fill(workshop: Workshop, what: Restoration, instance: Instance, clock
             left_s = max(0.001, (what.deadline_ns - time.time_ns()) / 1e9)
             path = f"{image.directory.name}/{IMAGES}"
             await tool.restore(worker, path, image.manifest.outputs, work, lazy=pager is not None, timeout_s=left_s)
-        sandbox.confine()
+            sandbox.confine()
     finally:
         if serving is not None:
             await serving
