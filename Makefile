@@ -1,10 +1,10 @@
 # Every target does its own set-up; on a bare Debian nothing has to be done before.
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help setup python tools demo test check bench clean
+.PHONY: help setup python tools demo demo-kubernetes test check bench clean
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## /{ printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{ printf "make %-15s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 setup: ## Debian packages and .venv; does only what is missing
 	@scripts/setup
@@ -18,6 +18,9 @@ tools: setup
 
 demo: setup ## the whole path on this machine: a trace, Kafka, S3, CRIU, and a report (needs root)
 	@.venv/bin/thaw demo
+
+demo-kubernetes: setup ## the same on a Kubernetes cluster on this machine: pods, Services, Terraform (needs root; compiles Kubernetes once)
+	@.venv/bin/thaw demo-kubernetes
 
 test: setup check tools ## checks, then every test (needs root)
 	.venv/bin/pytest

@@ -60,6 +60,10 @@ class Instance:
     ended: asyncio.Future[int] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
     #: Set by whoever ends it on purpose, so that its end is not reported twice.
     releasing: bool = False
+    #: Set when it is to end now, whatever requests are in progress.
+    hurry: asyncio.Event = field(default_factory=asyncio.Event)
+    #: Set by whoever has ended it.
+    stopped: asyncio.Event = field(default_factory=asyncio.Event)
 
     @property
     def standby(self) -> bool:

@@ -114,7 +114,17 @@ def living(value: Mapping[str, Any]) -> Pod | None:
         address=status["podIP"],
         container=str(own["containerID"]).rpartition("/")[2],
         image=str(own.get("imageID") or own.get("image") or ""),
+        shared=_shared(value.get("spec") or {}),
     )
+
+
+def _shared(spec: Mapping[str, Any]) -> tuple[str, ...]:
+    """Where the function's container mounts volumes that a container beside it mounts too."""
+    beside = [item for item in spec.get("initContainers") or [] if item.get("restartPolicy") == "Always"]
+    beside += [item for item in spec.get("containers") or [] if item.get("name") != CONTAINER]
+    names = {mount.get("name") for item in beside for mount in item.get("volumeMounts") or []}
+    own: Mapping[str, Any] = next((item for item in spec.get("containers") or [] if item.get("name") == CONTAINER), {})
+    return tuple(str(mount.get("mountPath")).rstrip("/") for mount in own.get("volumeMounts") or [] if mount.get("name") in names)
 
 
 def is_free(value: Mapping[str, Any]) -> bool:

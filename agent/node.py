@@ -45,6 +45,7 @@ from agent.api.messages import (
 )
 from agent.catalog import Catalog
 from agent.checkpoint import Checkpointer
+from agent.drain import Drainer
 from agent.errors import AgentError, Refused
 from agent.furnish import last_output
 from agent.instance import Instance, Workshop
@@ -60,6 +61,8 @@ logger = logging.getLogger(__name__)
 _ANSWERS_MAX = 4096
 #: Time between SIGTERM and the end of a released instance, s.
 _RELEASE_GRACE_S = 2.0
+#: What is left of a Release's time when its wait for requests is over, s: for SIGTERM, and for the removal of everything.
+_RELEASE_RESERVE_S = _RELEASE_GRACE_S + 3.0
 #: Output files of ended instances that are kept.
 _LOGS_MAX = 200
 
@@ -75,6 +78,7 @@ class Node:
         starter: Starter,
         standbys: Standbys,
         checkpointer: Checkpointer,
+        drainer: Drainer,
         report: Callable[[Message], None],
     ) -> None:
         self.name = name
@@ -83,10 +87,13 @@ class Node:
         self._starter = starter
         self._standbys = standbys
         self._checkpointer = checkpointer
+        self._drainer = drainer
         self._tasks = workshop.tasks
         self._report = report
         #: Running and on standby.
         self.instances: dict[str, Instance] = {}
+        #: Being ended: they count for nobody any more.
+        self._leaving: dict[str, Instance] = {}
         self._answers: OrderedDict[str, Message | None] = OrderedDict()
         self._epochs: dict[int, int] = {}
         self._checkpointing: set[str] = set()
@@ -118,19 +125,26 @@ class Node:
 
     async def release_all(self) -> None:
         """End every instance; for the agent's own end."""
-        await asyncio.gather(*(self._end(instance, "released", "", 0.0) for instance in list(self.instances.values())))
+        await self._end_now("released", list(self.instances.values()), list(self._leaving.values()))
 
     async def pager_lost(self) -> None:
         """End what the lost pager served; until then its last worker serves it, so that nothing reads a wrong page."""
         lost = [instance for instance in self.instances.values() if instance.pager is not None]
+        leaving = [instance for instance in self._leaving.values() if instance.pager is not None]
         logger.error("the pager is gone; %d instances that it served are ended and will be started again", len(lost))
         self._catalog.pager_lost()
-        await asyncio.gather(*(self._end(instance, "pager_lost", "", 0.0) for instance in lost))
+        await self._end_now("pager_lost", lost, leaving)
+
+    async def _end_now(self, reason: str, instances: Sequence[Instance], leaving: Sequence[Instance]) -> None:
+        for instance in leaving:
+            instance.hurry.set()
+        await asyncio.gather(*(self._end(instance, reason) for instance in instances), *(instance.stopped.wait() for instance in leaving))
 
     async def reconcile(self) -> None:
         """Housekeeping: cut long logs, drop old ones, keep the cache within its ceiling."""
         await self._catalog.trim()
-        await asyncio.to_thread(_trim_logs, self._workshop.furnisher.logs, set(self.instances), self._workshop.settings.log_mb << 20)
+        live = {*self.instances, *self._leaving}
+        await asyncio.to_thread(_trim_logs, self._workshop.furnisher.logs, live, self._workshop.settings.log_mb << 20)
 
     async def _carry_out(self, command: AgentCommand, received_ns: int) -> None:
         function = getattr(command, "function", None)
@@ -172,10 +186,7 @@ class Node:
                 await self._catalog.evict(command.function_name)
                 return Evicted(command_id=command.id, function=command.function_name)
             case Release():
-                instance = self.instances.get(command.instance)
-                if instance is None:
-                    return InstanceExited(instance=command.instance, function="", reason="released", command_id=command.id)
-                return await self._end(instance, "released", command.id, _RELEASE_GRACE_S)
+                return await self._release(command)
 
     def _check_epoch(self, command: AgentCommand) -> None:
         newest = self._epochs.get(command.shard, 0)
@@ -224,7 +235,7 @@ class Node:
 
     async def _lost(self, standby: Instance) -> None:
         """A standby could not be resumed."""
-        report = await self._end(standby, "killed", "", 0.0)
+        report = await self._end(standby, "killed")
         if report is not None:
             self._report(report)
 
@@ -288,27 +299,56 @@ class Node:
         oom = instance.sandbox.was_oom_killed()
         why = "it used more memory than its limit" if oom else f"exit code {code}"
         logger.warning("instance %s ended by itself: %s; last output: %s", instance.id, why, last_output(instance.log))
-        report = await self._end(instance, "killed" if code < 0 else "exited", "", 0.0, code)
+        report = await self._end(instance, "killed" if code < 0 else "exited", code)
         if report is not None:
             self._report(report)
 
+    async def _release(self, command: Release) -> Message:
+        gone = InstanceExited(instance=command.instance, function="", reason="released", command_id=command.id)
+        if (leaving := self._leaving.get(command.instance)) is not None:
+            await leaving.stopped.wait()
+            return gone
+        instance = self.instances.get(command.instance)
+        if instance is None:
+            return gone
+        left_s = (command.deadline_ns - time.time_ns()) / 1e9 - _RELEASE_RESERVE_S
+        drain_s = 0.0 if instance.standby else max(0.0, min(self._workshop.settings.drain_timeout_s, left_s))
+        return await self._end(instance, "released", command_id=command.id, drain_s=drain_s) or gone
+
     async def _end(
-        self, instance: Instance, reason: str, command_id: str, grace_s: float, code: int | None = None
+        self, instance: Instance, reason: str, code: int | None = None, *, command_id: str = "", drain_s: float = 0.0
     ) -> InstanceExited | None:
+        """End an instance; with a command behind it only when its requests are answered or ``drain_s`` is over, and after SIGTERM."""
         if self.instances.pop(instance.id, None) is None:
             return None
+        self._leaving[instance.id] = instance
         instance.releasing = True
         self._standbys.drop(instance)
         report = InstanceExited(instance=instance.id, function=instance.function.name, reason=reason, exit_code=code, command_id=command_id)
-        if not instance.standby:
-            # Watchers learn of the end before it happens, so that no new request is sent there.
-            self._report(EndpointDown(function=instance.function.name, instance=instance.id))
-            if reason == "released" and command_id:
-                report = msgspec.structs.replace(report, pss_bytes=await asyncio.to_thread(instance.measure))
-        await instance.stop(self._workshop, grace_s)
+        try:
+            if not instance.standby:
+                # Watchers learn of the end before it happens, so that no new request is sent there.
+                self._report(EndpointDown(function=instance.function.name, instance=instance.id, drain_s=drain_s))
+                if command_id:
+                    report = msgspec.structs.replace(report, pss_bytes=await self._drain(instance, drain_s))
+        finally:  # also when this is cancelled
+            try:
+                await instance.stop(self._workshop, _RELEASE_GRACE_S if command_id and not instance.hurry.is_set() else 0.0)
+            finally:
+                del self._leaving[instance.id]
+                instance.stopped.set()
+                if drain_s:
+                    self._report(EndpointDown(function=instance.function.name, instance=instance.id))
         if reason == "pager_lost":
             self._report(report)
         return report
+
+    async def _drain(self, instance: Instance, drain_s: float) -> int:
+        """Wait for the requests that it serves; returns its memory, 0 if it was not idle."""
+        pss_bytes = await asyncio.to_thread(instance.measure)  # first, so that nothing comes between the last look and the end
+        if drain_s > 0 and not await self._drainer.drain(instance, drain_s):
+            return 0
+        return pss_bytes
 
 
 def endpoint(instance: Instance) -> Endpoint:

@@ -29,6 +29,7 @@ from agent.api.messages import (
 from agent.catalog import Catalog
 from agent.checkpoint import Checkpointer
 from agent.criu import tool
+from agent.drain import Drainer
 from agent.errors import AgentError, CriuError, PagerError, ProtocolError, SandboxError
 from agent.furnish import Furnisher
 from agent.instance import Workshop
@@ -127,7 +128,9 @@ class Agent:
         standbys = Standbys(workshop, catalog, lambda: self._pager, quiet)
         starter = Starter(settings.node_name, workshop, catalog, standbys, lambda: self._pager, quiet)
         checkpointer = Checkpointer(workshop, cache, store, lambda: self._pager, self._tools.criu_version)
-        node = Node(settings.node_name, workshop, catalog, starter, standbys, checkpointer, self._report)
+        drainer = Drainer()
+        stack.callback(drainer.close)
+        node = Node(settings.node_name, workshop, catalog, starter, standbys, checkpointer, drainer, self._report)
         node.adopt(instances)
         stack.push_async_callback(self._release_all, node)
         self._keeping = self._tasks.spawn(self._keep_pager(node), "watch of the pager", essential=True)

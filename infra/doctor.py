@@ -54,6 +54,7 @@ def run(settings: Settings) -> list[Check]:
         _cgroups(),
         _tried("overlayfs", probe.overlay, "load the module: modprobe overlay"),
         _tried("bridge and veth", probe.bridge, "load the modules: modprobe bridge veth; iproute2 must be installed"),
+        _connections(),
         _tried("time namespaces", probe.time_namespace, "use a kernel with CONFIG_TIME_NS"),
         *_tools(),
         _memory(),
@@ -66,6 +67,12 @@ def run(settings: Settings) -> list[Check]:
 def _tried(name: str, trial: Callable[[], str], remedy: str) -> Check:
     failure = trial()
     return Check(name, not failure, failure or "works", remedy if failure else "")
+
+
+def _connections() -> Check:
+    failure = probe.connection_states()
+    remedy = "use a kernel with CONFIG_INET_DIAG; until then a released instance does not wait for the requests in progress"
+    return Check("connection states", not failure, failure or "works", remedy if failure else "", needed=False)
 
 
 def _architecture() -> Check:

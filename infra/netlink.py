@@ -1,8 +1,9 @@
 """Links, addresses and neighbours of this network namespace: a small rtnetlink client.
 
 In: requests as method calls. Out: what the kernel lists, or an :class:`OSError` that says what was asked. Used by
-:mod:`agent.sandbox.network` and :mod:`infra.leaks`. Numbers are of linux/netlink.h, linux/rtnetlink.h, linux/if_link.h,
-linux/if_addr.h, linux/neighbour.h and linux/if_bridge.h; the layout of messages is of netlink(7) and rtnetlink(7).
+:mod:`agent.sandbox.network` and :mod:`infra.leaks`; :mod:`infra.sockdiag` asks for sockets over the same :class:`Netlink`. Numbers are of
+linux/netlink.h, linux/rtnetlink.h, linux/if_link.h, linux/if_addr.h, linux/neighbour.h and linux/if_bridge.h; the layout of messages is of
+netlink(7) and rtnetlink(7).
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ _NEW_ADDRESS, _GET_ADDRESS = 20, 22
 _NEW_NEIGHBOUR, _DELETE_NEIGHBOUR, _GET_NEIGHBOUR = 28, 29, 30
 
 # Flags of a message.
-_REQUEST, _ACKNOWLEDGE, _DUMP = 0x1, 0x4, 0x300
+_REQUEST, _ACKNOWLEDGE, DUMP = 0x1, 0x4, 0x300
 _REPLACE, _EXCLUSIVE, _CREATE = 0x100, 0x200, 0x400
 _DUMP_INTERRUPTED = 0x10
 _ERROR_IS_SHORT, _ERROR_HAS_ATTRIBUTES = 0x100, 0x200
@@ -97,10 +98,13 @@ class Message:
 
 
 class Netlink:
-    """A connection to the kernel, for one thread at a time. Every method blocks until the kernel is done."""
+    """A connection to the kernel, for one thread at a time. Every method blocks until the kernel is done.
 
-    def __init__(self) -> None:
-        self._socket = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, socket.NETLINK_ROUTE)
+    It stays with the network namespace that the thread was in when it was made.
+    """
+
+    def __init__(self, protocol: int = socket.NETLINK_ROUTE) -> None:
+        self._socket = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, protocol)
         self._socket.setsockopt(_SOL_NETLINK, _OPTION_SHORT_ERRORS, 1)
         self._socket.setsockopt(_SOL_NETLINK, _OPTION_ERROR_TEXT, 1)
         self._socket.bind((0, 0))
@@ -137,25 +141,30 @@ class Netlink:
     def links(self) -> list[LinkEntry]:
         """Every link."""
         body = _LINK.pack(socket.AF_UNSPEC, 0, 0, 0, 0) + attribute(_LINK_EXTENT, _number(_WITHOUT_STATISTICS))
-        return [parse_link(body) for body in self._list(Request("list the links", _GET_LINK, _DUMP, body))]
+        return [parse_link(body) for body in self.entries(Request("list the links", _GET_LINK, DUMP, body))]
 
     def addresses(self) -> list[AddressEntry]:
         """Every IPv4 address."""
         body = _ADDRESS.pack(socket.AF_INET, 0, 0, 0, 0)
-        return [parse_address(body) for body in self._list(Request("list the addresses", _GET_ADDRESS, _DUMP, body))]
+        return [parse_address(body) for body in self.entries(Request("list the addresses", _GET_ADDRESS, DUMP, body))]
 
     def permanent_neighbours(self, index: int) -> list[str]:
         """IPv4 addresses of the permanent neighbours of link ``index``."""
         body = _NEIGHBOUR.pack(socket.AF_INET, 0, 0, 0, 0)
         found = []
-        for entry in self._list(Request("list the neighbours", _GET_NEIGHBOUR, _DUMP, body)):
+        for entry in self.entries(Request("list the neighbours", _GET_NEIGHBOUR, DUMP, body)):
             _, link, state, _, _ = _NEIGHBOUR.unpack_from(entry)
             address = attributes(entry[_NEIGHBOUR.size :]).get(_NEIGHBOUR_ADDRESS, b"")
             if link == index and state & _STATE_PERMANENT and len(address) == 4:
                 found.append(socket.inet_ntoa(address))
         return found
 
-    def _list(self, request: Request) -> list[bytes]:
+    def entries(self, request: Request) -> list[bytes]:
+        """The bodies of all messages of a list, of one moment.
+
+        Raises:
+            OSError: the kernel refuses, or what is listed never keeps still.
+        """
         for _ in range(_LIST_ATTEMPTS):
             self._serial += 1
             self._socket.send(encode(request, self._serial))
@@ -243,7 +252,7 @@ def no_link(index: int) -> Request:
 
 def encode(request: Request, serial: int) -> bytes:
     """A request as the kernel reads it."""
-    flags = request.flags | _REQUEST | (0 if request.flags & _DUMP == _DUMP else _ACKNOWLEDGE)
+    flags = request.flags | _REQUEST | (0 if request.flags & DUMP == DUMP else _ACKNOWLEDGE)
     return _padded(_HEADER.pack(_HEADER.size + len(request.body), request.kind, flags, serial, 0) + request.body)
 
 

@@ -16,6 +16,8 @@ import subprocess
 import tempfile
 from pathlib import Path
 
+from infra import sockdiag
+
 #: Bits of /proc/PID/status CapEff, by the kernel's numbers.
 CAPABILITIES = {
     "CHOWN": 0,
@@ -147,6 +149,16 @@ def bridge() -> str:
     """Make a bridge with a veth in a network namespace of its own; return what failed."""
     script = "ip link add name tb type bridge && ip link add name tv type veth peer name tw && ip link set tv master tb"
     return trial("unshare", "--net", "sh", "-c", script)
+
+
+def connection_states() -> str:
+    """Ask the kernel what goes on in the connections of a port; return what failed."""
+    try:
+        with sockdiag.open_here() as kernel:
+            sockdiag.tcp_connections(kernel, 1)
+    except OSError as error:
+        return str(error)
+    return ""
 
 
 def memory_mb(meminfo: str) -> tuple[int, int]:

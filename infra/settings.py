@@ -67,6 +67,8 @@ class S3Settings:
 class StackSettings:
     """The embedded stack. Ports of 0 mean: a free one, kept for the life of the state folder."""
 
+    #: Where broker and store listen: on loopback, or, for pods, where the cluster on this machine reaches it (``thaw cluster status``).
+    listen_host: str = "127.0.0.1"
     kafka_port: int = 0
     s3_port: int = 0
     #: Longest wait for one part to become healthy, s.
@@ -137,6 +139,9 @@ class AgentSettings:
     fill_mb_per_s: float = 64.0
     #: Instances outlive an agent that dies, for the next one to adopt; without one they end after this long, s.
     orphan_s: float = 30.0
+    #: A released instance answers the requests in progress for so long at most, s, and no longer than the command's deadline allows; 0:
+    #: it is ended at once. As terminationGracePeriodSeconds of Kubernetes.
+    drain_timeout_s: float = 30.0
     #: Node cache ceiling, MB; least recently used images are dropped first.
     cache_mb: int = 16384
     #: Failed restores of one checkpoint before it is quarantined on this node.

@@ -95,7 +95,7 @@ class Demo:
         before = leaks.census(marks=self._marks)
         self._say(f"preparing the sample functions in {self._settings.paths.cache_dir}")
         documents = functions_setup.prepare(self._settings.paths.cache_dir, self._say, samples=self._options.samples)
-        arrivals = self._arrivals([path.parent.name.rpartition("-")[0] for path in documents])
+        arrivals = replayed(self._options, [path.parent.name.rpartition("-")[0] for path in documents], self._say)
         with self._installation.stack() as settings, self._installation.background("run"):
             product, baseline = asyncio.run(self._measure(settings, documents, arrivals))
             facts = self._facts(settings)
@@ -106,16 +106,6 @@ class Demo:
         for line in leaked:
             self._say(f"leaked: {line}")
         return summary(product, baseline, leaked, path), by_function(product, baseline)
-
-    def _arrivals(self, names: Sequence[str]) -> list[Arrival]:
-        options = self._options
-        invocations = read(options.trace, from_s=options.from_s, to_s=options.to_s, seed=options.seed)
-        if not invocations:
-            raise LoadImpossible(f"the trace {options.trace} has no invocation between {options.from_s} and {options.to_s} s")
-        span_s = min(options.to_s, invocations[-1][0] + 1.0 + options.from_s) - options.from_s
-        factor = max(span_s / options.seconds, 1e-9)
-        self._say(f"replaying {len(invocations)} invocations ({span_s:.0f} s of {options.trace.name}) {factor:.1f} times faster")
-        return replay(invocations, names, time_factor=factor, seed=options.seed)
 
     # Steps
 
@@ -242,6 +232,21 @@ class Demo:
             "Every answer is recomputed and compared.",
             "Repeat it with: make demo",
         ]
+
+
+def replayed(options: DemoOptions, names: Sequence[str], say: Say) -> list[Arrival]:
+    """The arrivals of the slice, for functions of these names.
+
+    Raises:
+        LoadImpossible: the slice is empty.
+    """
+    invocations = read(options.trace, from_s=options.from_s, to_s=options.to_s, seed=options.seed)
+    if not invocations:
+        raise LoadImpossible(f"the trace {options.trace} has no invocation between {options.from_s} and {options.to_s} s")
+    span_s = min(options.to_s, invocations[-1][0] + 1.0 + options.from_s) - options.from_s
+    factor = max(span_s / options.seconds, 1e-9)
+    say(f"replaying {len(invocations)} invocations ({span_s:.0f} s of {options.trace.name}) {factor:.1f} times faster")
+    return replay(invocations, names, time_factor=factor, seed=options.seed)
 
 
 def summary(product: report.RunData, baseline: report.RunData, leaked: Sequence[str], path: Path) -> dict[str, Any]:

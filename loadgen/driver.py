@@ -19,6 +19,7 @@ from typing import Any, BinaryIO
 
 import msgspec
 
+from agent.api.messages import Endpoint
 from infra.settings import Settings
 from infra.tasks import TaskGroup
 from infra.telemetry import Tracer, trace_id
@@ -33,6 +34,9 @@ from loadgen.result import WARM, LoadResult, RequestRecord, collect
 from loadgen.watch import AgentWatcher
 
 REQUESTS_FILE = "requests.jsonl"
+#: Mode of a request that a Service did not answer at once: it waited for an instance, and nothing says how that came up.
+SERVICE = "service"
+_SERVICE_PAUSE_S = (0.005, 0.005)
 
 
 @dataclass(frozen=True)
@@ -77,6 +81,7 @@ async def run(
     options: LoadOptions = LoadOptions(),
     progress: Callable[[Progress], None] = lambda _progress: None,
     producer: Producer | None = None,
+    services: Mapping[str, str] | None = None,
 ) -> LoadResult:
     """Send every arrival and wait until each is answered or past its deadline.
 
@@ -89,6 +94,7 @@ async def run(
         options: deadlines.
         progress: called after each change.
         producer: sends demand events instead of one of our own.
+        services: address of each function's Service, which chooses the instance. None: agents tell of instances, each is asked itself.
 
     Raises:
         TargetUnknown: an arrival's function is not in ``targets``.
@@ -100,13 +106,20 @@ async def run(
     tasks = TaskGroup("loadgen")
     clock = Clock()
     source = f"loadgen-{os.getpid()}-{clock.now_ns() // 1_000_000:x}"
-    pool = EndpointPool({name: target.concurrency for name, target in targets.items()}, clock.now_ns)
+    if services is None:
+        pool = EndpointPool({name: target.concurrency for name, target in targets.items()}, clock.now_ns)
+    else:
+        # What a Service refuses is tried again at once: the next instance is a matter of milliseconds.
+        pool = EndpointPool(dict.fromkeys(targets, len(arrivals)), clock.now_ns, suspect_s=_SERVICE_PAUSE_S)
     path = out / REQUESTS_FILE if out else None
     async with contextlib.AsyncExitStack() as stack:
         stack.push_async_callback(tasks.close)
         if producer is None:
             producer = await stack.enter_async_context(open_producer(settings.kafka, options.connect_timeout_s))
-        await AgentWatcher(settings, pool, tasks, source).start(options.connect_timeout_s)
+        if services is None:
+            await AgentWatcher(settings, pool, tasks, source).start(options.connect_timeout_s)
+        else:
+            pool.replace(SERVICE, [Endpoint(name, "", address, SERVICE) for name, address in services.items()])
         file = stack.enter_context(_open(path))
         functions = {arrival.function for arrival in arrivals}
         levels = Levels(producer, source, functions, options.level_ttl_s, clock.now_ns, tasks)
@@ -243,7 +256,7 @@ class _Load:
                 else:
                     self._pool.fail(instance)
             response_ns = self._clock.now_ns()
-            warm = instance.known_ns <= intended_ns
+            warm = instance.known_ns <= intended_ns if instance.endpoint.instance else not facts.get("retries")
             facts.update(
                 endpoint_known_ns=instance.known_ns,
                 dispatched_ns=dispatched_ns,
@@ -271,7 +284,8 @@ class _Load:
             return {"outcome": "wrong", "problem": f"status {status}: {body[:120]!r}"}
         verdict = target.inspect(body, row)
         problem = verdict.problem
-        first = self._tokens.setdefault(instance.endpoint.instance, verdict.token)
+        # Behind a Service nobody knows which instance answered.
+        first = self._tokens.setdefault(instance.endpoint.instance, verdict.token) if instance.endpoint.instance else verdict.token
         if not problem and first != verdict.token:
             problem = f"{instance.endpoint.instance} had token {first} and now has {verdict.token}: another process"
         return {"outcome": "wrong" if problem else "ok", "token": verdict.token, "problem": problem}

@@ -16,7 +16,8 @@ from agent.api.messages import Endpoint
 
 #: An instance that failed a request is left alone this long, s; doubles with each failure up to the second value.
 SUSPECT_S = (0.05, 2.0)
-#: Requests on an instance that its agent takes down may still be answered for this long, s; then they go elsewhere.
+#: Requests on an instance that is gone may still be answered for this long, s; then they go elsewhere. On one that its agent takes
+#: down in order it begins when the agent waits no longer for them.
 DOWN_GRACE_S = 1.0
 
 
@@ -30,7 +31,6 @@ class Instance:
         busy: requests on it now.
         failures: failed requests in a row.
         suspect_until: event loop time before which it gets no request.
-        down: its agent has taken it down.
         attempts: time limits of the requests on it now.
     """
 
@@ -39,17 +39,19 @@ class Instance:
     busy: int = 0
     failures: int = 0
     suspect_until: float = 0.0
-    down: bool = False
     attempts: set[asyncio.Timeout] = field(default_factory=set)
 
 
 class EndpointPool:
     """Instances by function, and who waits for them."""
 
-    def __init__(self, concurrency: Mapping[str, int], now_ns: Callable[[], int]) -> None:
+    def __init__(self, concurrency: Mapping[str, int], now_ns: Callable[[], int], *, suspect_s: tuple[float, float] = SUSPECT_S) -> None:
         self._concurrency = concurrency
+        self._suspect_s = suspect_s
         self._now_ns = now_ns
         self._instances: dict[str, dict[str, Instance]] = collections.defaultdict(dict)
+        #: By agent: taken down, and may still answer.
+        self._draining: dict[str, dict[tuple[str, str], Instance]] = collections.defaultdict(dict)
         self._by_agent: dict[str, set[tuple[str, str]]] = collections.defaultdict(set)
         self._waiting: dict[str, collections.deque[asyncio.Future[Instance]]] = collections.defaultdict(collections.deque)
 
@@ -71,18 +73,27 @@ class EndpointPool:
             self._instances[endpoint.function][endpoint.instance] = Instance(endpoint, self._now_ns())
         self._hand_out(endpoint.function)
 
-    def down(self, agent: str, function: str, instance: str) -> None:
-        """An instance must get no new requests."""
-        self._by_agent[agent].discard((function, instance))
-        gone = self._instances[function].pop(instance, None)
-        if gone is None:
+    def down(self, agent: str, function: str, instance: str, drain_s: float = 0.0) -> None:
+        """An instance must get no new requests.
+
+        Args:
+            agent: whose it is.
+            function, instance: which.
+            drain_s: its agent waits so long for the requests that run there; 0: it is gone.
+        """
+        key = function, instance
+        self._by_agent[agent].discard(key)
+        going = self._instances[function].pop(instance, None) or self._draining[agent].pop(key, None)
+        if going is None:
             return
-        gone.down = True
-        # A sandbox can vanish without a word to those connected to it; they must not wait out their whole time limit.
-        limit = asyncio.get_running_loop().time() + DOWN_GRACE_S
-        for attempt in gone.attempts:
-            if (when := attempt.when()) is None or when > limit:
-                attempt.reschedule(limit)
+        if drain_s > 0:
+            self._draining[agent][key] = going
+        _limit(going, drain_s + DOWN_GRACE_S)
+
+    def lost(self, agent: str) -> None:
+        """Nothing is heard of an agent: nobody would tell when an instance that it takes down is gone."""
+        for going in self._draining.pop(agent, {}).values():
+            _limit(going, DOWN_GRACE_S)
 
     # What the driver asks
 
@@ -109,7 +120,7 @@ class EndpointPool:
 
     def fail(self, instance: Instance) -> None:
         """The request failed: others are preferred for a while, this one is tried again later."""
-        first, most = SUSPECT_S
+        first, most = self._suspect_s
         pause = min(most, first * 2**instance.failures)
         instance.failures = min(instance.failures + 1, 16)
         loop = asyncio.get_running_loop()
@@ -138,3 +149,11 @@ class EndpointPool:
                 return
             instance.busy += 1
             waiting.popleft().set_result(instance)
+
+
+def _limit(instance: Instance, left_s: float) -> None:
+    """Give up the requests on an instance after a time: a sandbox can vanish without a word to those connected to it."""
+    limit = asyncio.get_running_loop().time() + left_s
+    for attempt in instance.attempts:
+        if (when := attempt.when()) is None or when > limit:
+            attempt.reschedule(limit)

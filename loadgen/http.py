@@ -20,13 +20,14 @@ CONNECT_TIMEOUT_S = 3.5
 _READ_BYTES = 64 << 10
 
 
-async def get(address: str, path: str, traceparent: str = "") -> tuple[int, bytes]:
+async def get(address: str, path: str, traceparent: str = "", *, connect_timeout_s: float = CONNECT_TIMEOUT_S) -> tuple[int, bytes]:
     """Send one GET and read the whole answer.
 
     Args:
         address: ``host:port`` in digits, so that no resolver is asked.
         path: with the query.
         traceparent: W3C trace context to hand to the function.
+        connect_timeout_s: longest wait for a connection.
 
     Returns:
         Status and body; a body in chunks is returned as it came.
@@ -43,10 +44,10 @@ async def get(address: str, path: str, traceparent: str = "") -> tuple[int, byte
     with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM) as connection:
         connection.setblocking(False)
         try:
-            async with asyncio.timeout(CONNECT_TIMEOUT_S):
+            async with asyncio.timeout(connect_timeout_s):
                 await loop.sock_connect(connection, (host, int(port)))
         except OSError as error:
-            reason = error.strerror or str(error) or f"nobody answered within {CONNECT_TIMEOUT_S} s"
+            reason = error.strerror or str(error) or f"nobody answered within {connect_timeout_s} s"
             raise AttemptFailed(f"no connection to {address}: {reason}") from error
         try:
             await loop.sock_sendall(connection, head.encode() + b"\r\n")

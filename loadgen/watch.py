@@ -84,6 +84,7 @@ class AgentWatcher:
             except (OSError, ProtocolError, LoadImpossible) as error:
                 logger.warning("no stream to agent %s: %s", name, error or type(error).__name__)
             finally:
+                self._pool.lost(name)
                 if connection is not None:
                     await connection.close()
             connection = None
@@ -98,7 +99,7 @@ class AgentWatcher:
                 case EndpointUp():
                     self._pool.up(name, message.endpoint)
                 case EndpointDown():
-                    self._pool.down(name, message.function, message.instance)
+                    self._pool.down(name, message.function, message.instance, message.drain_s)
                 case _:
                     pass  # reports for scalers
 

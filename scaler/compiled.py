@@ -22,7 +22,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 
-#: Everything that an event passes, and what the simulator does for each request.
+#: Everything that an event passes, and what the simulator does for each request. Not modules with msgspec's structs, whose annotations are
+#: needed at run time.
 MODULES = (
     "checkpoints", "costs", "dormant", "forecast.bins", "forecast.function", "forecast.idle", "forecast.periods", "forecast.slot",
     "forecasts", "holding", "instances", "ladder", "levels", "placeholders", "placement", "planner", "pressure", "reports",

@@ -17,6 +17,7 @@ DEMAND_TOPIC = "thaw.demand"
 REJECTED_TOPIC = "thaw.demand.rejected"
 FUNCTIONS_TOPIC = "thaw.functions"
 STATE_TOPIC = "thaw.state"
+FORECASTS_TOPIC = "thaw.forecasts"
 RESTORES_TOPIC = "thaw.restores"
 #: Name of the record header that carries the W3C trace context.
 TRACEPARENT_HEADER = "traceparent"

@@ -16,6 +16,7 @@ its forecast when its shard was with another scaler meanwhile, which saw the dem
 
 from __future__ import annotations
 
+import struct
 import zlib
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
@@ -24,6 +25,7 @@ import msgspec
 
 from agent.api.function import Function, FunctionSpec, Metadata, RootFile
 from scaler.costs import Means
+from scaler.errors import ForecastInvalid
 from scaler.forecast.function import FunctionForecast
 from scaler.forecast.slot import ForecastConfig
 from scaler.holding import Holding
@@ -35,6 +37,8 @@ from scaler.state import FunctionState, Standby
 
 #: Given a state with its document, what its forecast is priced with: :func:`scaler.forecasts.terms`.
 Terms = Callable[[FunctionState], tuple[ForecastConfig, RungCosts]]
+#: Of what :meth:`Functions.learned` gives; another one is not read.
+FORMAT = 1
 #: A function with standbys sleeps when it was not looked at for this long: most that are asked often are asked before.
 PAUSE_NS = 60 * NS
 
@@ -136,6 +140,16 @@ class Functions:
             return []
         woken, self._woken = self._woken, {}
         return [state for name in woken if (state := self._awake.get(name)) is not None]
+
+    def learned(self, name: str) -> bytes | None:
+        """The forecast of a function, and what its slots hold unless it is busy, for :func:`unpack_learned`; None: it has none."""
+        if (packed := self._asleep.get(name)) is not None:
+            was = _STATES.decode(packed)
+            return msgspec.msgpack.encode([FORMAT, was.holding, was.forecast]) if was.forecast else None
+        state = self._awake.get(name)
+        if state is None or state.forecast is None or state.holding is None:
+            return None
+        return msgspec.msgpack.encode([FORMAT, [] if state.holding.need else state.holding.pack(), state.forecast.pack()])
 
     def rest(self, now_ns: int) -> None:
         """Let those sleep that have nothing going on, of those that were looked at and of those that were left alone since."""
@@ -254,6 +268,22 @@ def unpack(name: str, packed: bytes, terms: Terms) -> tuple[FunctionState, int, 
         state.forecast = FunctionForecast.unpack(was.forecast, *terms(state))
         state.holding = Holding.unpack(was.holding, state.forecast)
     return state, was.epoch, was.connections
+
+
+def unpack_learned(learned: bytes, terms: tuple[ForecastConfig, RungCosts]) -> tuple[FunctionForecast, Holding]:
+    """What :meth:`Functions.learned` gave.
+
+    Raises:
+        ForecastInvalid: it is not that, or of another format.
+    """
+    try:
+        number, holding, packed = msgspec.msgpack.decode(learned)
+        if number != FORMAT:
+            raise ForecastInvalid(f"it is of format {number}, not {FORMAT}")
+        forecast = FunctionForecast.unpack(packed, *terms)
+        return forecast, Holding.unpack(holding, forecast) if holding else Holding(forecast)
+    except (msgspec.MsgspecError, ValueError, TypeError, LookupError, struct.error) as error:
+        raise ForecastInvalid(f"it is not a forecast: {error}") from error
 
 
 def _number(name: str) -> bytes:

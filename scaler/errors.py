@@ -4,6 +4,8 @@ ScalerError
 ├── DemandInvalid       a demand record cannot be decoded; it goes to ``thaw.demand.rejected``
 ├── AgentUnreachable    no stream to a node
 ├── ShardingChanged     the demand topic has another number of partitions than when the scaler began
+├── ForecastInvalid     a record of ``thaw.forecasts`` is not what a scaler wrote; the function is learned anew
+├── TraceUnreadable, CostsUnreadable, InstallationTooSmall, UnknownPolicy    what the simulator was asked for
 ├── SimulationBroken    a simulated installation did what none may: a bug
 └── InvalidTransition   the planner was asked for something impossible: a bug, with the function's story
 """
@@ -29,6 +31,10 @@ class ShardingChanged(ScalerError):
 
 class InvalidTransition(ScalerError):
     """An event that the planner's state does not allow."""
+
+
+class ForecastInvalid(ScalerError):
+    """A stored forecast cannot be read."""
 
 
 class TraceUnreadable(ScalerError):

@@ -88,6 +88,18 @@ class PlaceholdersSeen(msgspec.Struct, frozen=True, kw_only=True):
     nodes: dict[str, int]
 
 
+class ForecastLoaded(msgspec.Struct, frozen=True, kw_only=True):
+    """What was known of a function's requests, by whoever decided for it before.
+
+    Attributes:
+        function: its name.
+        packed: as :meth:`scaler.planner.Planner.learned` gave it.
+    """
+
+    function: str
+    packed: bytes
+
+
 class Tick(msgspec.Struct, frozen=True, kw_only=True):
     """Time has passed; due timers are handled.
 
@@ -154,6 +166,7 @@ Event = (
     | FunctionApplied
     | FunctionDeleted
     | PlaceholdersSeen
+    | ForecastLoaded
     | Tick
     | NodeReport
     | NodeDown

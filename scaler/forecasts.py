@@ -13,6 +13,7 @@ from __future__ import annotations
 import functools
 from math import ceil
 
+from scaler import dormant
 from scaler.costs import rung_of
 from scaler.forecast.function import FunctionForecast
 from scaler.forecast.slot import ForecastConfig
@@ -105,6 +106,19 @@ def follow(world: World, state: FunctionState, now_ns: int) -> None:
         if state.forecast_due_ns is None or due_ns < state.forecast_due_ns:
             state.forecast_due_ns = due_ns
             world.timers.arm(TimerKey("forecast", state.name), due_ns)
+
+
+def load(world: World, state: FunctionState, learned: bytes, now_ns: int) -> None:
+    """Go on with what another scaler has learned; what this one has seen since is little, and given up for it.
+
+    Raises:
+        ForecastInvalid: it is not a forecast; nothing has changed.
+    """
+    if not predicted(state):
+        return
+    forecast, holding = dormant.unpack_learned(learned, terms(world, state))
+    state.forecast, state.holding, state.forecast_due_ns = forecast, holding, None
+    follow(world, state, now_ns)
 
 
 def started(world: World, state: FunctionState, node: str, start_mode: str, delay_s: float) -> None:

@@ -19,9 +19,11 @@ from typing import Any
 
 from scaler import checkpoints, forecasts, instances, placeholders, reports, standbys
 from scaler.commands import Need, NodeCommand
+from scaler.errors import ForecastInvalid
 from scaler.events import (
     DemandSeen,
     Event,
+    ForecastLoaded,
     FunctionApplied,
     FunctionDeleted,
     NodeDown,
@@ -61,6 +63,7 @@ class Planner:
             FunctionApplied: self._function_applied,
             FunctionDeleted: self._function_deleted,
             PlaceholdersSeen: self._placeholders_seen,
+            ForecastLoaded: self._forecast_loaded,
             Tick: self._tick,
             NodeReport: self._node_report,
             NodeDown: self._node_down,
@@ -108,6 +111,14 @@ class Planner:
         world = self._world
         touched, world.touched = world.touched, {}
         return [name for name in touched if (shard := world.owned.get(world.shard_of(name))) is not None and shard.ready]
+
+    def learned(self, name: str) -> bytes | None:
+        """What is known of a function's requests, for whoever decides for it next: :class:`scaler.events.ForecastLoaded`.
+
+        Returns:
+            None when nothing is.
+        """
+        return self._world.functions.learned(name)
 
     def acts_for(self, name: str) -> bool:
         """This scaler decides for a function of that name, now."""
@@ -235,6 +246,19 @@ class Planner:
         instances.settle(world, state, now_ns)
         standbys.settle(world, state, now_ns)
         checkpoints.settle(world, state, now_ns)
+
+    def _forecast_loaded(self, event: ForecastLoaded, now_ns: int) -> None:
+        world = self._world
+        state = world.functions.get(event.function)
+        if state is None or state.shard not in world.owned:
+            return
+        try:
+            forecasts.load(world, state, event.packed, now_ns)
+        except ForecastInvalid:
+            world.counters["forecasts_invalid"] += 1
+            return
+        instances.settle(world, state, now_ns)
+        standbys.settle(world, state, now_ns)
 
     def _tick(self, event: Tick, now_ns: int) -> None:
         world = self._world

@@ -34,6 +34,7 @@ from scaler.demand import DEMAND_TOPIC
 from scaler.edges.agents import DISCOVER, Agents
 from scaler.edges.functions import FunctionsFeed
 from scaler.edges.kafka import DemandFeed, DemandRecord
+from scaler.edges.learned import LearnedFeed
 from scaler.edges.membership import Membership
 from scaler.edges.publisher import Publisher
 from scaler.edges.starts import StartBook
@@ -42,6 +43,7 @@ from scaler.edges.topics import TOPICS, sharding
 from scaler.events import (
     DemandSeen,
     Event,
+    ForecastLoaded,
     FunctionApplied,
     FunctionDeleted,
     NodeDown,
@@ -95,6 +97,8 @@ class Service:
         self._tracer = tracer
         self._replayed: dict[int, None] = {}
         self._nodes_known = False
+        #: Shards whose forecasts are still to be read.
+        self._unread: set[int] = set()
         self._membership = Membership(settings)
         self._operator: Operator | None = None
 
@@ -124,7 +128,8 @@ class Service:
             publisher = Publisher(producer)
             self._starts = StartBook(self._tracer, publisher)
             self._state = StateFeed(self._planner, publisher)
-            tasks = TaskGroup("scaler")
+            self._learned = LearnedFeed(settings.kafka, self._planner, publisher, self._known, shard_of, partitions)
+            self._tasks = tasks = TaskGroup("scaler")
             identity = f"scaler-{socket.gethostname()}-{os.getpid()}"
             self._agents = Agents(settings, self, tasks, identity)
             self._functions: FunctionsFeed | Operator = FunctionsFeed(settings.kafka, self._known)
@@ -150,6 +155,8 @@ class Service:
                 await asyncio.wait([consuming])
                 self._membership.forget()
                 self._starts.flush()
+                for _ in self._learned.save(time.time_ns(), all_of_them=True):
+                    pass
                 if not sending.done():
                     await publisher.flush(_FLUSH_S)
                 await tasks.close()
@@ -190,6 +197,9 @@ class Service:
     def shard_gained(self, shard: int, epoch: int) -> None:
         """See :class:`scaler.edges.kafka.DemandSink`."""
         self._handle(ShardGained(shard=shard, epoch=epoch), time.time_ns())
+        if not self._unread:
+            self._tasks.spawn(self._load_forecasts(), "load of forecasts")
+        self._unread.add(shard)
 
     def shard_replayed(self, shard: int) -> None:
         """See :class:`scaler.edges.kafka.DemandSink`."""
@@ -228,8 +238,16 @@ class Service:
         self._nodes_known = True
         self._decide_when_known()
 
-    def _known(self, event: FunctionApplied | FunctionDeleted | PlaceholdersSeen) -> None:
+    def _known(self, event: FunctionApplied | FunctionDeleted | PlaceholdersSeen | ForecastLoaded) -> None:
         self._handle(event, time.time_ns())
+        if isinstance(event, FunctionDeleted):
+            self._learned.forget(event.name)
+
+    async def _load_forecasts(self) -> None:
+        await self._functions.loaded.wait()
+        shards, self._unread = self._unread, set()
+        number = await self._learned.load(shards)
+        logger.info("forecasts read: %d", number)
 
     async def _load_functions(self) -> None:
         await self._functions.loaded.wait()
@@ -268,10 +286,12 @@ class Service:
                 self._handle(Tick(), now_ns)
             touched = self._planner.drain_touched()
             self._state.touched(touched)
+            self._learned.touched(touched)
             if self._operator is not None:
                 self._operator.touched(touched)
-            for _ in self._state.publish(now_ns):
-                await asyncio.sleep(0)  # demand that arrives meanwhile goes first
+            for feed in (self._state.publish(now_ns), self._learned.save(now_ns)):
+                for _ in feed:
+                    await asyncio.sleep(0)  # demand that arrives meanwhile goes first
             if time.monotonic() >= housekeeping:
                 housekeeping = time.monotonic() + _HOUSEKEEPING_S
                 self._agents.forget_expired(now_ns)

@@ -25,6 +25,7 @@ COMMANDS = {
     "cluster": "thaw.cluster:cluster",
     "delete": "thaw.functions:delete",
     "demo": "thaw.demo:command",
+    "demo-kubernetes": "thaw.demo:kubernetes",
     "explain": "thaw.explain:command",
     "doctor": "thaw.stack:doctor",
     "get": "thaw.functions:get",

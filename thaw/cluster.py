@@ -1,4 +1,4 @@
-"""A Kubernetes cluster on this machine: ``thaw cluster up | down | status | load | install``.
+"""A Kubernetes cluster on this machine: ``thaw cluster up | down | status | load | images | install``.
 
 In: settings from the context of :mod:`thaw.cli`. Out: lines for a person or JSON for programs, and exit code 1 when something does not
 work. Next: :mod:`infra.kubernetes.cluster.life` does the work.
@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from infra import settings as settings_module
+from infra.images import build
 from infra.kubernetes.cluster import life
 from infra.settings import Settings
 
@@ -66,6 +67,13 @@ def load(archives: tuple[Path, ...]) -> None:
     """Give image ARCHIVES to every node; pods use them with imagePullPolicy: Never."""
     for archive in archives:
         image = life.load_image(_settings(), archive)
+        click.echo(f"{image.reference} {image.digest}")
+
+
+@cluster.command()
+def images() -> None:
+    """Make the images of scaler and agent from this checkout, without a Docker engine, and give them to every node."""
+    for image in build.load(_settings(), _report):
         click.echo(f"{image.reference} {image.digest}")
 
 

@@ -78,7 +78,11 @@ class Start(Command, frozen=True, kw_only=True, tag="start"):
 
 
 class Release(Command, frozen=True, kw_only=True, tag="release"):
-    """End an instance or a standby and everything of it. Answer: InstanceExited with reason ``released``."""
+    """End an instance, when the requests in progress are answered, or a standby, and everything of it.
+
+    The agent waits no longer than ``agent.drain_timeout_s``, and ends it in time before the deadline. Answer: InstanceExited with reason
+    ``released``.
+    """
 
     instance: str
 
@@ -251,10 +255,16 @@ class EndpointUp(Message, frozen=True, kw_only=True, tag="endpoint_up"):
 
 
 class EndpointDown(Message, frozen=True, kw_only=True, tag="endpoint_down"):
-    """An instance must get no new requests."""
+    """An instance must get no new requests.
+
+    Attributes:
+        drain_s: requests that run there are answered for so long at most. When they are, or the time is over, it comes again with 0: the
+            instance is gone, maybe without a word to who is connected to it.
+    """
 
     function: str
     instance: str
+    drain_s: float = 0.0
 
 
 AgentCommand = Fetch | Prepare | Start | Release | Evict | MakeCheckpoint

@@ -32,6 +32,7 @@ logger = logging.getLogger(__name__)
 #: Files in a sandbox's folder: which pod it is; there when something was put into it.
 _RECORD, _TAKEN = "pod", "taken"
 _TRIES, _PAUSE_S = 10, 0.3
+_RENEW_S = 1.0
 
 
 class Placeholders:
@@ -87,9 +88,9 @@ class Placeholders:
     def lose(self, uid: str) -> None:
         """This pod cannot be used any more. What is in it goes on until its end."""
         self._pods.pop(uid, None)
+        self._busy.discard(uid)
         sandbox = self._free.pop(uid, None)
         if sandbox is not None:
-            self._busy.add(uid)
             self._tasks.spawn(self._let_go(sandbox), f"end of placeholder {uid}")
 
     async def take(self, function: Function, layers: RootLayers) -> PodSandbox:
@@ -109,19 +110,8 @@ class Placeholders:
     async def give_back(self, sandbox: Sandbox) -> None:
         """Empty a pod. If it is as it was, it waits again; if not, it is left to whoever deletes it."""
         assert isinstance(sandbox, PodSandbox)
-        if await sandbox.empty() and sandbox.id in self._pods and self._prepare is not None:
-            try:
-                await self._prepare(sandbox)
-            except (AgentError, OSError) as error:
-                logger.warning("pod %s/%s cannot be used again: %s", sandbox.pod.namespace, sandbox.pod.name, error)
-            else:
-                (sandbox.folder / _TAKEN).unlink(missing_ok=True)
-                self._gate.waits(sandbox.pod)
-                self._busy.discard(sandbox.id)
-                self._free[sandbox.id] = sandbox
-                return
-        self._pods.pop(sandbox.id, None)
-        await sandbox.destroy()
+        # To its end, also when the start that failed has no time left.
+        await asyncio.shield(self._tasks.spawn(self._take_back(sandbox), f"return of pod {sandbox.pod.name}"))
 
     def check_room(self, function: Function, memory_mb: int) -> None:
         """Whether a pod of the function waits; its memory is the pod's, which the scheduler found room for.
@@ -170,6 +160,7 @@ class Placeholders:
         except SandboxError:
             sandbox.close()
             raise
+        sandbox.spent = True  # what was in its volumes before is not known any more
         self._busy.add(sandbox.id)
         return sandbox
 
@@ -186,13 +177,44 @@ class Placeholders:
                             os.kill(pid, signal.SIGKILL)
         await asyncio.to_thread(shutil.rmtree, folder, True)
 
+    def _set_free(self, sandbox: PodSandbox) -> None:
+        """It waits, until its worker ends (out of memory, or killed by the pod's root): then it gets another."""
+
+        def ended(pid: int, status: int) -> None:
+            if sandbox.worker is not None and pid == sandbox.worker.pid and self._free.pop(sandbox.id, None) is not None:
+                logger.warning("the worker in pod %s/%s has ended with status %d", sandbox.pod.namespace, sandbox.pod.name, status)
+                self._busy.add(sandbox.id)
+                self._tasks.spawn(self._renew(sandbox), f"another worker in pod {sandbox.pod.name}")
+
+        sandbox.on_exit = ended
+        self._free[sandbox.id] = sandbox
+
+    async def _renew(self, sandbox: PodSandbox) -> None:
+        await asyncio.sleep(_RENEW_S)  # whoever kills it may do so again and again
+        await self._take_back(sandbox)
+
+    async def _take_back(self, sandbox: PodSandbox) -> None:
+        if await sandbox.empty() and sandbox.id in self._pods and self._prepare is not None:
+            try:
+                await self._prepare(sandbox)
+            except (AgentError, OSError) as error:
+                logger.warning("pod %s/%s cannot be used again: %s", sandbox.pod.namespace, sandbox.pod.name, error)
+            else:
+                (sandbox.folder / _TAKEN).unlink(missing_ok=True)
+                self._gate.waits(sandbox.pod)
+                self._busy.discard(sandbox.id)
+                self._set_free(sandbox)
+                return
+        self._pods.pop(sandbox.id, None)
+        await sandbox.destroy()
+
     async def _make_ready(self, pod: Pod) -> None:
         try:
             for _ in range(_TRIES):
                 if self._pods.get(pod.uid) != pod:
                     return
                 try:
-                    self._free[pod.uid] = await self._prepared(pod)
+                    self._set_free(await self._prepared(pod))
                     logger.info("pod %s/%s of %s waits for an instance", pod.namespace, pod.name, pod.function)
                     return
                 except (AgentError, OSError) as error:
@@ -233,11 +255,12 @@ class Placeholders:
 
 
 def _same(one: Pod, other: Pod) -> bool:
-    return (one.function, one.digest) == (other.function, other.digest)
+    return (one.namespace, one.function, one.digest) == (other.namespace, other.function, other.digest)
 
 
 def _is_of(pod: Pod, function: Function) -> bool:
-    return (pod.function, pod.digest) == (function.name, function.digest)
+    # The namespace too: labels and annotations are whatever the author of a pod wrote, and memory of one tenant is not for another's pod.
+    return (pod.namespace, pod.function, pod.digest) == (function.metadata.namespace, function.name, function.digest)
 
 
 def _image_digest(pod: Pod) -> str:

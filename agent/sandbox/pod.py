@@ -52,6 +52,7 @@ class Pod(msgspec.Struct, frozen=True):
         digest: of the Function document that it was made for.
         container: id of its function container.
         image: what that container's image really is.
+        shared: paths in it of volumes that other containers of the pod have too: what they hold is theirs as well.
     """
 
     namespace: str
@@ -62,6 +63,7 @@ class Pod(msgspec.Struct, frozen=True):
     address: str
     container: str
     image: str
+    shared: tuple[str, ...] = ()
 
 
 class PodRecord(msgspec.Struct, frozen=True):
@@ -167,7 +169,7 @@ class PodSandbox:
 
     async def set_up(self, root: str, logs: Path) -> None:
         """Note what is in the writable places before an instance is."""
-        self._before = await asyncio.to_thread(lambda: archive.stamps(podfiles.find(self.init_pid).parts))
+        self._before = await asyncio.to_thread(lambda: archive.stamps(self._places().parts))
 
     async def furnish(self, function: Function, layers: RootLayers, hostname: str) -> None:
         """Nothing: limits, name and files are the pod's."""
@@ -217,15 +219,15 @@ class PodSandbox:
 
     def foreign(self, path: str) -> bool:
         """Yes, if it is of a volume or of the kubelet (/etc/hosts, tokens): each pod has its own."""
-        return podfiles.find(self.init_pid).foreign(path)
+        return self._places().foreign(path)
 
     def pack_files(self, layers: RootLayers) -> bytes:
         """What was written since :meth:`set_up`."""
-        return archive.pack_layer(podfiles.find(self.init_pid).parts, before=self._before)
+        return archive.pack_layer(self._places().parts, before=self._before)
 
     def unpack_files(self, layer: Path) -> None:
         """Write it again, seen as the container sees it."""
-        places = podfiles.find(self.init_pid)
+        places = self._places()
         archive.unpack_layer(layer, places.parts, lambda part: podfiles.open_place(self.init_pid, part), places.closed)
 
     def confine(self) -> None:
@@ -247,7 +249,8 @@ class PodSandbox:
     def complete(self, pid: int) -> None:
         """From now on the container ends with the process ``pid``, and Services route to it."""
         self.spent = True
-        self._control.send(b"G", [str(pid)])
+        with contextlib.suppress(SandboxError):  # it has ended meanwhile, which is reported elsewhere
+            self._control.send(b"G", [str(pid)])
         self._gate.answers(self.pod)
 
     def rest(self) -> None:
@@ -310,6 +313,9 @@ class PodSandbox:
         self._control.close()
         await asyncio.to_thread(shutil.rmtree, self.folder, True)
 
+    def _places(self) -> podfiles.Places:
+        return podfiles.find(self.init_pid, self.pod.shared)
+
     def _empty(self) -> bool:
         """Kill everything; whether nothing of it is left in processes or files."""
         deadline = time.monotonic() + _END_S
@@ -325,7 +331,7 @@ class PodSandbox:
             time.sleep(0.005)
         if self.spent:
             return False
-        parts = podfiles.find(self.init_pid).parts
+        parts = self._places().parts
         return archive.wipe(parts, self._before, lambda part: podfiles.open_place(self.init_pid, part))
 
     def _restored(self) -> list[int]:

@@ -2,13 +2,14 @@
 
 In: /proc/PID/mountinfo of a pod's PID 1. Out: :class:`Places`, by which :mod:`agent.sandbox.pod` packs and unpacks. Places are the
 container's own layer over its image, emptyDir volumes and memory file systems such as /dev/shm. Volumes that others see too (claims, host
-paths) are not among them: what is in those outlives an instance anyway.
+paths, emptyDirs of several containers) are not among them: what is in those is not the instance's alone.
 """
 
 from __future__ import annotations
 
 import os
 import re
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -43,8 +44,12 @@ class Places:
         )
 
 
-def find(init_pid: int) -> Places:
-    """The places of the container whose PID 1 has the host pid ``init_pid``. Blocking.
+def find(init_pid: int, shared: Collection[str] = ()) -> Places:
+    """The places of a container. Blocking.
+
+    Args:
+        init_pid: host pid of its PID 1.
+        shared: mount points that are no places, because other containers write there too.
 
     Raises:
         OSError: it is gone.
@@ -59,7 +64,7 @@ def find(init_pid: int) -> Places:
         layer = Path(f"/proc/{parent[1]}/root{upper}") if parent else None
         if layer is not None and layer.is_dir():
             parts[ROOT_PART] = layer
-    return Places(parts | {part_of(path): root / path.lstrip("/") for path in writable}, closed)
+    return Places(parts | {part_of(path): root / path.lstrip("/") for path in writable if path not in shared}, closed)
 
 
 def parse(mountinfo: str) -> tuple[str, list[str], frozenset[str]]:

@@ -62,6 +62,8 @@ class Sandbox(Protocol):
     output: Path | None
     #: Waits to restore something here; taken by the start.
     worker: Worker | None
+    #: PID 1 on the host.
+    init_pid: int
 
     @property
     def address(self) -> str:

@@ -77,20 +77,23 @@ def installed(settings: Settings) -> bool:
     return folder(settings).is_dir()
 
 
-def start(settings: Settings, *, data: Path, port: int, controller_port: int, record: Path) -> processes.Identity:
+def start(
+    settings: Settings, *, data: Path, port: int, controller_port: int, record: Path, host: str = ports.LOOPBACK
+) -> processes.Identity:
     """Start the broker; it is not ready yet when this returns.
 
     Args:
         settings: where the installation is.
         data: folder of its own for data, configuration and logs; formatted when new.
-        port: loopback port of the broker.
+        port: port of the broker.
         controller_port: loopback port of the controller in the same process.
         record: where the identity of the process goes.
+        host: address that the broker listens on.
 
     Raises:
         StackError: the data folder can't be formatted or the process can't be started.
     """
-    return _launch(folder(settings), data, port, controller_port, record, archive_options(folder(settings)))
+    return _launch(folder(settings), data, host, port, controller_port, record, archive_options(folder(settings)))
 
 
 def archive_options(home: Path) -> list[str]:
@@ -120,10 +123,10 @@ def _maven_environment(folder: Path, log: Path) -> dict[str, str]:
     return {"MAVEN_OPTS": f"{ours} {os.environ.get('MAVEN_OPTS', '')}".strip()}
 
 
-def _launch(home: Path, data: Path, port: int, controller_port: int, record: Path, options: Sequence[str]) -> processes.Identity:
+def _launch(home: Path, data: Path, host: str, port: int, controller_port: int, record: Path, options: Sequence[str]) -> processes.Identity:
     data.mkdir(parents=True, exist_ok=True)
     text = _PROPERTIES.read_text()
-    for name, value in (("PORT", port), ("CONTROLLER_PORT", controller_port), ("DATA", data / "data")):
+    for name, value in (("HOST", host), ("PORT", port), ("CONTROLLER_PORT", controller_port), ("DATA", data / "data")):
         text = text.replace(f"@{name}@", str(value))
     properties = data / "kafka.properties"
     properties.write_text(text)
@@ -165,11 +168,11 @@ def _make_archive(home: Path, archive: Path) -> None:
     try:
         port, controller_port = ports.free(2)
         options = [f"-XX:ArchiveClassesAtExit={new}", "-Xlog:disable"]
-        identity = _launch(home, scratch, port, controller_port, scratch / "pid", options)
+        identity = _launch(home, scratch, ports.LOOPBACK, port, controller_port, scratch / "pid", options)
         deadline = time.monotonic() + 60
         while time.monotonic() < deadline and identity.alive():
             # The broker opens its port when it has loaded what a start needs.
-            if ports.answers("127.0.0.1", port):
+            if ports.answers(ports.LOOPBACK, port):
                 break
             time.sleep(0.1)
     finally:

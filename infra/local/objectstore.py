@@ -48,13 +48,14 @@ def ensure(settings: Settings, report: install.Report, *, force: bool = False) -
     return home
 
 
-def start(settings: Settings, *, data: Path, port: int, access_key: str, secret_key: str, record: Path) -> processes.Identity:
+def start(settings: Settings, *, data: Path, host: str, port: int, access_key: str, secret_key: str, record: Path) -> processes.Identity:
     """Start the object store; it is not ready yet when this returns.
 
     Args:
         settings: where the installation is.
         data: folder of its own for objects, users and logs.
-        port: loopback port.
+        host: address to listen on.
+        port: port there.
         access_key: credentials of its root user.
         secret_key: credentials of its root user.
         record: where the identity of the process goes.
@@ -65,7 +66,7 @@ def start(settings: Settings, *, data: Path, port: int, access_key: str, secret_
     for name in ("objects", "users"):
         (data / name).mkdir(parents=True, exist_ok=True)
     command: list[str | Path] = [
-        *(folder(settings) / "versitygw", "--port", f"127.0.0.1:{port}", "--keep-alive", "--quiet"),
+        *(folder(settings) / "versitygw", "--port", f"{host}:{port}", "--keep-alive", "--quiet"),
         # Without a users folder an unknown key gets 404 instead of 403.
         *("--iam-dir", data / "users", "posix", data / "objects"),
     ]

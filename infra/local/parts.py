@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import abc
 import dataclasses
+import ipaddress
 import json
 import os
 import secrets
@@ -50,6 +51,8 @@ class Part(abc.ABC):
     name: str
     #: What is taken from settings.stack, and the ports that this part keeps for the life of the state folder.
     port_names: tuple[str, ...]
+    #: Those of them that only the part itself uses: always on loopback.
+    inner_ports: tuple[str, ...] = ()
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
@@ -100,6 +103,11 @@ class Part(abc.ABC):
         return bool(self.configured) and self.configured != self.address
 
     @property
+    def host(self) -> str:
+        """The address that it listens on, or last did."""
+        return str(read_json(self.home / "ports.json").get(f"{self.name}_host", self.settings.stack.listen_host))
+
+    @property
     def identity(self) -> processes.Identity | None:
         """The process that was started last, running or not."""
         return processes.read(self.record)
@@ -114,28 +122,58 @@ class Part(abc.ABC):
         """Return the port chosen for ``name``, 0 when none was."""
         return int(read_json(self.home / "ports.json").get(name, 0))
 
+    def port_free(self, name: str) -> bool:
+        """Tell whether nothing listens on the port chosen for ``name``."""
+        return ports.is_free(self.port(name), self._host_of(name))
+
     def choose_ports(self, report: Report) -> None:
-        """Settle on ports: those of the settings, else the ones used before, else free ones.
+        """Settle on an address and ports: those of the settings, else the ports used before, else free ones.
 
         Raises:
-            StackError: a port that the settings ask for is taken.
+            StackError: a port that the settings ask for is taken, or the address is not one to listen on.
         """
-        known = read_json(self.home / "ports.json")
+        self._check_host()
+        known = read_json(self.home / "ports.json") | {f"{self.name}_host": self.settings.stack.listen_host}
+        write_private(self.home / "ports.json", known)
         chosen = dict(known)
         for name in self.port_names:
+            host = self._host_of(name)
             wanted = int(getattr(self.settings.stack, f"{name}_port", 0))
-            if wanted and not ports.is_free(wanted):
+            if wanted and not ports.is_free(wanted, host):
                 raise StackError(
                     f"{self.name}: port {wanted} (stack.{name}_port) is taken by {ports.holder(wanted)}; choose another one, or 0 for any"
                 )
             if wanted:
                 chosen[name] = wanted
-            elif not known.get(name) or not ports.is_free(known[name]):
+            elif not known.get(name) or not ports.is_free(known[name], host):
                 if known.get(name):
                     report(f"{self.name}: port {known[name]} is now taken by {ports.holder(known[name])}, moving")
                 # Distinct from those of the other parts, which may not listen yet.
-                chosen[name] = next(port for port in ports.free(len(chosen) + 1) if port not in chosen.values())
+                chosen[name] = next(port for port in ports.free(len(chosen) + 1, host) if port not in chosen.values())
         write_private(self.home / "ports.json", chosen)
+
+    def _host_of(self, name: str) -> str:
+        return ports.LOOPBACK if name in self.inner_ports else self.host
+
+    def _check_host(self) -> None:
+        """Nothing of the stack may be reached from other machines: its broker asks nobody who they are."""
+        host, subnet = self.settings.stack.listen_host, self.settings.cluster.subnet
+        try:
+            address = ipaddress.IPv4Address(host)
+            ours = address.is_loopback or address in ipaddress.IPv4Network(subnet)
+        except ValueError:
+            ours = False
+        if not ours:
+            raise StackError(
+                f"stack.listen_host: {host!r} is neither a loopback address nor one of the cluster on this machine ({subnet}); "
+                "the stack must not be reached from other machines"
+            )
+        try:
+            ports.free(1, host)
+        except OSError as error:
+            raise StackError(
+                f"stack.listen_host: {host} is no address of this machine now; start the cluster first: thaw cluster up"
+            ) from error
 
     def last_words(self, lines: int = 4) -> str:
         """Return the end of its newest log, for an error message; lines that tell of errors, and their next, win."""
@@ -153,6 +191,7 @@ class Broker(Part):
 
     name = "kafka"
     port_names = ("kafka", "controller")
+    inner_ports = ("controller",)
 
     @property
     def configured(self) -> str:
@@ -163,7 +202,7 @@ class Broker(Part):
     def address(self) -> str:
         """See :class:`Part`."""
         port = self.port("kafka")
-        return f"127.0.0.1:{port}" if port else ""
+        return f"{self.host}:{port}" if port else ""
 
     def install(self, report: Report) -> None:
         """See :class:`Part`."""
@@ -174,6 +213,7 @@ class Broker(Part):
         return broker.start(
             self.settings,
             data=self.data,
+            host=self.host,
             port=self.port("kafka"),
             controller_port=self.port("controller"),
             record=self.record,
@@ -211,7 +251,7 @@ class ObjectStore(Part):
     def address(self) -> str:
         """See :class:`Part`."""
         port = self.port("s3")
-        return f"http://127.0.0.1:{port}" if port else ""
+        return f"http://{self.host}:{port}" if port else ""
 
     def credentials(self) -> tuple[str, str]:
         """Return access key and secret key, made at the first start and kept for the life of the state folder."""
@@ -232,6 +272,7 @@ class ObjectStore(Part):
         return objectstore.start(
             self.settings,
             data=self.data,
+            host=self.host,
             port=self.port("s3"),
             access_key=access_key,
             secret_key=secret_key,

@@ -1,4 +1,4 @@
-"""Loopback ports: which are free, who holds one.
+"""Ports of this machine: which are free, who holds one.
 
 In: ports from settings or from an earlier run. Out: ports to use, and words for an error when one is taken.
 Next: :mod:`infra.local.parts` and :mod:`infra.doctor`.
@@ -10,28 +10,29 @@ import contextlib
 import socket
 from pathlib import Path
 
+LOOPBACK = "127.0.0.1"
 _LISTEN = "0A"
 
 
-def free(count: int) -> list[int]:
-    """Return loopback ports that nothing listens on, all different."""
+def free(count: int, host: str = LOOPBACK) -> list[int]:
+    """Return ports of an address that nothing listens on, all different."""
     sockets = [socket.socket() for _ in range(count)]
     try:
         for each in sockets:
-            each.bind(("127.0.0.1", 0))
+            each.bind((host, 0))
         return [each.getsockname()[1] for each in sockets]
     finally:
         for each in sockets:
             each.close()
 
 
-def is_free(port: int) -> bool:
-    """Tell whether a server could listen on this loopback port now."""
+def is_free(port: int, host: str = LOOPBACK) -> bool:
+    """Tell whether a server could listen on this port of an address now."""
     with socket.socket() as probe:
         # As servers do: connections of an earlier server in TIME_WAIT don't count.
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
-            probe.bind(("127.0.0.1", port))
+            probe.bind((host, port))
             probe.listen(1)
         except OSError:
             return False

@@ -10,6 +10,7 @@ working one, and :func:`down` turns any state into one without processes.
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -19,7 +20,7 @@ from pathlib import Path
 from typing import Literal
 
 from infra.errors import InfraError, StackError
-from infra.local import criu, install, ports, processes
+from infra.local import criu, install, processes
 from infra.local.install import Report
 from infra.local.parts import Part, parts, write_private
 from infra.settings import Settings, with_embedded_stack
@@ -64,6 +65,7 @@ def up(settings: Settings, report: Report) -> Settings:
     """
     criu.ensure(settings, report)
     with _locked(settings, report):
+        settings = _without_own(settings)
         started: list[Part] = []
         try:
             embedded = [part for part in parts(settings) if not _checked_external(part, report)]
@@ -141,6 +143,16 @@ def logs(settings: Settings, name: str | None = None, lines: int = 50) -> Iterat
                 yield path, path.read_text(errors="replace").splitlines()[-lines:]
 
 
+def _without_own(settings: Settings) -> Settings:
+    """Forget what stack.json said: ports and address may become others."""
+    external = {part.name for part in parts(settings) if part.external}
+    if "kafka" not in external:
+        settings = dataclasses.replace(settings, kafka=dataclasses.replace(settings.kafka, bootstrap_servers=""))
+    if "s3" not in external:
+        settings = dataclasses.replace(settings, s3=dataclasses.replace(settings.s3, endpoint_url=""))
+    return settings
+
+
 def _locked(settings: Settings, report: Report) -> AbstractContextManager[None]:
     return install.exclusive(settings.paths.state_dir / ".stack.lock", report, timeout_s=600)
 
@@ -157,6 +169,10 @@ def _already_healthy(part: Part, settings: Settings, report: Report) -> bool:
     """Adopt a part that runs; stop one that runs and does not work."""
     identity = part.identity
     if identity is None or not identity.alive():
+        return False
+    if part.host != settings.stack.listen_host:
+        report(f"{part.name}: moves from {part.host} to {settings.stack.listen_host}")
+        processes.stop(identity)
         return False
     # An interrupted `up` may have started it a moment ago: it gets the time of a start.
     failure = _wait_healthy(part, settings.stack.start_timeout_s)
@@ -182,7 +198,7 @@ def _start(part: Part, report: Report) -> None:
 def _await_start(part: Part, settings: Settings, report: Report) -> None:
     began = time.monotonic()
     failure = _wait_healthy(part, settings.stack.start_timeout_s)
-    if failure is not None and not part.alive and not all(ports.is_free(part.port(name)) for name in part.port_names):
+    if failure is not None and not part.alive and not all(part.port_free(name) for name in part.port_names):
         # Someone took the port between the choice and the start: once more with another one.
         _start(part, report)
         failure = _wait_healthy(part, settings.stack.start_timeout_s)

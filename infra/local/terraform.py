@@ -74,6 +74,18 @@ def ensure(settings: Settings, report: install.Report, *, force: bool = False) -
     return Terraform(program, _providers(settings, report, force), aws_mirror(settings))
 
 
+def available(settings: Settings, report: install.Report) -> Terraform | None:
+    """Return Terraform if the machine has this version or it was built before, with our providers; None if it would have to be built.
+
+    Raises:
+        InstallError: a provider could not be built.
+    """
+    program = _own()
+    if program is None and _folder(settings).is_dir():
+        program = _built(settings, report, force=False)
+    return None if program is None else Terraform(program, _providers(settings, report, force=False), aws_mirror(settings))
+
+
 def aws_mirror(settings: Settings) -> Path | None:
     """Return a folder laid out as a filesystem mirror that has hashicorp/aws: the setting's, else one in a usual place.
 
@@ -107,6 +119,10 @@ def _own() -> Path | None:
         return None
 
 
+def _folder(settings: Settings) -> Path:
+    return settings.paths.cache_dir / f"terraform-{VERSION}-{golang.recipe(_SOURCES / 'terraform')}"
+
+
 def _built(settings: Settings, report: install.Report, force: bool) -> Path:
     module = _SOURCES / "terraform"
     caches = settings.paths.cache_dir / "terraform-go"
@@ -119,8 +135,7 @@ def _built(settings: Settings, report: install.Report, force: bool) -> Path:
         install.discard(caches)
         return [output.name]
 
-    folder = settings.paths.cache_dir / f"terraform-{VERSION}-{golang.recipe(module)}"
-    home = install.install_folder(folder, build, report, title=f"Terraform {VERSION}", force=force)
+    home = install.install_folder(_folder(settings), build, report, title=f"Terraform {VERSION}", force=force)
     install.verify_receipt(home)
     return home / "terraform"
 

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from aiokafka.partitioner import murmur2
 
 from infra.kafka import Topic
-from scaler.demand import DEMAND_TOPIC, FUNCTIONS_TOPIC, REJECTED_TOPIC, RESTORES_TOPIC, STATE_TOPIC
+from scaler.demand import DEMAND_TOPIC, FORECASTS_TOPIC, FUNCTIONS_TOPIC, REJECTED_TOPIC, RESTORES_TOPIC, STATE_TOPIC
 
 #: Small tables: one partition, the newest record of a key stays.
 _TABLE = {"cleanup.policy": "compact", "min.cleanable.dirty.ratio": "0.2", "segment.ms": "600000"}
@@ -24,6 +24,8 @@ TOPICS = (
     Topic(RESTORES_TOPIC),
     Topic(FUNCTIONS_TOPIC, 1, _TABLE),
     Topic(STATE_TOPIC, 1, _TABLE),
+    # As many partitions as demand: who gains a shard reads one of them.
+    Topic(FORECASTS_TOPIC, None, _TABLE),
 )
 
 

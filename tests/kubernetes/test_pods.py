@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import signal
@@ -56,9 +57,29 @@ def namespace(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory, stack_
 @pytest.fixture
 async def node(cluster: Cluster, stack_settings: Settings, tmp_path: Path, namespace: str) -> AsyncIterator[AgentUnderTest]:
     """The agent of the first node, beside the cluster instead of in it: it sees the same processes and cgroups."""
-    settings = {"agent.node_name": NODE, "agent.sandboxes": "pods", "kubernetes.kubeconfig": cluster.status.kubeconfig}
+    settings = {
+        "agent.node_name": NODE,
+        "agent.sandboxes": "pods",
+        "kubernetes.kubeconfig": cluster.status.kubeconfig,
+        "paths.runtime_dir": str(tmp_path / "run"),
+    }
     async with running_agent(stack_settings, tmp_path / "agent", **settings) as running:
         yield running
+    await asyncio.to_thread(cluster.kubectl, "delete", "pods", "-A", "-l", "thaw.dev/placeholder=true", "--wait=false")
+    end_pager(tmp_path)
+
+
+def end_pager(folder: Path) -> None:
+    """It outlives its agent, for the next one, which does not come."""
+    for entry in Path("/proc").iterdir():
+        with contextlib.suppress(OSError, ValueError):
+            if b"agent.pager.process" in (entry / "cmdline").read_bytes() and folder in (entry / "fd" / "1").readlink().parents:
+                os.kill(int(entry.name), signal.SIGKILL)
+
+
+def pod_folders(node: AgentUnderTest) -> Path:
+    """Where the agent keeps what it knows of each pod."""
+    return Path(node.extra["paths.runtime_dir"]) / f"thaw-{NODE}" / "pods"
 
 
 async def checkpoint(node: AgentUnderTest, pods: Pods) -> CheckpointPublished:
@@ -150,6 +171,22 @@ async def test_a_standby_fits_a_small_pod_and_thaws(node: AgentUnderTest, cluste
     assert started.record.start_mode == "thaw"
     assert (await answer(started))["ok"]
     await gated(small, "standby-b", "True", "Answers")
+
+
+async def test_fifty_standbys_wait_on_one_node(node: AgentUnderTest, cluster: Cluster, namespace: str) -> None:
+    large = Pods(cluster, pod_world.function("fifty", namespace, pages=131072, memory="700Mi"))
+    await waiting(node, large, "fifty-donor")
+    await checkpoint(node, large)
+    await asyncio.to_thread(large.remove, "fifty-donor")
+    small = Pods(cluster, pod_world.function("fifty", namespace, pages=131072, memory="64Mi"))
+    names = [f"fifty-{number}" for number in range(50)]
+    await waiting(node, small, *names)
+    sizes = [(await node.call(Prepare, function=small.function)).standby.pss_bytes for _ in names]
+    assert max(sizes) < 16 << 20
+    assert (await node.call(Prepare, function=small.function)).refused
+    for _ in range(5):
+        report = await node.start_instance(small.function)
+        assert report.record.start_mode == "thaw" and (await answer(report))["ok"]
 
 
 async def test_files_that_an_instance_holds_are_those_of_its_pod(node: AgentUnderTest, cluster: Cluster, namespace: str) -> None:
@@ -256,23 +293,44 @@ async def test_a_start_needs_no_api_server(node: AgentUnderTest, cluster: Cluste
     assert (await asyncio.to_thread(pods.get, "alone-a"))["status"]["containerStatuses"][0]["restartCount"] == 0
 
 
+def worker_of(pods: Pods, name: str) -> int:
+    """Host pid of the CRIU worker that waits in a pod."""
+    init = init_of(pods.get(name)["status"]["containerStatuses"][0]["containerID"].rpartition("/")[2])
+    (worker,) = Path(f"/proc/{init}/task/{init}/children").read_text().split()
+    return int(worker)
+
+
 async def test_a_restore_that_fails_becomes_a_cold_start_in_the_same_pod(node: AgentUnderTest, cluster: Cluster, namespace: str) -> None:
     pods = Pods(cluster, pod_world.function("fallback", namespace))
     await waiting(node, pods, "fallback-a")
     await checkpoint(node, pods)
-    pod = await asyncio.to_thread(pods.get, "fallback-a")
-    init = init_of(pod["status"]["containerStatuses"][0]["containerID"].rpartition("/")[2])
-    (worker,) = Path(f"/proc/{init}/task/{init}/children").read_text().split()
-    os.kill(int(worker), signal.SIGKILL)
-    report = await node.start_instance(pods.function)
+    os.kill(await asyncio.to_thread(worker_of, pods, "fallback-a"), signal.SIGSTOP)
+    report = await node.start_instance(pods.function, timeout_s=10.0)
     assert report.record.start_mode == "cold" and report.record.fallback_reason.startswith("criu:"), report.record
     assert report.instance.instance == "fallback-a" and (await answer(report))["ok"]
+
+
+async def test_a_worker_that_ends_is_replaced(node: AgentUnderTest, cluster: Cluster, namespace: str) -> None:
+    pods = Pods(cluster, pod_world.function("worker", namespace))
+    await waiting(node, pods, "worker-a")
+    await checkpoint(node, pods)
+    first = await asyncio.to_thread(worker_of, pods, "worker-a")
+    os.kill(first, signal.SIGKILL)
+
+    def another() -> bool:
+        return worker_of(pods, "worker-a") != first
+
+    await asyncio.to_thread(eventually, lambda: node.log.count("has ended with status 9") == 1)
+    await asyncio.sleep(2)
+    assert await asyncio.to_thread(another)
+    report = await node.start_instance(pods.function)
+    assert report.record.start_mode == "restore" and not report.record.fallback_reason
 
 
 async def test_a_pod_deleted_while_it_is_filled_leaves_nothing(node: AgentUnderTest, cluster: Cluster, namespace: str) -> None:
     pods = Pods(cluster, pod_world.function("midway", namespace, pages=131072, memory="700Mi"))
     await waiting(node, pods, "midway-a")
-    folders = Path("/run") / f"thaw-{NODE}" / "pods"
+    folders = pod_folders(node)
     uid = (await asyncio.to_thread(pods.get, "midway-a"))["metadata"]["uid"]
     assert (folders / uid).exists()
     starting = asyncio.create_task(node.call(Start, function=pods.function))

@@ -192,7 +192,7 @@ def an_agent_keeps_to_its_node(cluster: Cluster, agents: list[dict[str, Any]]) -
 
 
 def restored(cluster: Cluster, token: str, pod: str) -> str:
-    """Set the readiness gate of a pod with somebody's token, as an agent would (kubectl reads the status first, which no agent may)."""
+    """Set the readiness gate of a pod with somebody's token, as an agent would (kubectl would read the status first, which none may)."""
     config = yaml.safe_load(Path(cluster.status.kubeconfig).read_text())
     [entry] = config["clusters"]
     authority = base64.b64decode(entry["cluster"]["certificate-authority-data"]).decode()

@@ -185,6 +185,8 @@ def kube_proxy_yaml(layout: Layout, node: Node) -> str:
         "healthzBindAddress": "127.0.0.1:10256",
         "metricsBindAddress": "127.0.0.1:10249",
         "mode": "iptables",
+        # Usually a second, for clusters with thousands of Services: here an instance that answers is to be routed to at once.
+        "iptables": {"minSyncPeriod": "10ms"},
         "clusterCIDR": str(layout.pods),
         # Limits of connection tracking are the machine's: they stay as they are.
         "conntrack": {"maxPerCore": 0, "min": 0, "tcpEstablishedTimeout": "0s", "tcpCloseWaitTimeout": "0s"},

@@ -19,12 +19,14 @@ from infra.errors import ClusterError
 from infra.kubernetes.cluster.layout import CGROUP, LINK, Layout, Node
 from infra.local.parts import read_json, write_private
 
-#: Where containerd has its socket, and the state of what it runs.
-RUN_FOLDER = "/run/containerd"
-#: Folders that containerd, the kubelet, CNI plugins and mount(8) always use: private to each node, only the mount points are the machine's.
+#: In memory: where containerd has its socket, and where an agent keeps records of what runs.
+RUN_FOLDERS = ("/run/containerd", "/run/thaw")
+#: Folders that containerd, the kubelet, CNI plugins, mount(8) and Thaw's agents always use: private to each node, only the mount points
+#: are the machine's.
 PRIVATE_FOLDERS = (
     "/run/mount",
-    RUN_FOLDER,
+    *RUN_FOLDERS,
+    "/var/lib/thaw",
     "/var/lib/containerd",
     "/var/lib/kubelet",
     "/var/lib/cni",
@@ -59,8 +61,7 @@ def ip(lines: Sequence[str], pid: int | None = None) -> None:
 
 def connect(layout: Layout, pid: int) -> None:
     """Make the link between this machine and the first node, whose namespace is that of ``pid``."""
-    with contextlib.suppress(ClusterError):
-        ip([f"link delete {LINK}"])
+    _disconnect()
     ip(
         [
             f"link add {LINK} type veth peer name machine netns {pid}",
@@ -70,6 +71,15 @@ def connect(layout: Layout, pid: int) -> None:
             f"route add {layout.services} via {layout.node(1).address}",
         ]
     )
+
+
+def _disconnect() -> None:
+    try:
+        ip([f"link delete {LINK}"])
+    except ClusterError:
+        # It also goes by itself, some time after the last process of the first node.
+        if owner() is not None:
+            raise
 
 
 def route(node: Node) -> None:
@@ -101,7 +111,7 @@ def take(layout: Layout) -> None:
 def give_back(layout: Layout) -> None:
     """Undo what :func:`take` and :func:`connect` did and what processes left, once they are gone."""
     if owner() == layout.home:
-        ip([f"link delete {LINK}"])
+        _disconnect()
     _remove_cgroups()
     found = read_json(layout.home / "machine.json")
     for name, value in found.get("sysctls", {}).items():

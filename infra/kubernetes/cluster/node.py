@@ -19,7 +19,7 @@ from infra.local import processes
 # Private while folders are bound, so that each mount gets a peer group of its own when all become shared, as the kubelet needs it.
 _HOLD = """set -e
 while [ $# -gt 0 ]; do mount --no-mtab --bind "$1" "$2"; shift 2; done
-mount -t tmpfs -o mode=0711 tmpfs "$RUN_FOLDER"
+for folder in $RUN_FOLDERS; do mount -t tmpfs -o mode=0711 tmpfs "$folder"; done
 mount --make-rshared /
 ip link set lo up
 echo 1 >/proc/sys/net/ipv4/ip_forward
@@ -51,7 +51,7 @@ def hold(layout: Layout, node: Node, cgroups: Sequence[Path]) -> int:
         record=layout.record(part(node)),
         output=output,
         cwd=layout.home,
-        environment={**configuration.ENVIRONMENT, "RUN_FOLDER": host.RUN_FOLDER},
+        environment={**configuration.ENVIRONMENT, "RUN_FOLDERS": " ".join(host.RUN_FOLDERS)},
     )
     deadline = time.monotonic() + 10
     while identity.alive() and time.monotonic() < deadline:

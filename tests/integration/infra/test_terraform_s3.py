@@ -192,7 +192,7 @@ def test_what_only_aws_has(terraform_tools: Terraform, tmp_path: Path, moto: Sto
     assert document == json.loads(made.outputs()["agent_policy"])
 
     key = "arn:aws:kms:us-east-1:123456789012:key/11111111-2222-3333-4444-555555555555"
-    made.variables(bucket="thaw-aws", policy_name="thaw-agent", kms_key_arn=key)
+    made.variables(bucket="thaw-aws", policy_name="thaw-agent", tags={"team": "functions"}, kms_key_arn=key)
     assert "0 to add, 2 to change, 0 to destroy" in made("apply", "-auto-approve")
     [rule] = client.get_bucket_encryption(Bucket="thaw-aws")["ServerSideEncryptionConfiguration"]["Rules"]
     assert rule["ApplyServerSideEncryptionByDefault"] == {"SSEAlgorithm": "aws:kms", "KMSMasterKeyID": key}

@@ -32,6 +32,7 @@ def load(agent_settings, tracer, producer):
                 tracer,
                 producer=producer,
                 out=options.pop("out", None),
+                services=options.pop("services", None),
                 options=dataclasses.replace(QUICK, **options),
             )
 
@@ -83,6 +84,23 @@ async def test_a_request_that_waited_for_a_start_is_counted_under_its_mode(load,
     assert {span.name for span in spans.get_finished_spans()} == {"request", "first_response", "http"}
     kind = "cold" if mode == "cold" else "restored"
     assert result.tokens["echo"][kind].instances == 1
+
+
+async def test_behind_a_service_what_is_refused_is_tried_again_and_any_instance_may_answer(load, make_instance, spans):
+    instance = await make_instance()
+    instance.script = ["cut", "error"]
+    arrivals = [Arrival(0.0, "echo", 1), Arrival(0.3, "echo", 2), Arrival(0.6, "echo", 3)]
+    running = asyncio.create_task(load(arrivals, services={"echo": instance.address}))
+    await asyncio.sleep(0.5)
+    instance.token = "ffeeddccbbaa9988"  # another process answers from now on
+    result = await running
+    records = sorted(result.records, key=lambda record: record.number)
+    assert [(record.mode, record.outcome, record.retries) for record in records] == [
+        (driver.SERVICE, "ok", 2),
+        ("warm", "ok", 0),
+        ("warm", "ok", 0),
+    ]
+    assert {record.token for record in records} == {"00112233445566aa", "ffeeddccbbaa9988"}
 
 
 async def test_load_is_open_loop(load, agent, make_instance):

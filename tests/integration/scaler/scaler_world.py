@@ -90,6 +90,11 @@ class World:
         found = await kafka.read_table(self.settings.kafka, [topic], "test")
         return [msgpack.unpackb(record.value) for record in found[topic] if record.key == name.encode() and record.value]
 
+    async def table(self, topic: str, name: str) -> list[bytes]:
+        """Values of one function in a topic."""
+        found = await kafka.read_table(self.settings.kafka, [topic], "test")
+        return [record.value for record in found[topic] if record.key == name.encode() and record.value]
+
     async def start_records(self, name: str, count: int) -> list[dict]:
         """At least ``count`` start records of a function."""
         return await self.eventually(lambda: self.records(RESTORES_TOPIC, name), lambda found: len(found) >= count)

@@ -14,6 +14,7 @@ from scripted_agent import ScriptedAgent
 
 from agent.api.messages import Evict, Fetch, MakeCheckpoint, Prepare, Release, Start
 from infra.telemetry import trace_id
+from scaler.demand import FORECASTS_TOPIC
 from thaw import explain
 from thaw.functions import get_functions, write_functions
 
@@ -339,3 +340,23 @@ async def test_a_function_without_idle_seconds_is_held_as_its_forecast_says_and_
     assert "NEXT" in table.output and (" in " in table.output or "any moment" in table.output)
     missing = await asyncio.to_thread(CliRunner().invoke, explain.command, ["nobody"], obj=world.settings)
     assert missing.exit_code == 1 and "there is no function nobody" in missing.output
+
+
+async def test_what_was_learned_outlives_the_scaler(world, producer):
+    name = await world.apply(idle_s=None)
+    first = await world.scaler()
+    for _ in range(3):
+        await world.send(producer, name, 1)
+        await world.agent.until(lambda: world.agent.running(name) >= 1)
+        await world.send(producer, name, 0)
+    await world.state(name, lambda state: state.explanation is not None and state.explanation.slots and not state.level)
+    first.send_signal(signal.SIGTERM)
+    assert await first.wait() == 0
+    assert len(await world.table(FORECASTS_TOPIC, name)) >= 1
+    await world.scaler()
+
+    async def said() -> str:
+        return world.log()
+
+    await world.eventually(said, lambda log: "forecasts read: " in log and "forecasts read: 0" not in log)
+    await world.state(name, lambda state: state.explanation is not None and state.explanation.slots)

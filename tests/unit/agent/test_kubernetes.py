@@ -64,3 +64,18 @@ def test_others_do_not_live(pod: dict[str, Any]) -> None:
 @pytest.mark.parametrize("pod", [gated("Ended"), gated("Standby"), gated("Answers", "True")])
 def test_a_pod_in_use_lives_but_is_not_free(pod: dict[str, Any]) -> None:
     assert living(pod) is not None and not is_free(pod)
+
+
+def test_volumes_of_several_containers_are_not_the_instances_alone() -> None:
+    def mounts(**paths: str) -> dict[str, Any]:
+        return {"volumeMounts": [{"name": name, "mountPath": path} for name, path in paths.items()]}
+
+    spec = {
+        "initContainers": [{"name": "first", **mounts(models="/m")}, {"name": "proxy", "restartPolicy": "Always", **mounts(certs="/c")}],
+        "containers": [
+            {"name": "logs", **mounts(logs="/in")},
+            {"name": "function", **mounts(logs="/out/", models="/models", certs="/certs")},
+        ],
+    }
+    pod = living({**POD, "spec": spec})
+    assert pod is not None and pod.shared == ("/out", "/certs")

@@ -40,8 +40,8 @@ def test_ports_are_chosen_once_and_differ(tmp_path: Path) -> None:
     for part in parts.parts(settings_in(tmp_path)):
         part.choose_ports(ignore)
     known = parts.read_json(tmp_path / "stack" / "ports.json")
-    assert sorted(known) == ["controller", "kafka", "s3"]
-    assert len(set(known.values())) == 3
+    assert sorted(known) == ["controller", "kafka", "kafka_host", "s3", "s3_host"]
+    assert len({value for value in known.values() if isinstance(value, int)}) == 3
     for part in parts.parts(settings_in(tmp_path)):
         part.choose_ports(ignore)
     assert parts.read_json(tmp_path / "stack" / "ports.json") == known
@@ -66,6 +66,21 @@ def test_a_port_of_the_settings_that_is_taken_is_an_error(tmp_path: Path) -> Non
             store.choose_ports(ignore)
     store.choose_ports(ignore)
     assert store.address == f"http://127.0.0.1:{port}"
+
+
+def test_the_address_to_listen_on_is_kept_and_never_one_of_other_machines(tmp_path: Path) -> None:
+    for host in ("0.0.0.0", "192.0.2.1", "localhost", ""):
+        with pytest.raises(StackError, match=r"stack\.listen_host: .* must not be reached from other machines"):
+            parts.ObjectStore(settings_in(tmp_path, stack__listen_host=host)).choose_ports(ignore)
+    with pytest.raises(StackError, match=r"198\.19\.255\.77 is no address of this machine now; start the cluster first"):
+        parts.ObjectStore(settings_in(tmp_path, stack__listen_host="198.19.255.77")).choose_ports(ignore)
+    for part in (parts.ObjectStore, parts.Broker):
+        part(settings_in(tmp_path, stack__listen_host="127.0.0.9")).choose_ports(ignore)
+        # Who asks how the stack is need not know the setting.
+        assert "127.0.0.9:" in part(settings_in(tmp_path)).address
+    with socket.create_server(("127.0.0.9", parts.Broker(settings_in(tmp_path)).port("kafka"))):
+        assert not parts.Broker(settings_in(tmp_path)).port_free("kafka")
+        assert parts.Broker(settings_in(tmp_path)).port_free("controller")
 
 
 def test_credentials_are_random_and_kept(tmp_path: Path) -> None:

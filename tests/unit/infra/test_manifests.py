@@ -309,6 +309,7 @@ def test_pods_read_settings_that_thaw_knows(tmp_path: Path) -> None:
     assert {str(loaded.paths.state_dir), str(loaded.paths.runtime_dir), "/etc/thaw"} <= mounts
     assert agent["ports"][0]["containerPort"] == loaded.agent.listen_port
     assert loaded.scaler.agents == loaded.scaler.functions == "kubernetes"
+    assert loaded.agent.sandboxes == "pods"
     assert loaded.kubernetes.agents_namespace == named("DaemonSet", "thaw-agent")["metadata"]["namespace"]
     assert loaded.kubernetes.agent_image == agent["image"]
     labels = named("DaemonSet", "thaw-agent")["spec"]["template"]["metadata"]["labels"]

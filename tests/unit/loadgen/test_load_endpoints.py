@@ -107,6 +107,53 @@ async def test_an_instance_that_is_down_gets_nothing_and_its_requests_are_cut_sh
     assert pool.instances("f") == 0
 
 
+async def cut_after(instance, do):
+    """Seconds after which a request on an instance is given up, by what ``do`` does to it."""
+    loop = asyncio.get_running_loop()
+    with pytest.raises(TimeoutError):
+        async with asyncio.timeout(5) as limit:
+            instance.attempts.add(limit)
+            began = loop.time()
+            await do()
+            await asyncio.sleep(60)
+    instance.attempts.clear()
+    return loop.time() - began
+
+
+async def test_requests_on_an_instance_that_drains_are_waited_for_until_it_is_gone(pool, monkeypatch):
+    monkeypatch.setattr(module, "DOWN_GRACE_S", 0.05)
+
+    async def drain():
+        pool.down("agent", "f", "i1", 0.2)
+
+    async def drain_and_end():
+        pool.down("agent", "f", "i1", 3)
+        await asyncio.sleep(0.1)
+        pool.down("agent", "f", "i1")
+
+    async def drain_and_lose_the_agent():
+        pool.down("agent", "f", "i1", 3)
+        await asyncio.sleep(0.1)
+        pool.lost("agent")
+
+    for do, least_s in ((drain, 0.25), (drain_and_end, 0.15), (drain_and_lose_the_agent, 0.15)):
+        pool.up("agent", endpoint("i1"))
+        instance = await pool.acquire("f")
+        assert least_s - 0.01 <= await cut_after(instance, do) < least_s + 0.5
+        assert pool.instances("f") == 0
+
+
+async def test_an_agent_that_is_lost_takes_nothing_along_that_it_has_not_taken_down(pool, monkeypatch):
+    monkeypatch.setattr(module, "DOWN_GRACE_S", 0.05)
+    pool.up("agent", endpoint("i1"))
+    instance = await pool.acquire("f")
+    async with asyncio.timeout(60) as limit:
+        instance.attempts.add(limit)
+        pool.lost("agent")
+        await asyncio.sleep(0.2)
+    assert pool.instances("f") == 1
+
+
 async def test_a_new_list_of_an_agent_replaces_only_what_that_agent_named(pool):
     pool.up("one", endpoint("i1"))
     pool.up("two", endpoint("i2"))

@@ -6,7 +6,7 @@ import pytest
 from scaler_harness import NS, T0, Harness, function, only, prepares, releases, starts
 
 from agent.api.messages import Fetch
-from scaler.events import DemandSeen, NodeReport, ShardGained, ShardReady, Tick
+from scaler.events import DemandSeen, ForecastLoaded, NodeReport, ShardGained, ShardReady, Tick
 
 
 def applied(harness: Harness, **options) -> None:
@@ -196,3 +196,75 @@ def test_the_same_events_give_the_same_commands(harness):
     again = [command for event, now in harness.log for command in twin.planner.handle(event, now)]
     assert again == harness.commands
     assert any(isinstance(event, DemandSeen | NodeReport) for event, _ in harness.log)
+
+
+def timer_of(harness: Harness, firings: int = 20) -> tuple[Agent, bytes]:
+    """A function that a timer asks every five minutes; and what is learned of it, some minutes before the next time."""
+    applied(harness)
+    agent = Agent(harness)
+    for _ in range(firings):
+        agent.fire()
+        agent.wait(299.5)
+    agent.fire()
+    agent.wait(100)
+    learned = harness.planner.learned("f")
+    assert learned is not None
+    return agent, learned
+
+
+@pytest.mark.parametrize("loaded", [True, False])
+def test_who_takes_over_goes_on_with_what_was_learned(harness, loaded):
+    _, learned = timer_of(harness)
+    other = Harness()
+    other.now = harness.now
+    applied(other)
+    successor = Agent(other)
+    if loaded:
+        assert other.do(ForecastLoaded(function="f", packed=learned)) == []
+    commands = successor.wait(200)
+    # Before the timer, and without having been asked once.
+    assert bool(starts(commands) or prepares(commands)) is loaded
+
+
+def test_what_is_loaded_of_a_busy_function_takes_its_level_along(harness):
+    _, learned = timer_of(harness)
+    other = Harness()
+    other.now = harness.now
+    applied(other)
+    successor = Agent(other)
+    successor.answer(other.demand(2))
+    successor.answer(other.do(ForecastLoaded(function="f", packed=learned)))
+    assert state_of(other).demanded == 2 and len(state_of(other).instances) >= 2
+    successor.answer(other.demand(0))
+    successor.wait(400)
+    assert state_of(other).wanted == 0
+
+
+@pytest.mark.parametrize(
+    "packed",
+    [
+        b"",
+        b"\x93\x02\x90\x90",
+        b"\x93\x01\x90\x90",
+        b"\x93\x01\xc0\xc0",
+        b"\xff",
+        b"\x93\x01\x94\x01\x02\x03\x04\x92\x93\x01\xc4\x02ab\xc4\x01a\x90",
+    ],
+)
+def test_what_is_no_forecast_changes_nothing(harness, packed):
+    applied(harness)
+    before = state_of(harness)
+    assert harness.do(ForecastLoaded(function="f", packed=packed)) == []
+    assert state_of(harness) == before
+    assert harness.planner.counters["forecasts_invalid"] == 1
+
+
+def test_a_forecast_is_not_loaded_where_it_is_not_wanted(harness):
+    _, learned = timer_of(harness)
+    other = Harness()
+    other.do(ForecastLoaded(function="unknown", packed=learned))
+    assert other.planner.explain("unknown") is None
+    other.node()
+    other.apply(function())  # with idleSeconds
+    other.do(ForecastLoaded(function="f", packed=learned))
+    assert state_of(other).explanation is None or not state_of(other).explanation.slots

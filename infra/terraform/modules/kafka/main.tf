@@ -24,6 +24,7 @@ locals {
     "thaw.restores"        = { partitions = var.partitions, config = lookup(local.retention, "restores", {}) }
     "thaw.functions"       = { partitions = 1, config = local.table }
     "thaw.state"           = { partitions = 1, config = local.table }
+    "thaw.forecasts"       = { partitions = var.partitions, config = local.table }
   }
 
   # What each role does to which topic, and to the group. Read and Write imply Describe.
@@ -34,6 +35,7 @@ locals {
       "thaw.demand.rejected" = "Write"
       "thaw.restores"        = "Write"
       "thaw.state"           = "Write"
+      "thaw.forecasts"       = "Read Write"
     }
     producers = {
       "thaw.demand" = "Write"

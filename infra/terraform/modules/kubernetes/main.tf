@@ -25,7 +25,7 @@ locals {
   # Where the pods of the manifests have their volumes and ports.
   settings_needed = {
     paths  = { cache_dir = "/opt/thaw", runtime_dir = "/run/thaw", state_dir = "/var/lib/thaw" }
-    agent  = { listen_port = "7070" }
+    agent  = { listen_port = "7070", sandboxes = "pods" }
     scaler = { agents = "kubernetes", functions = "kubernetes" }
     kubernetes = {
       agents_namespace = var.namespace

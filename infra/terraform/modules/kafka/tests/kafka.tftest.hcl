@@ -6,11 +6,11 @@ run "defaults" {
   command = plan
 
   assert {
-    condition     = keys(kafka_topic.this) == ["thaw.demand", "thaw.demand.rejected", "thaw.functions", "thaw.restores", "thaw.state"]
-    error_message = "five topics"
+    condition     = keys(kafka_topic.this) == ["thaw.demand", "thaw.demand.rejected", "thaw.forecasts", "thaw.functions", "thaw.restores", "thaw.state"]
+    error_message = "six topics"
   }
   assert {
-    condition     = { for name, topic in kafka_topic.this : name => topic.partitions } == { "thaw.demand" = 4, "thaw.demand.rejected" = 1, "thaw.functions" = 1, "thaw.restores" = 4, "thaw.state" = 1 }
+    condition     = { for name, topic in kafka_topic.this : name => topic.partitions } == { "thaw.demand" = 4, "thaw.demand.rejected" = 1, "thaw.forecasts" = 4, "thaw.functions" = 1, "thaw.restores" = 4, "thaw.state" = 1 }
     error_message = "only what is per shard or per start has several partitions"
   }
   assert {
@@ -22,7 +22,7 @@ run "defaults" {
     error_message = "demand is stamped by the broker and kept for a day"
   }
   assert {
-    condition     = alltrue([for name in ["thaw.functions", "thaw.state"] : kafka_topic.this[name].config["cleanup.policy"] == "compact"])
+    condition     = alltrue([for name in ["thaw.forecasts", "thaw.functions", "thaw.state"] : kafka_topic.this[name].config["cleanup.policy"] == "compact"])
     error_message = "tables are compacted"
   }
   assert {
@@ -65,8 +65,10 @@ run "least_privilege" {
     condition = [for name in keys(kafka_acl.this) : name if startswith(name, "User:s ")] == [
       "User:s Read Group thaw-scaler",
       "User:s Read Topic thaw.demand",
+      "User:s Read Topic thaw.forecasts",
       "User:s Read Topic thaw.functions",
       "User:s Write Topic thaw.demand.rejected",
+      "User:s Write Topic thaw.forecasts",
       "User:s Write Topic thaw.restores",
       "User:s Write Topic thaw.state",
     ]
