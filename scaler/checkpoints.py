@@ -29,7 +29,9 @@ def settle(world: World, state: FunctionState, now_ns: int) -> None:
         return
     if (checkpoint.id or not checkpoint.checked) and now_ns >= checkpoint.fetch_retry_ns:
         for node in world.nodes.values():
-            if node.up and node.name not in checkpoint.cached and node.name not in checkpoint.asked:
+            # What a checkpoint must fit is the image of a node's pods: one without any can't look for it.
+            without = state.placeholders is not None and not state.placeholders.get(node.name)
+            if node.up and not without and node.name not in checkpoint.cached and node.name not in checkpoint.asked:
                 header = world.header(state, now_ns, world.config.command_deadline_ns)
                 checkpoint.asked[node.name] = None
                 checkpoint.fetching[header["id"]] = node.name

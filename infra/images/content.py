@@ -44,6 +44,8 @@ _LEFT_OUT = {
 #: Of packages: scripts, which lie outside; tests; what names paths of this machine.
 _UNWANTED = {"..", "__pycache__", "test", "tests"}
 _RECORDS = ("INSTALLER", "RECORD", "REQUESTED", "direct_url.json")
+#: Descriptions of AWS' services, hundreds: only the store's, and those that credentials come from.
+_BOTOCORE_DATA, _AWS_SERVICES = ("botocore", "data"), ("s3", "signin", "sso", "sso-oidc", "sts")
 _LOCKED = re.compile(r"^([a-z0-9._-]+)==([^\s;]+)", re.MULTILINE)
 _COMMAND = "#!/usr/local/bin/python3\nfrom thaw.cli import main\n\nmain()\n"
 #: The agent's C programs: PID 1 of its sandboxes, what enters those of Kubernetes, and PID 1 of placeholder pods.
@@ -80,13 +82,13 @@ def _packages(settings: Settings, report: install.Report) -> Path:
         target = root / _PYTHON
         for item in chosen:
             for file in item.files or []:
-                if not _UNWANTED & set(file.parts) and file.name not in _RECORDS:
+                if _is_wanted(file.parts):
                     _copy(Path(str(file.locate())), target / Path(*file.parts))
         runtime.compile_modules(target, root, root / "build.log")
         runtime.add_libraries(root, [runtime.python(settings, report)])
         return []
 
-    key = hashlib.sha256(f"1 {sys.version} {versions}".encode()).hexdigest()[:12]
+    key = hashlib.sha256(f"2 {sys.version} {versions}".encode()).hexdigest()[:12]
     return install.install_folder(settings.paths.cache_dir / f"image-packages-{key}", build, report, title="packages for images")
 
 
@@ -149,6 +151,11 @@ def _once(
         digest.update(f"{path.relative_to(path.parents[1])} {install.digest(path)}\n".encode())
     final = settings.paths.cache_dir / f"{name}-{digest.hexdigest()[:12]}"
     return install.install_folder(final, build, report, title=title)
+
+
+def _is_wanted(parts: Sequence[str]) -> bool:
+    service = parts[:2] == _BOTOCORE_DATA and len(parts) > 3
+    return not _UNWANTED & set(parts) and parts[-1] not in _RECORDS and (not service or parts[2] in _AWS_SERVICES)
 
 
 def _sources(package: Path) -> Iterator[Path]:

@@ -84,14 +84,22 @@ class ClusterDemo:
         Raises:
             LoadImpossible: a step failed; the message names its log.
         """
-        if any((self._installation.state / name).exists() for name in ("cluster", "stack")):
-            self._say("removing what an interrupted run has left")
-            self._installation.command("stack", "down", "--purge")
-            self._installation.command("cluster", "down")
+        self._clear()
         try:
             return self._run_all()
         finally:
             self._installation.remove()
+
+    def _clear(self) -> None:
+        """Remove what a run that was killed has left."""
+        left = [path for path in self._installation.state.iterdir() if path.name != "logs" and path.is_dir()]
+        if not left:
+            return
+        self._say("removing what an interrupted run has left")
+        self._installation.command("stack", "down", "--purge")
+        self._installation.command("cluster", "down")
+        for path in left:
+            shutil.rmtree(path, ignore_errors=True)
 
     def _run_all(self) -> tuple[dict[str, Any], list[Row]]:
         before = leaks.census(marks=self._marks)

@@ -30,10 +30,13 @@ def no_other_cluster(cluster_settings: Settings) -> None:
     life.down(cluster_settings, print)
 
 
-def run_demo(folder: Path, *options: str, during: Callable[[str, subprocess.Popen[str]], None]) -> tuple[str, str, int]:
+def run_demo(folder: Path, *options: str, during: Callable[[str, subprocess.Popen[str]], None], path: str = "") -> tuple[str, str, int]:
     """Run it; what it printed, what it said meanwhile, and its exit code."""
     words = [sys.executable, "-m", "thaw", "--state-dir", str(folder / "state"), "demo-kubernetes", "--out", str(folder / "out"), *options]
-    with subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    environment = {**os.environ, "PATH": f"{path}:{os.environ['PATH']}" if path else os.environ["PATH"]}
+    with subprocess.Popen(
+        words, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+    ) as process:
         said: list[str] = []
 
         def follow() -> None:
@@ -91,9 +94,14 @@ def test_an_interrupted_demo_leaves_nothing_and_one_that_was_killed_is_cleared_b
         if "one cold start" in line:
             process.send_signal(signal.SIGINT)
 
-    _, said, code = run_demo(tmp_path, "--sample", "echo", during=kill)
+    # A Terraform of another version, so that kubectl deploys, unless the right one was built here before.
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "terraform").write_text('#!/bin/sh\necho \'{"terraform_version": "0.1.0"}\'\n')
+    (tmp_path / "bin" / "terraform").chmod(0o755)
+    _, said, code = run_demo(tmp_path, "--sample", "echo", during=kill, path=str(tmp_path / "bin"))
     assert code == -signal.SIGKILL, said
-    _, said, code = run_demo(tmp_path, "--sample", "echo", during=interrupt)
+    assert "$ kubectl apply -f " in said
+    _, said, code = run_demo(tmp_path, "--sample", "echo", during=interrupt, path=str(tmp_path / "bin"))
     assert "removing what an interrupted run has left" in said
     assert code != 0
     assert not (tmp_path / "state" / "demo-kubernetes" / "cluster").exists()

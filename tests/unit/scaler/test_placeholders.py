@@ -120,11 +120,11 @@ class TestStarts:
 class TestStandbysAndCheckpoints:
     def test_standbys_go_to_free_placeholders_and_their_starts_need_no_other(self, harness):
         document = podded(standby=2)
-        for fetch in only(Fetch, harness.apply(document)):
-            if fetch.node == "n1":
-                harness.fetched(fetch, checkpoint="cp")
-        assert sent(harness.commands, Prepare) == []
-        commands = see(harness, {"n1": 2}, document)
+        # A node without one is not even asked for a checkpoint.
+        assert sent(harness.apply(document), Fetch) == []
+        [fetch] = only(Fetch, see(harness, {"n1": 2}, document))
+        assert fetch.node == "n1"
+        commands = harness.fetched(fetch, checkpoint="cp")
         assert sent(commands, Prepare) == ["n1", "n1"]
         for command in prepares(commands):
             harness.prepared(command)
@@ -134,9 +134,9 @@ class TestStandbysAndCheckpoints:
 
     def test_a_checkpoint_is_made_when_there_is_a_placeholder_for_it(self, harness):
         document = podded(maximum=1)
-        for fetch in only(Fetch, harness.apply(document)):
+        harness.apply(document)
+        for fetch in only(Fetch, see(harness, {"n1": 1}, document)):
             harness.fetched(fetch)
-        see(harness, {"n1": 1}, document)
         harness.done(starts(harness.demand(1))[0], mode="cold")
         assert sent(harness.commands, MakeCheckpoint) == []
         assert harness.planner.placeholders_wanted("f", 1) == 2
