@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import json
 import shutil
@@ -14,6 +15,7 @@ from typing import Any
 
 import pytest
 import yaml
+from aiokafka.admin import AIOKafkaAdminClient
 
 import infra
 from agent.api.function import from_builtins
@@ -72,6 +74,32 @@ def everything(cluster: Cluster) -> set[str]:
     """Every object of Thaw outside of namespaces, and the namespaces."""
     found = cluster.kubectl("get", ",".join(KINDS), "-o", "name").splitlines()
     return {name for name in found if "thaw" in name}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def nothing_before(cluster: Cluster) -> None:
+    """Other modules leave the resource and their namespaces on the session's cluster; here everything is made."""
+    for name in everything(cluster):
+        cluster.kubectl("delete", name, "--ignore-not-found", "--timeout=120s")
+
+
+@pytest.fixture
+def broker(stack_settings: Settings) -> Settings:
+    """The session's stack, whose topics other tests have made, without them."""
+
+    async def remove() -> None:
+        admin = AIOKafkaAdminClient(bootstrap_servers=stack_settings.kafka.bootstrap_servers)
+        await admin.start()
+        try:
+            await admin.delete_topics([name for name in await admin.list_topics() if name.startswith("thaw.")])
+            async with asyncio.timeout(30):  # brokers hear a moment later of what the controller has deleted
+                while any(name.startswith("thaw.") for name in await admin.list_topics()):
+                    await asyncio.sleep(0.1)
+        finally:
+            await admin.close()
+
+    asyncio.run(remove())
+    return stack_settings
 
 
 @pytest.fixture
@@ -222,15 +250,15 @@ def test_kubectl_applies_the_same_files(cluster: Cluster) -> None:
 
 
 def test_the_example_makes_an_installation_that_thaw_uses(
-    terraform_tools: Terraform, tmp_path: Path, cluster: Cluster, image: oci.Image, stack_settings: Settings
+    terraform_tools: Terraform, tmp_path: Path, cluster: Cluster, image: oci.Image, broker: Settings
 ) -> None:
     if terraform_tools.aws is None:
         pytest.skip(NO_AWS)
     made = Workspace(terraform_tools, tmp_path / "terraform", "example")
-    s3 = stack_settings.s3
+    s3 = broker.s3
     made.variables(
         kubeconfig=cluster.status.kubeconfig,
-        kafka={"bootstrap_servers": [stack_settings.kafka.bootstrap_servers], "tls": False},
+        kafka={"bootstrap_servers": [broker.kafka.bootstrap_servers], "tls": False},
         replication_factor=1,
         bucket="thaw-example",
         s3_endpoint=s3.endpoint_url,
