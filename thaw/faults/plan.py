@@ -1,0 +1,154 @@
+"""What happens in one simulation: demand and faults, made of a seed.
+
+In: a seed. Out: :class:`Plan`, a list of independent steps. Each fault undoes itself after its duration, so any of them can be left out
+(:mod:`thaw.faults.shrink`) and the rest means the same. Carried out by :mod:`thaw.faults.world`.
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+
+from agent.api.function import Function, FunctionSpec, Instances, Limits, Metadata, Policy, Readiness
+
+#: Demand and faults begin before this, s.
+BUSY_S = 30.0
+_NAMES = ("alpha", "beta", "gamma", "delta")
+#: Chance of each kind of fault, how long it lasts at least and at most (s), and what it is done to.
+_FAULTS: dict[str, tuple[float, float, float, str]] = {
+    "kill scaler": (3.0, 0.2, 8.0, "scaler"),
+    "end scaler": (1.5, 0.2, 8.0, "scaler"),
+    "stop scaler": (3.0, 0.5, 14.0, "scaler"),
+    "kill agent": (3.0, 0.2, 5.0, "node"),
+    "stop agent": (1.5, 0.5, 8.0, "node"),
+    "power off": (1.5, 1.0, 15.0, "node"),
+    "kill pager": (1.0, 0.0, 0.0, "node"),
+    "kill instance": (1.5, 0.0, 0.0, "node"),
+    "cut link": (2.0, 0.1, 15.0, "link"),
+    "cut off node": (1.5, 0.1, 12.0, "node"),
+    "reset link": (2.5, 0.0, 0.0, "link"),
+    "stop broker": (1.5, 0.2, 10.0, ""),
+    "stop store": (1.0, 0.5, 10.0, ""),
+    "bad images": (0.7, 1.0, 15.0, ""),
+    "restores fail": (1.0, 0.5, 10.0, "node"),
+    "cold starts fail": (1.0, 0.5, 10.0, "node"),
+    "starts hang": (1.0, 0.5, 8.0, "node"),
+    "slow node": (1.5, 1.0, 10.0, "node"),
+    "full node": (1.0, 0.5, 10.0, "node"),
+    "clock jump of node": (1.0, 0.5, 10.0, "node"),
+    "clock jump of scaler": (1.0, 0.5, 10.0, "scaler"),
+    "bad record": (0.5, 0.0, 0.0, ""),
+}
+
+
+@dataclass(frozen=True)
+class Step:
+    """One thing that happens.
+
+    Attributes:
+        at_s: when.
+        kind: ``demand``, ``silence``, ``apply``, ``delete`` or a fault.
+        target: names of what it is done to.
+        lasts_s: of a fault that is undone.
+        amount: a level, or seconds of a clock jump.
+        document: of ``apply``.
+    """
+
+    at_s: float
+    kind: str
+    target: tuple[str, ...] = ()
+    lasts_s: float = 0.0
+    amount: float = 0.0
+    document: Function | None = None
+
+    def __str__(self) -> str:
+        text = f"{self.at_s:7.2f} s  {self.kind} {' '.join(self.target)}".rstrip()
+        if self.kind == "demand":
+            return f"{text}: level {self.amount:.0f}"
+        if self.kind.startswith("clock"):
+            text += f" by {self.amount:+.1f} s"
+        if self.document is not None:
+            spec = self.document.spec
+            text += (
+                f": {' '.join(spec.command)}, {spec.instances.min} to {spec.instances.max} of {spec.limits.concurrency} requests, "
+                f"idle {spec.policy.idle_seconds} s, standby {spec.policy.standby}, checkpoint {spec.policy.checkpoint}"
+            )
+        return f"{text} for {self.lasts_s:.1f} s" if self.lasts_s else text
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One simulation."""
+
+    seed: int
+    scalers: tuple[str, ...]
+    nodes: tuple[str, ...]
+    partitions: int
+    steps: tuple[Step, ...]
+
+    @property
+    def ends_s(self) -> float:
+        """When everything is undone."""
+        return max([BUSY_S / 2, *(step.at_s + step.lasts_s for step in self.steps)])
+
+
+def make(seed: int) -> Plan:
+    """The plan of a seed."""
+    draw = random.Random(f"{seed}/plan")
+    scalers = tuple(f"s{number}" for number in range(draw.choice([1, 2, 2, 3])))
+    nodes = tuple(f"n{number}" for number in range(draw.choice([1, 2, 2, 3])))
+    names = _NAMES[: draw.choice([1, 2, 3, 4])]
+    steps = [Step(0.05, "apply", (name,), document=_document(draw, name)) for name in names]
+    for _ in range(draw.randint(0, 2)):
+        name = draw.choice(names)
+        at_s = draw.uniform(3.0, BUSY_S)
+        if draw.random() < 0.4:
+            steps.append(Step(at_s, "delete", (name,)))
+            if draw.random() < 0.6:
+                steps.append(Step(at_s + draw.uniform(0.5, 10.0), "apply", (name,), document=_document(draw, name)))
+        else:
+            steps.append(Step(at_s, "apply", (name,), document=_document(draw, name)))
+    for name in names:
+        steps += _demand(draw, name)
+    for _ in range(draw.choice([1, 1, 2, 2, 3, 4, 6, 8])):
+        steps.append(_fault(draw, scalers, nodes))
+    return Plan(seed, scalers, nodes, draw.choice([1, 2, 3]), tuple(sorted(steps, key=lambda step: step.at_s)))
+
+
+def _document(draw: random.Random, name: str) -> Function:
+    least = draw.choice([0, 0, 0, 1])
+    return Function(
+        metadata=Metadata(name=name),
+        spec=FunctionSpec(
+            command=[draw.choice(["serve", "serve", "serve-2"])],
+            port=8080,
+            readiness=Readiness(timeout_seconds=4.0),
+            limits=Limits(memory_mb=draw.choice([100, 300]), concurrency=draw.choice([1, 1, 2])),
+            instances=Instances(min=least, max=draw.randint(max(1, least), 5)),
+            policy=Policy(
+                idle_seconds=draw.choice([0.0, 1.0, 3.0, None]),
+                checkpoint=draw.choice(["auto", "auto", "auto", "off"]),
+                standby=draw.choice([0, 0, 1, 2]),
+            ),
+        ),
+    )
+
+
+def _demand(draw: random.Random, name: str) -> list[Step]:
+    """Two kinds of sources: a gateway that repeats its level and is forgotten when it is silent, and one that speaks once and counts for long."""
+    steps = []
+    for source in ("gateway", "gateway-2", "batch")[: draw.randint(1, 3)]:
+        for _ in range(draw.randint(1, 4)):
+            steps.append(Step(draw.uniform(0.5, BUSY_S), "demand", (name, source), amount=draw.choice([0, 1, 1, 2, 3, 6])))
+        if draw.random() < 0.2:
+            steps.append(Step(draw.uniform(5.0, BUSY_S), "silence", (name, source)))
+    return steps
+
+
+def _fault(draw: random.Random, scalers: tuple[str, ...], nodes: tuple[str, ...]) -> Step:
+    kind = draw.choices(list(_FAULTS), [weight for weight, *_ in _FAULTS.values()])[0]
+    _, least_s, most_s, where = _FAULTS[kind]
+    lasts_s = 0.0 if not most_s else least_s + (most_s - least_s) * draw.random() ** 2
+    target = {"": (), "scaler": (draw.choice(scalers),), "node": (draw.choice(nodes),), "link": (draw.choice(scalers), draw.choice(nodes))}
+    amount = draw.choice([-1, 1]) * draw.choice([0.5, 3.0, 8.0, 60.0]) if kind.startswith("clock") else 0.0
+    return Step(draw.uniform(1.0, BUSY_S), kind, target[where], lasts_s, amount)
