@@ -93,7 +93,9 @@ def place(world: World, state: FunctionState, needs: list[Need], now_ns: int, pr
 
 
 def failed(world: World, state: FunctionState, attempt: int, need: Need, now_ns: int) -> None:
-    """Owe a start that failed, and set the pause before it is repeated."""
+    """Owe a start that failed, and set the pause before it is repeated. Whoever does not decide for the function owes nothing."""
+    if not world.acting(state):
+        return
     state.failures = max(state.failures, attempt + 1)
     state.retry_ns = now_ns + backoff_ns(world.config.retry_ns, state.failures)
     state.owed.append(need)
