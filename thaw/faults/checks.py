@@ -111,9 +111,11 @@ class Checks:
         wrong: list[str] = []
         services = {name: replica.service for name, replica in world.replicas.items() if replica.lives and replica.service is not None}
         owners: dict[int, Service] = {}
+        for name in [name for name, service in services.items() if not hasattr(service, "_planner")]:
+            wrong.append(f"{name} has not started yet")
+            del services[name]
         for name, service in services.items():
-            planner = getattr(service, "_planner", None)
-            for shard, owned in planner._world.owned.items() if planner is not None else ():
+            for shard, owned in service._planner._world.owned.items():
                 if shard in owners:
                     wrong.append(f"shard {shard} has two owners")
                 if not owned.ready:

@@ -8,9 +8,11 @@ a stopped one had to do is kept until it goes on. Next: :mod:`thaw.faults.world`
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import contextvars
 import heapq
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -170,13 +172,12 @@ class VirtualLoop(asyncio.BaseEventLoop):
 
     def discard(self) -> None:
         """Close the coroutines that are left; what they do about it has no effect any more."""
-        for task in self.tasks:
-            if not task.done():
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            for task in self.tasks:
                 coroutine: Any = task.get_coro()
-                try:
+                with contextlib.suppress(BaseException):
                     coroutine.close()
-                except BaseException:  # noqa: S110
-                    pass
         self._ready.clear()
         self._scheduled.clear()
         self.tasks.clear()

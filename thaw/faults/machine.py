@@ -24,7 +24,7 @@ import agent.standbys
 import agent.starts
 from agent.api.connection import Connection
 from agent.api.function import Function
-from agent.api.messages import AgentCommand, Message
+from agent.api.messages import AgentCommand, Message, Start
 from agent.catalog import Catalog
 from agent.errors import CriuError, NoRoom, NotReady, PagerError, ProtocolError, SandboxError
 from agent.instance import Instance, Workshop
@@ -308,8 +308,8 @@ class Machine:
         assert command is not None
         sandbox = Sandbox(f"{self.name}-b{self._made}", self, function, command.id, command.shard, command.epoch)
         sandbox.gone = asyncio.get_running_loop().create_future()
-        self.sandboxes[sandbox.id] = sandbox
         await asyncio.sleep(self.random.uniform(0.001, 0.01))
+        self.sandboxes[sandbox.id] = sandbox
         return sandbox
 
     async def wait(self, least_s: float, most_s: float, deadline_ns: int) -> None:
@@ -329,6 +329,7 @@ class Machine:
         """A command is carried out from now on."""
         self.world.checks.dispatched(self, command)
         self.busy[command.id] = command
+        self.world.event(self.name, "it gets a command", *(["it gets a start"] if isinstance(command, Start) else []))
 
 
 class Pool:
@@ -338,10 +339,12 @@ class Pool:
         self._machine = machine
 
     async def give_back(self, sandbox: Sandbox) -> None:
-        """Remove everything of it."""
+        """Remove everything of it: the processes whatever happens, then its network, then what is left of it."""
         sandbox.lives = False
         if not sandbox.gone.done():
-            sandbox.gone.set_result(None)
+            await asyncio.sleep(self._machine.random.uniform(0.001, 0.02))
+            if not sandbox.gone.done():
+                sandbox.gone.set_result(None)
         await asyncio.sleep(self._machine.random.uniform(0.001, 0.05))
         self._machine.sandboxes.pop(sandbox.id, None)
 
@@ -539,6 +542,7 @@ def _runs(instance: Instance, sandbox: Any, mode: Any) -> None:
     instance.started_ns = time.time_ns()
     sandbox.state = "running"
     sandbox.machine.world.checks.runs(sandbox)
+    sandbox.machine.world.event(sandbox.machine.name, "an instance serves")
 
 
 async def _evidence_of(instance: Instance) -> RestoreEvidence:
@@ -574,6 +578,7 @@ async def _dispatch(self: Node, command: AgentCommand, received_ns: int) -> Mess
     finally:
         machine.busy.pop(command.id, None)
         machine.world.checks.carried_out(machine, command)
+        machine.world.event(machine.name, "it ends a command")
 
 
 _shipped_dispatch = Node._dispatch

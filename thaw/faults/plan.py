@@ -13,6 +13,13 @@ from agent.api.function import Function, FunctionSpec, Instances, Limits, Metada
 
 #: Demand and faults begin before this, s.
 BUSY_S = 30.0
+#: A fault that waits for an event happens without it after this, s.
+PATIENCE_S = 4.0
+#: What happens on a node or at a scaler.
+EVENTS = {
+    "scaler": ("it sends a command", "it sends a start"),
+    "node": ("it gets a command", "it gets a start", "an instance serves", "it ends a command"),
+}
 _NAMES = ("alpha", "beta", "gamma", "delta")
 #: Chance of each kind of fault, how long it lasts at least and at most (s), and what it is done to.
 _FAULTS: dict[str, tuple[float, float, float, str]] = {
@@ -60,6 +67,10 @@ class Step:
     lasts_s: float = 0.0
     amount: float = 0.0
     document: Function | None = None
+    #: Of a fault: the event of its target that it waits for, at most :data:`PATIENCE_S`; empty: none.
+    when: str = ""
+    #: And so long after that, s.
+    after_s: float = 0.0
 
     def __str__(self) -> str:
         text = f"{self.at_s:7.2f} s  {self.kind} {' '.join(self.target)}".rstrip()
@@ -73,7 +84,9 @@ class Step:
                 f": {' '.join(spec.command)}, {spec.instances.min} to {spec.instances.max} of {spec.limits.concurrency} requests, "
                 f"idle {spec.policy.idle_seconds} s, standby {spec.policy.standby}, checkpoint {spec.policy.checkpoint}"
             )
-        return f"{text} for {self.lasts_s:.1f} s" if self.lasts_s else text
+        if self.lasts_s:
+            text += f" for {self.lasts_s:.1f} s"
+        return f"{text}, {self.after_s * 1000:.1f} ms after {self.when}" if self.when else text
 
 
 @dataclass(frozen=True)
@@ -89,7 +102,7 @@ class Plan:
     @property
     def ends_s(self) -> float:
         """When everything is undone."""
-        return max([BUSY_S / 2, *(step.at_s + step.lasts_s for step in self.steps)])
+        return max([BUSY_S / 2, *(step.at_s + step.lasts_s + (PATIENCE_S if step.when else 0) for step in self.steps)])
 
 
 def make(seed: int) -> Plan:
@@ -151,4 +164,8 @@ def _fault(draw: random.Random, scalers: tuple[str, ...], nodes: tuple[str, ...]
     lasts_s = 0.0 if not most_s else least_s + (most_s - least_s) * draw.random() ** 2
     target = {"": (), "scaler": (draw.choice(scalers),), "node": (draw.choice(nodes),), "link": (draw.choice(scalers), draw.choice(nodes))}
     amount = draw.choice([-1, 1]) * draw.choice([0.5, 3.0, 8.0, 60.0]) if kind.startswith("clock") else 0.0
-    return Step(draw.uniform(1.0, BUSY_S), kind, target[where], lasts_s, amount)
+    when, after_s = "", 0.0
+    events = EVENTS.get("node" if where == "link" else where)
+    if events is not None and draw.random() < 0.5:
+        when, after_s = draw.choice(events), draw.choice([0.0, 0.0, 0.0005, 0.002, 0.01, 0.1]) * draw.random()
+    return Step(draw.uniform(1.0, BUSY_S), kind, target[where], lasts_s, amount, when=when, after_s=after_s)

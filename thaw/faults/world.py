@@ -24,6 +24,7 @@ import infra.kafka
 import infra.tasks
 import scaler.service
 from agent.api.connection import Connection
+from agent.api.messages import Start
 from infra.settings import AgentSettings, KafkaSettings, ScalerSettings, Settings
 from scaler.demand import DEMAND_TOPIC, FUNCTIONS_TOPIC, DemandEvent, encode
 from scaler.edges import functions
@@ -35,10 +36,10 @@ from thaw.faults import machine as machines
 from thaw.faults import safeguards
 from thaw.faults.broker import Broker, Consumer, Producer
 from thaw.faults.checks import Checks, Violation
-from thaw.faults.loop import T0_NS, Clock, Process, VirtualLoop, later, spawn, virtual_time
+from thaw.faults.loop import CURRENT, T0_NS, Clock, Process, VirtualLoop, current, later, spawn, virtual_time
 from thaw.faults.machine import Machine, Store
 from thaw.faults.network import Network
-from thaw.faults.plan import Plan, Step
+from thaw.faults.plan import PATIENCE_S, Plan, Step
 
 #: After the last fault everything has come right within this time, s: the longest deadline and its answer's grace, the pauses between
 #: attempts, and the starts themselves.
@@ -83,14 +84,15 @@ def run(plan: Plan, without: str = "", *, story: bool = False) -> Outcome:
                 loop.run_until_complete(loop.create_task(world.live()))
     finally:
         steps, took_s = loop.steps, loop.time()
-        told = world.told[:] if world is not None else []
+        # Closing what is left runs some of its code, which means nothing.
+        violation, told = (world.checks.violation, world.told[:]) if world is not None else (None, [])
         loop.discard()
         asyncio.set_event_loop(None)
         if collecting:
             gc.enable()
             gc.collect(1)
         sys.unraisablehook = hook
-    return Outcome(world.checks.violation, took_s, steps, told)
+    return Outcome(violation, took_s, steps, told)
 
 
 class World:
@@ -103,6 +105,8 @@ class World:
         self.told: list[str] = []
         self.shard_of = sharding(plan.partitions)
         self._tokens = 0
+        #: Faults that wait for an event.
+        self._armed: list[Step] = []
         #: Objects by address; kept, so that no other gets the address.
         self._numbers: dict[int, tuple[int, Any]] = {}
 
@@ -206,8 +210,25 @@ class World:
                 spawn(self._publish(target[0], functions.encode(step.document)))
             case "delete":
                 spawn(self._publish(target[0], None))
+            case _ if step.when:
+                self._armed.append(step)
+                later(PATIENCE_S, self._fire, step)
             case _:
                 self._break(step)
+
+    def event(self, name: str, *whens: str) -> None:
+        """Something that a fault may wait for has happened on a node or at a scaler."""
+        for step in [item for item in self._armed if item.target[-1] == name and item.when in whens]:
+            self._armed.remove(step)
+            # Not within the step that is being taken: it is the kernel that kills.
+            later(step.after_s, self._fire, step, True)
+
+    def _fire(self, step: Step, seen: bool = False) -> None:
+        if seen or step in self._armed:
+            if not seen:
+                self._armed.remove(step)
+            self.tell(f"--- now: {step.kind} {' '.join(step.target)}")
+            self._break(step)
 
     def _source(self, target: tuple[str, ...]) -> Source:
         name = (target[0], target[1])
@@ -420,8 +441,6 @@ class _Membership:
     """As :class:`scaler.edges.membership.Membership`, with the replica in the place of its state folder."""
 
     def __init__(self, world: World) -> None:
-        from thaw.faults.loop import current
-
         self._world = world
         self._replica = world.replicas[current().name.partition("/")[0]]
 
@@ -450,8 +469,6 @@ class _Listener(logging.Handler):
         error = record.exc_info[1] if record.exc_info else None
         if error is not None and type(error).__module__ not in ("agent.errors", "scaler.errors", "infra.errors"):
             self._world.checks.violate("unexpected error", f"{record.getMessage()} ({type(error).__name__})")
-        from thaw.faults.loop import CURRENT
-
         process = CURRENT.get()
         self._world.tell(f"{process.name.partition('/')[0] if process is not None else '-'}: {record.getMessage()}")
 
@@ -518,6 +535,8 @@ def world_send(world: World) -> Any:
     def send(self: Any, node: str, command: Any) -> None:
         world.checks.sent(self._sink, node, command)
         _shipped_send(self, node, command)
+        name = current().name.partition("/")[0]
+        world.event(name, "it sends a command", *(["it sends a start"] if isinstance(command, Start) else []))
 
     return send
 
