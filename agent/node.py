@@ -46,6 +46,7 @@ from agent.api.messages import (
 from agent.catalog import Catalog
 from agent.checkpoint import Checkpointer
 from agent.drain import Drainer
+from agent.epochs import Epochs
 from agent.errors import AgentError, Refused
 from agent.furnish import last_output
 from agent.instance import Instance, Workshop
@@ -79,6 +80,7 @@ class Node:
         standbys: Standbys,
         checkpointer: Checkpointer,
         drainer: Drainer,
+        epochs: Epochs,
         report: Callable[[Message], None],
     ) -> None:
         self.name = name
@@ -95,7 +97,7 @@ class Node:
         #: Being ended: they count for nobody any more.
         self._leaving: dict[str, Instance] = {}
         self._answers: OrderedDict[str, Message | None] = OrderedDict()
-        self._epochs: dict[int, int] = {}
+        self._epochs = epochs
         self._checkpointing: set[str] = set()
 
     def inventory(self) -> Inventory:
@@ -151,7 +153,7 @@ class Node:
         name = function.name if isinstance(function, Function) else getattr(command, "function_name", "")
         with log_context(node=self.name, command=command.id, function=name, trace=trace_id(command.traceparent)):
             try:
-                self._check_epoch(command)
+                self._epochs.check(command.shard, command.epoch)
                 answer = await self._dispatch(command, received_ns)
             except (AgentError, InfraError, OSError, TimeoutError) as error:
                 logger.warning("%s failed: %s", type(command).__name__, error)
@@ -187,12 +189,6 @@ class Node:
                 return Evicted(command_id=command.id, function=command.function_name)
             case Release():
                 return await self._release(command)
-
-    def _check_epoch(self, command: AgentCommand) -> None:
-        newest = self._epochs.get(command.shard, 0)
-        if command.epoch < newest:
-            raise Refused(f"the command is of epoch {command.epoch} of shard {command.shard}, which epoch {newest} has taken over")
-        self._epochs[command.shard] = command.epoch
 
     async def _start(self, command: Start, received_ns: int) -> Message:
         try:

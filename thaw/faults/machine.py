@@ -26,6 +26,7 @@ from agent.api.connection import Connection
 from agent.api.function import Function
 from agent.api.messages import AgentCommand, Message, Start
 from agent.catalog import Catalog
+from agent.epochs import Epochs
 from agent.errors import CriuError, NoRoom, NotReady, PagerError, ProtocolError, SandboxError
 from agent.instance import Instance, Workshop
 from agent.node import Node
@@ -180,12 +181,12 @@ class Machine:
         self.full = False
         #: Until when: restores fail, nothing that is started becomes ready, cold starts fail, everything takes longer.
         self.restores_fail = self.hangs = self.colds_fail = self.slow = False
-        #: What the machine has on its disk of the agent's own files.
+        #: What the agent keeps for its successor; what is under ``run/`` only until the machine loses power.
         self.disk: dict[str, Any] = {}
-        #: The newest epoch by shard of which this node has ever carried out a command.
+        #: The newest epoch by shard of which this node has carried out a command since it was powered on.
         self.epochs: dict[int, int] = {}
-        #: Commands that are being carried out: id → (deadline on this machine's clock, command).
-        self.busy: dict[str, AgentCommand] = {}
+        #: Commands that are being carried out, and since when (virtual s).
+        self.busy: dict[str, tuple[AgentCommand, float]] = {}
         #: When its clock or its process was last tampered with.
         self.tampered_s = 0.0
         self._made = 0
@@ -222,6 +223,7 @@ class Machine:
         for sandbox in self.sandboxes.values():
             sandbox.lives = False
         self.sandboxes.clear()
+        self.epochs.clear()
         self.pager_lives = False
         self.disk = {key: value for key, value in self.disk.items() if not key.startswith("run/")}
 
@@ -275,8 +277,8 @@ class Machine:
         await asyncio.get_running_loop().create_future()
 
     def _make_node(self, settings: Settings, workshop: Workshop, catalog: Catalog, starter: Starter, standbys: Standbys, report: Any) -> Node:
-        checkpointer, drainer = Checkpoints(self), Drains(self)
-        return Node(self.name, workshop, catalog, starter, standbys, checkpointer, drainer, report)  # type: ignore[arg-type]
+        checkpointer, drainer = Checkpoints(self, workshop), Drains(self)
+        return Node(self.name, workshop, catalog, starter, standbys, checkpointer, drainer, KeptEpochs(self), report)  # type: ignore[arg-type]
 
     async def _adopt(self, pager: Pager) -> list[Instance]:
         """As :func:`agent.adoption.adopt`: what was written down and lives goes on, the rest is ended."""
@@ -328,8 +330,19 @@ class Machine:
     def dispatched(self, node: Node, command: AgentCommand) -> None:
         """A command is carried out from now on."""
         self.world.checks.dispatched(self, command)
-        self.busy[command.id] = command
+        self.busy[command.id] = (command, self.loop.time())
         self.world.event(self.name, "it gets a command", *(["it gets a start"] if isinstance(command, Start) else []))
+
+
+class KeptEpochs(Epochs):
+    """With a dictionary in the place of the file."""
+
+    def __init__(self, machine: Machine) -> None:
+        self._disk = machine.disk
+        self._newest = dict(self._disk.get("run/epochs", {}))
+
+    def _write(self) -> None:
+        self._disk["run/epochs"] = dict(self._newest)
 
 
 class Pool:
@@ -430,20 +443,20 @@ class Fetcher:
 class Checkpoints:
     """As :class:`agent.checkpoint.Checkpointer`."""
 
-    def __init__(self, machine: Machine) -> None:
-        self._machine = machine
+    def __init__(self, machine: Machine, workshop: Workshop) -> None:
+        self._machine, self._workshop = machine, workshop
 
     async def make(self, function: Function, layers: Any, name: str, deadline_ns: int, *, heal: bool = False) -> tuple[Image, dict[str, float]]:
         """Freeze a fresh instance and publish it."""
         machine = self._machine
-        sandbox = await machine.begin(function)
+        instance = Instance(name, function, await machine.begin(function), _NOWHERE)  # type: ignore[arg-type]
         try:
             await machine.wait(0.5, 3.0, deadline_ns)
             if machine.restores_fail:
                 raise CriuError("the trial restore failed")
             await machine.store.reached()
         finally:
-            await Pool(machine).give_back(sandbox)
+            await instance.stop(self._workshop)
         image = machine.store.publish(function)
         mine = Image(image.checkpoint, image.function, image.digest, image.corrupt, complete=True)
         machine.images[image.checkpoint] = mine
@@ -576,8 +589,8 @@ async def _dispatch(self: Node, command: AgentCommand, received_ns: int) -> Mess
     try:
         return await _shipped_dispatch(self, command, received_ns)
     finally:
-        machine.busy.pop(command.id, None)
-        machine.world.checks.carried_out(machine, command)
+        _, began_s = machine.busy.pop(command.id, (command, 0.0))
+        machine.world.checks.carried_out(machine, command, began_s)
         machine.world.event(machine.name, "it ends a command")
 
 
