@@ -43,6 +43,7 @@ from agent.api.messages import (
     StartDone,
     StartFailed,
 )
+from agent.api.records import StartRecord
 from agent.catalog import Catalog
 from agent.checkpoint import Checkpointer
 from agent.drain import Drainer
@@ -226,6 +227,8 @@ class Node:
             self._hold(instance)
             if instance.standby:
                 self._standbys.add(instance)
+            # Who has not heard the answer sends the command again.
+            self._answers[instance.command_id] = _answer_again(instance)
         if instances:
             logger.info("%d instances of an earlier agent go on", len(instances))
 
@@ -374,6 +377,22 @@ def _standby_info(instance: Instance) -> StandbyInfo:
         made_ns=instance.made_ns,
         command_id=instance.command_id,
     )
+
+
+def _answer_again(instance: Instance) -> Message:
+    """The answer to the command that an instance came of, as far as it is known to the next agent."""
+    if instance.standby:
+        return PrepareDone(command_id=instance.command_id, standby=_standby_info(instance))
+    record = StartRecord(
+        command_id=instance.command_id,
+        function=instance.function.name,
+        instance=instance.id,
+        checkpoint=instance.image.checkpoint if instance.image else "",
+        start_mode=instance.start_mode,
+        started_ns=instance.started_ns,
+        ended_ns=instance.started_ns,
+    )
+    return StartDone(command_id=instance.command_id, instance=_instance_info(instance), record=record)
 
 
 def _checkpoint_info(image: CachedImage) -> CheckpointInfo:
