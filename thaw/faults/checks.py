@@ -133,7 +133,7 @@ class Checks:
         if strictly:
             for name, service in services.items():
                 wrong += self._unsettled_service(name, service)
-            for machine in world.machines.values():
+            for machine in [item for item in world.machines.values() if not item.lost]:
                 wrong += self._unsettled_machine(machine)
         return wrong
 

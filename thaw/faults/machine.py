@@ -172,6 +172,8 @@ class Machine:
         self.process: Process | None = None
         self.node: Node | None = None
         self.powered = True
+        #: It never comes back.
+        self.lost = False
         #: By sandbox, whatever the agent knows of them.
         self.sandboxes: dict[str, Sandbox] = {}
         self.images: dict[str, Image] = {}
@@ -219,6 +221,7 @@ class Machine:
         """Everything on it ends, without a word to anybody."""
         self.powered = False
         self.network.dark.add(self.name)
+        self.network.vanish(self.name)
         self.kill()
         for sandbox in self.sandboxes.values():
             sandbox.lives = False
@@ -228,7 +231,9 @@ class Machine:
         self.disk = {key: value for key, value in self.disk.items() if not key.startswith("run/")}
 
     def power_on(self) -> None:
-        """It boots."""
+        """It boots, if it is there."""
+        if self.lost:
+            return
         self.powered = True
         self.network.dark.discard(self.name)
         self.network.changed()

@@ -45,6 +45,7 @@ class Network:
         """Let nothing through between two machines."""
         pair = _pair(one, other)
         self.cuts[pair] = self.cuts.get(pair, 0) + 1
+        self.changed()
 
     def heal(self, one: str, other: str) -> None:
         """Take back one :meth:`cut`."""
@@ -52,7 +53,7 @@ class Network:
         self.changed()
 
     def changed(self) -> None:
-        """Send what was held back."""
+        """Send what was held back, or begin to wait."""
         for stream in list(self._streams):
             stream.flush()
 
@@ -84,6 +85,14 @@ class Network:
     def latency(self) -> float:
         """Of one segment, s."""
         return self._random.uniform(*_LATENCY_S) if self._random.random() < 0.98 else self._random.uniform(0.01, 0.3)
+
+    def vanish(self, machine: str) -> None:
+        """A machine loses power: its kernel forgets its streams and tells nobody."""
+        for stream in list(self._streams):
+            for end in stream.ends:
+                if end.machine == machine:
+                    end.vanish()
+        self.changed()
 
     def forget(self, stream: Stream) -> None:
         """It is over."""
@@ -191,6 +200,11 @@ class End:
             self._unsent.append(None)
             self.pump()
 
+    def vanish(self) -> None:
+        """As if it had never been."""
+        self._closing = self._over = True
+        self._unsent.clear()
+
     def pump(self) -> None:
         """Put on the wire what waits."""
         if self._over:
@@ -203,6 +217,9 @@ class End:
             self._watch.cancel()
             self._watch = None
         loop = asyncio.get_running_loop()
+        if self.peer._over and self._options.get((socket.SOL_SOCKET, socket.SO_KEEPALIVE)):
+            # A kernel that has started again knows nothing of this stream, and says so when it is probed.
+            later(self._options.get((socket.IPPROTO_TCP, socket.TCP_KEEPIDLE), 7200), self.broken)
         while self._sent < len(self._unsent):
             self._sent += 1
             self._reached_s = max(self._reached_s, loop.time() + self._stream.network.latency())

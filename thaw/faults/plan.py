@@ -45,6 +45,8 @@ _FAULTS: dict[str, tuple[float, float, float, str]] = {
     "clock jump of node": (1.0, 0.5, 10.0, "node"),
     "clock jump of scaler": (1.0, 0.5, 10.0, "scaler"),
     "bad record": (0.5, 0.0, 0.0, ""),
+    "lose node": (1.0, 0.0, 0.0, "node"),
+    "lose scaler": (0.7, 0.0, 0.0, "scaler"),
 }
 
 
@@ -123,8 +125,11 @@ def make(seed: int) -> Plan:
             steps.append(Step(at_s, "apply", (name,), document=_document(draw, name)))
     for name in names:
         steps += _demand(draw, name)
+    # Half of them close to each other: what goes wrong while something else does is what nobody has thought of.
+    moment_s = draw.uniform(2.0, BUSY_S)
     for _ in range(draw.choice([1, 1, 2, 2, 3, 4, 6, 8])):
-        steps.append(_fault(draw, scalers, nodes))
+        at_s = moment_s + draw.uniform(0.0, 3.0) if draw.random() < 0.5 else draw.uniform(1.0, BUSY_S)
+        steps.append(_fault(draw, scalers, nodes, at_s))
     return Plan(seed, scalers, nodes, draw.choice([1, 2, 3]), tuple(sorted(steps, key=lambda step: step.at_s)))
 
 
@@ -158,7 +163,7 @@ def _demand(draw: random.Random, name: str) -> list[Step]:
     return steps
 
 
-def _fault(draw: random.Random, scalers: tuple[str, ...], nodes: tuple[str, ...]) -> Step:
+def _fault(draw: random.Random, scalers: tuple[str, ...], nodes: tuple[str, ...], at_s: float) -> Step:
     kind = draw.choices(list(_FAULTS), [weight for weight, *_ in _FAULTS.values()])[0]
     _, least_s, most_s, where = _FAULTS[kind]
     lasts_s = 0.0 if not most_s else least_s + (most_s - least_s) * draw.random() ** 2
@@ -166,6 +171,10 @@ def _fault(draw: random.Random, scalers: tuple[str, ...], nodes: tuple[str, ...]
     amount = draw.choice([-1, 1]) * draw.choice([0.5, 3.0, 8.0, 60.0]) if kind.startswith("clock") else 0.0
     when, after_s = "", 0.0
     events = EVENTS.get("node" if where == "link" else where)
-    if events is not None and draw.random() < 0.5:
+    if events is not None and not kind.startswith("lose") and draw.random() < 0.5:
         when, after_s = draw.choice(events), draw.choice([0.0, 0.0, 0.0005, 0.002, 0.01, 0.1]) * draw.random()
-    return Step(draw.uniform(1.0, BUSY_S), kind, target[where], lasts_s, amount, when=when, after_s=after_s)
+    if kind.startswith("lose"):
+        # One of each is left.
+        several = scalers if where == "scaler" else nodes
+        kind, target = (kind, {where: (several[-1],)}) if len(several) > 1 else ("bad record", {where: ()})
+    return Step(at_s, kind, target[where], lasts_s, amount, when=when, after_s=after_s)

@@ -280,6 +280,9 @@ class World:
                 if node.powered:
                     node.power_off()
                     later(step.lasts_s, node.power_on)
+            case "lose node":
+                node.lost = True
+                node.power_off()
             case "kill pager":
                 node.kill_pager()
             case "kill instance":
@@ -300,6 +303,9 @@ class World:
             case "kill scaler":
                 replica.kill()
                 later(step.lasts_s, replica.start)
+            case "lose scaler":
+                replica.lost = True
+                replica.kill()
             case "end scaler":
                 replica.end()
                 later(step.lasts_s, replica.start)
@@ -337,6 +343,8 @@ class Replica:
         #: Left on its disk: its name in the group.
         self.member_id = ""
         self._stop: asyncio.Event | None = None
+        #: It never comes back.
+        self.lost = False
 
     @property
     def lives(self) -> bool:
@@ -345,6 +353,8 @@ class Replica:
 
     def start(self) -> None:
         """Start it, unless it runs."""
+        if self.lost:
+            return
         if self.process is not None and self.process.alive:
             if self._stop is not None and self._stop.is_set():
                 later(1.0, self.start)  # it is still on its way out
