@@ -6,6 +6,7 @@ In: every command that is sent and carried out, every instance that begins to se
 
 from __future__ import annotations
 
+import collections
 import time
 from collections import Counter
 from dataclasses import dataclass
@@ -14,14 +15,14 @@ from typing import TYPE_CHECKING, Any
 from aiokafka import TopicPartition
 
 from agent.api.function import Function
-from agent.api.messages import AgentCommand, Start
+from agent.api.messages import AgentCommand, Message, Release, Start, StartFailed
 from scaler import standbys
 from scaler.demand import DEMAND_TOPIC, FUNCTIONS_TOPIC, decode
 from scaler.edges.functions import decode as decode_function
 from scaler.errors import DemandInvalid
 from scaler.levels import NS
 from scaler.service import Service
-from thaw.faults.loop import T0_NS
+from thaw.faults.loop import T0_NS, current
 from thaw.faults.plan import Step
 
 if TYPE_CHECKING:
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
 
 #: A command's end may be so late after its deadline, s: removing what is left of it takes a moment.
 _LATE_S = 5.0
+#: What was asked for during this time, and what may be late for as long, s.
+_STEADY_S = 10.0
 
 
 @dataclass(frozen=True)
@@ -53,6 +56,13 @@ class Checks:
     def __init__(self, world: World) -> None:
         self._world = world
         self.violation: Violation | None = None
+        #: Newest event by function and source: (seq, level, when it expires); and how much of each partition has been looked at.
+        self._newest: dict[tuple[str, str], tuple[int, int, int]] = {}
+        self._looked_at: Counter[int] = Counter()
+        #: Levels, a moment ago and before: (s, levels).
+        self._before: collections.deque[tuple[float, Counter[str]]] = collections.deque()
+        #: Since when documents and clocks are as they are.
+        self._steady_s: dict[str, float] = {}
 
     def violate(self, kind: str, text: str) -> None:
         """Keep the first one."""
@@ -62,6 +72,15 @@ class Checks:
 
     def happened(self, step: Step) -> None:
         """A step of the plan is carried out."""
+        if step.kind in ("apply", "delete", "clock jump of scaler"):
+            self._steady_s[step.target[0]] = self._world.loop.time() + step.lasts_s
+
+    def look(self) -> None:
+        """Note the levels of this moment."""
+        now_s = self._world.loop.time()
+        self._before.append((now_s, self._levels()))
+        while self._before[0][0] < now_s - _STEADY_S:
+            self._before.popleft()
 
     # At every step
 
@@ -73,6 +92,8 @@ class Checks:
             self.violate("2: decided without owning", f"{type(command).__name__} {command.id} of shard {command.shard}")
         if command.deadline_ns <= time.time_ns():
             self.violate("8: no deadline", f"{type(command).__name__} {command.id}")
+        if isinstance(command, Release):
+            self._released(service, command)
         if isinstance(command, Start):
             name = command.function.name
             state = planner.explain(name)
@@ -80,6 +101,20 @@ class Checks:
             ready = sum(item.state == "ready" for item in state.instances)
             if ready + state.starting > command.function.spec.instances.max:
                 self.violate("above max", f"{name}: {ready} are ready and {state.starting} starting")
+
+    def _released(self, service: Service, command: Release) -> None:
+        """A scaler lets an instance go: fewer than were asked for all the time are never left (1)."""
+        scaler, now_s = current().name.partition("/")[0], self._world.loop.time()
+        for name, document in self._documents().items():
+            state = service._planner.explain(name)
+            if state is None or all(item.instance != command.instance for item in state.instances):
+                continue
+            if max(self._steady_s.get(name, 0.0), self._steady_s.get(scaler, 0.0)) > now_s - _STEADY_S:
+                return
+            level = min([self._levels()[name], *(levels[name] for _, levels in self._before)])
+            left = sum(item.state != "releasing" for item in state.instances)
+            if left < _demanded(document, level):
+                self.violate("1: released while needed", f"{scaler} leaves {left} instances of {name}, whose level is {level} at least")
 
     def dispatched(self, machine: Machine, command: AgentCommand) -> None:
         """A node carries out a command: of the newest epoch that it has ever seen (2)."""
@@ -90,8 +125,12 @@ class Checks:
         machine.epochs[command.shard] = command.epoch
         self._world.tell(f"{machine.name}: {type(command).__name__} {command.id} of epoch {command.epoch}")
 
-    def carried_out(self, machine: Machine, command: AgentCommand, began_s: float) -> None:
-        """A node has ended a command: not long after its deadline (3, 8), nor after its arrival if that was later."""
+    def carried_out(self, machine: Machine, command: AgentCommand, began_s: float, answer: Message | None) -> None:
+        """A node has ended a command: not long after its deadline (8), nor after its arrival if that was later; a restore that failed was
+        followed by a cold start (3).
+        """
+        if isinstance(answer, StartFailed) and answer.reason in ("criu", "pager", "image_invalid"):
+            self.violate("3: no cold start", f"{machine.name}: {command.id}: {answer.message}")
         late_s = min((time.time_ns() - command.deadline_ns) / NS, self._world.loop.time() - began_s)
         if late_s > _LATE_S and began_s > machine.tampered_s:
             self.violate("8: late", f"{machine.name} ends {type(command).__name__} {command.id} {late_s:.1f} s after its deadline")
@@ -146,7 +185,7 @@ class Checks:
             return [f"{name} is not wanted and has {sorted(item.id for item in mine)}"] if mine else []
         wrong = []
         spec = document.spec
-        demanded = max(spec.instances.min, min(-(-level // spec.limits.concurrency), spec.instances.max))
+        demanded = _demanded(document, level)
         most = demanded if spec.policy.idle_seconds is not None or spec.policy.checkpoint == "off" else spec.instances.max
         count = sum(item.function.digest == document.digest for item in running)
         if count != len(running):
@@ -203,9 +242,10 @@ class Checks:
 
     def _levels(self) -> dict[str, int]:
         """The level of each function by the newest record of each of its sources that still counts."""
-        newest: dict[tuple[str, str], tuple[int, int, int]] = {}
+        newest = self._newest
         for number in range(self._world.plan.partitions):
-            for record in self._world.broker.log(TopicPartition(DEMAND_TOPIC, number)).records:
+            records = self._world.broker.log(TopicPartition(DEMAND_TOPIC, number)).records
+            for record in records[self._looked_at[number] :]:
                 try:
                     event = decode(record.value)
                 except DemandInvalid:
@@ -213,6 +253,7 @@ class Checks:
                 key = (event.function, event.source)
                 if key not in newest or event.seq > newest[key][0]:
                     newest[key] = (event.seq, event.in_flight, record.timestamp * 1_000_000 + int(event.ttl * NS))
+            self._looked_at[number] = len(records)
         now_ns = T0_NS + int(self._world.loop.time() * NS)
         levels: Counter[str] = Counter()
         for (function, _), (_, in_flight, expires_ns) in newest.items():
@@ -222,6 +263,11 @@ class Checks:
 
     def _sandboxes(self) -> list[Sandbox]:
         return [sandbox for machine in self._world.machines.values() for sandbox in machine.sandboxes.values()]
+
+
+def _demanded(document: Function, level: int) -> int:
+    spec = document.spec
+    return max(spec.instances.min, min(-(-level // spec.limits.concurrency), spec.instances.max))
 
 
 def _instance_of(sandbox: Sandbox) -> str:

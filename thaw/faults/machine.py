@@ -591,11 +591,13 @@ async def _dispatch(self: Node, command: AgentCommand, received_ns: int) -> Mess
     machine = _here()
     COMMAND.set(command)
     machine.dispatched(self, command)
+    answer: Message | None = None
     try:
-        return await _shipped_dispatch(self, command, received_ns)
+        answer = await _shipped_dispatch(self, command, received_ns)
+        return answer
     finally:
         _, began_s = machine.busy.pop(command.id, (command, 0.0))
-        machine.world.checks.carried_out(machine, command, began_s)
+        machine.world.checks.carried_out(machine, command, began_s, answer)
         machine.world.event(machine.name, "it ends a command")
 
 

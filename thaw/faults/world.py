@@ -136,9 +136,11 @@ class World:
         for step in self.plan.steps:
             later(step.at_s, self._do, step)
         while self.loop.time() < self.plan.ends_s and self.checks.violation is None:
+            self.checks.look()
             await asyncio.sleep(_LOOK_S)
         right_since_s, wrong = None, []
         while self.checks.violation is None:
+            self.checks.look()
             wrong = self.checks.unsettled(strictly=right_since_s is None)
             now_s = self.loop.time()
             if wrong:
