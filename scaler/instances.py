@@ -160,7 +160,7 @@ def _start(world: World, state: FunctionState, node: Node, need: Need, thaws: bo
     readiness_ns = int(function.spec.readiness.timeout_seconds * NS) + world.config.readiness_margin_ns
     header = world.header(state, now_ns, max(world.config.start_deadline_ns, readiness_ns))
     command_id = header["id"]
-    state.starts[command_id] = Starting(command_id, node.name, state.digest, need, state.failures, thaws)
+    state.starts[command_id] = Starting(command_id, node.name, state.digest, need, state.failures, thaws, now_ns)
     state.starting += 1
     node.begin(command_id, expected_s)
     node.book(command_id, forecasts.expected_mb(world, state))

@@ -63,9 +63,10 @@ def start_done(world: World, node: str, report: StartDone, now_ns: int) -> None:
     _adopt(world, state, node, report.instance)
     state.last_start_mode = record.start_mode
     state.last_start_ms = (record.ended_ns - (start.need.since_ns if start else record.started_ns)) / 1e6
-    # Waiting for its turn says nothing of what a start costs.
+    # Waiting for its turn says nothing of what a start costs, nor does waiting for a node or for the failure of another start.
     queued_ns = sum(phase.end_ns - phase.start_ns for phase in record.phases if phase.name == "agent.queue")
-    forecasts.started(world, state, node, record.start_mode, state.last_start_ms / 1e3 - queued_ns / 1e9)
+    took_ns = record.ended_ns - (start.sent_ns if start else record.started_ns) - queued_ns
+    forecasts.started(world, state, node, record.start_mode, max(0, took_ns) / 1e9)
     if start is not None and start.thaws and record.start_mode != "thaw":
         standbys.not_used(state, node)
     if report.instance.function_digest == state.digest:

@@ -165,3 +165,16 @@ class TestFailure:
         harness.failed(command)
         (again,) = starts(harness.pass_s(0.5))
         assert again.node == "n2"
+
+
+def test_a_start_is_not_measured_by_the_wait_for_the_one_that_failed_before(harness):
+    """Else the node that can is taken for slow, and the next start goes to the one that cannot."""
+    running(harness, 1)
+    before = harness.planner._world.nodes["n1"].slowness
+    (first,) = starts(harness.demand(2))
+    harness.now += 16 * NS
+    harness.failed(first)
+    (second,) = starts(harness.pass_s(0.3))
+    harness.now += NS // 100
+    harness.done(second, mode="restore")
+    assert harness.planner._world.nodes["n1"].slowness <= before * 1.01
