@@ -172,14 +172,16 @@ class Checks:
         if strictly:
             for name, service in services.items():
                 wrong += self._unsettled_service(name, service)
-            for machine in [item for item in world.machines.values() if not item.lost]:
+            for machine in [item for item in world.machines.values() if not (item.lost or item.wedged)]:
                 wrong += self._unsettled_machine(machine)
         return wrong
 
     def _unsettled_function(
         self, name: str, document: Function | None, level: int, live: list[Sandbox], owner: Service, strictly: bool
     ) -> list[str]:
-        mine = [item for item in live if item.function.name == name]
+        # Of a node whose agent is stuck for good: what serves there serves, and cannot be had to end.
+        stuck = [item for item in live if item.function.name == name and item.machine.wedged and item.state == "running"]
+        mine = [item for item in live if item.function.name == name and not item.machine.wedged]
         running = [item for item in mine if item.state == "running"]
         if document is None:
             return [f"{name} is not wanted and has {sorted(item.id for item in mine)}"] if mine else []
@@ -190,17 +192,18 @@ class Checks:
         count = sum(item.function.digest == document.digest for item in running)
         if count != len(running):
             wrong.append(f"{name} has {len(running) - count} instances of an older digest")
-        if not demanded <= count <= most:
+        if not demanded - len(stuck) <= count <= most:
             # Without forecast and without idleSeconds an instance goes when the planner's own idle time is over.
             wrong.append(f"{name} has {count} instances instead of {demanded} to {most} (level {level})")
         if not strictly:
             return wrong
         state = owner._planner._world.functions.peek(name)
         known = {item.id for item in state.instances()} if state is not None else set()
+        wedged = {machine.name for machine in self._world.machines.values() if machine.wedged}
         for item in running:
             if (instance := _instance_of(item)) not in known:
                 wrong.append(f"{name}: instance {instance} ({item.id}) is not known to its scaler")
-        held = {standby for group in state.standbys.held.values() for standby in group} if state is not None else set()
+        held = {standby for node, group in state.standbys.held.items() if node not in wedged for standby in group} if state is not None else set()
         standing = {_instance_of(item) for item in mine if item.state == "standby"}
         if standing != held:
             wrong.append(f"{name}: on standby are {sorted(standing)}, and its scaler knows {sorted(held)}")
@@ -210,11 +213,16 @@ class Checks:
 
     def _unsettled_service(self, name: str, service: Service) -> list[str]:
         world = service._planner._world
-        wrong = [f"{name} waits for the answer to {key} ({pending.kind})" for key, pending in world.pending.items()]
+        wedged = {machine.name for machine in self._world.machines.values() if machine.wedged}
+        wrong = [f"{name} waits for the answer to {key} ({pending.kind})" for key, pending in world.pending.items() if pending.node not in wedged]
         for function in self._documents():
             state = world.functions.peek(function)
-            if state is not None and (state.starts or state.owed or state.releasing):
-                starts, owed, leaving = list(state.starts), len(state.owed), list(state.releasing)
+            if state is None:
+                continue
+            starts = [key for key, start in state.starts.items() if start.node not in wedged]
+            leaving = [key for key, (instance, _) in state.releasing.items() if instance.node not in wedged]
+            if starts or leaving or state.owed:
+                owed = len(state.owed)
                 wrong.append(f"{name}: {function} has starts {starts}, {owed} owed, and releases {leaving}")
         return wrong
 

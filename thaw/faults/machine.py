@@ -174,6 +174,8 @@ class Machine:
         self.powered = True
         #: It never comes back.
         self.lost = False
+        #: Its agent never does anything again, and is not dead either.
+        self.wedged = False
         #: By sandbox, whatever the agent knows of them.
         self.sandboxes: dict[str, Sandbox] = {}
         self.images: dict[str, Image] = {}
@@ -201,7 +203,7 @@ class Machine:
 
     def start(self) -> None:
         """Start the agent."""
-        if not self.powered or (self.process is not None and self.process.alive):
+        if self.wedged or not self.powered or (self.process is not None and self.process.alive):
             return
         self.process = Process(f"{self.name}/agent", self.clock, self.loop)
         self.process.machine = self
@@ -210,8 +212,23 @@ class Machine:
         self.busy.clear()
         self.process.run(self._serve(), "main")
 
+    def wedge(self) -> None:
+        """The agent never does anything again, and its kernel goes on."""
+        self.wedged = True
+        if self.process is not None and self.process.alive:
+            self.process.stop()
+        else:
+            self.power_off()
+
+    def go_on(self, process: Process) -> None:
+        """A stopped agent goes on, if it can."""
+        if not self.wedged:
+            process.go_on()
+
     def kill(self) -> None:
         """The agent dies; what it started lives on."""
+        if self.wedged and self.powered:
+            return
         if self.process is not None:
             self.process.kill()
         self.node = None
@@ -220,6 +237,7 @@ class Machine:
     def power_off(self) -> None:
         """Everything on it ends, without a word to anybody."""
         self.powered = False
+        self.lost = self.lost or self.wedged
         self.network.dark.add(self.name)
         self.network.vanish(self.name)
         self.kill()
@@ -232,7 +250,7 @@ class Machine:
 
     def power_on(self) -> None:
         """It boots, if it is there."""
-        if self.lost:
+        if self.lost or self.wedged:
             return
         self.powered = True
         self.network.dark.discard(self.name)
@@ -241,6 +259,8 @@ class Machine:
 
     def kill_pager(self) -> None:
         """The pager dies; what it served can't go on."""
+        if self.wedged:
+            return
         self.pager_lives = False
         if self.process is not None and self.process.alive and self.node is not None:
             self.process.run(self._new_pager(self.node), "watch of the pager")

@@ -13,6 +13,8 @@ from agent.api.function import Function, FunctionSpec, Instances, Limits, Metada
 
 #: Demand and faults begin before this, s.
 BUSY_S = 30.0
+#: Faults that are never undone.
+FOR_GOOD = ("lose node", "lose scaler", "wedge node")
 #: A fault that waits for an event happens without it after this, s.
 PATIENCE_S = 4.0
 #: What happens on a node or at a scaler.
@@ -47,6 +49,7 @@ _FAULTS: dict[str, tuple[float, float, float, str]] = {
     "bad record": (0.5, 0.0, 0.0, ""),
     "lose node": (1.0, 0.0, 0.0, "node"),
     "lose scaler": (0.7, 0.0, 0.0, "scaler"),
+    "wedge node": (0.7, 0.0, 0.0, "node"),
 }
 
 
@@ -130,6 +133,8 @@ def make(seed: int) -> Plan:
     for _ in range(draw.choice([1, 1, 2, 2, 3, 4, 6, 8])):
         at_s = moment_s + draw.uniform(0.0, 3.0) if draw.random() < 0.5 else draw.uniform(1.0, BUSY_S)
         steps.append(_fault(draw, scalers, nodes, at_s))
+    if draw.random() < 0.25:
+        steps += _two_at_once(draw, draw.choice(scalers), draw.choice(nodes))
     return Plan(seed, scalers, nodes, draw.choice([1, 2, 3]), tuple(sorted(steps, key=lambda step: step.at_s)))
 
 
@@ -163,6 +168,22 @@ def _demand(draw: random.Random, name: str) -> list[Step]:
     return steps
 
 
+def _two_at_once(draw: random.Random, scaler: str, node: str) -> list[Step]:
+    """Two faults of which the second meets what the first has left behind."""
+    at_s = draw.uniform(3.0, BUSY_S - 8.0)
+    if draw.random() < 0.5:
+        # Another scaler has taken over, the agent is a new one, and the first scaler goes on.
+        lasts_s = draw.uniform(7.0, 14.0)
+        killed_s = at_s + draw.uniform(6.0, lasts_s)
+        return [Step(at_s, "stop scaler", (scaler,), lasts_s), Step(killed_s, "kill agent", (node,), draw.uniform(0.1, 1.5))]
+    # The answer is lost with the agent that gave it.
+    when = draw.choice(["it ends a command", "an instance serves"])
+    return [
+        Step(at_s, "cut link", (scaler, node), draw.uniform(2.0, 8.0), when="it gets a start", after_s=draw.uniform(0.0, 0.005)),
+        Step(at_s + 0.1, "kill agent", (node,), 0.1, when=when, after_s=draw.uniform(0.002, 0.05)),
+    ]
+
+
 def _fault(draw: random.Random, scalers: tuple[str, ...], nodes: tuple[str, ...], at_s: float) -> Step:
     kind = draw.choices(list(_FAULTS), [weight for weight, *_ in _FAULTS.values()])[0]
     _, least_s, most_s, where = _FAULTS[kind]
@@ -171,9 +192,9 @@ def _fault(draw: random.Random, scalers: tuple[str, ...], nodes: tuple[str, ...]
     amount = draw.choice([-1, 1]) * draw.choice([0.5, 3.0, 8.0, 60.0]) if kind.startswith("clock") else 0.0
     when, after_s = "", 0.0
     events = EVENTS.get("node" if where == "link" else where)
-    if events is not None and not kind.startswith("lose") and draw.random() < 0.5:
+    if events is not None and kind not in FOR_GOOD and draw.random() < 0.5:
         when, after_s = draw.choice(events), draw.choice([0.0, 0.0, 0.0005, 0.002, 0.01, 0.1]) * draw.random()
-    if kind.startswith("lose"):
+    if kind in FOR_GOOD:
         # One of each is left.
         several = scalers if where == "scaler" else nodes
         kind, target = (kind, {where: (several[-1],)}) if len(several) > 1 else ("bad record", {where: ()})

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from thaw.faults.plan import Plan, Step
+from thaw.faults.plan import FOR_GOOD, Plan
 from thaw.faults.world import Outcome, run
 
 #: Runs at most; each takes about as long as the one that failed.
@@ -49,10 +49,8 @@ def shrink(plan: Plan, without: str = "") -> tuple[Plan, Outcome]:
         for item in getattr(plan, name):
             rest = tuple(other for other in getattr(plan, name) if other != item)
             smaller = dataclasses.replace(plan, **{name: rest})
-            if rest and not _concerns(steps, item) and fails(smaller):
+            # What is lost for good was not the only one.
+            needed = any(item in step.target or step.kind in FOR_GOOD for step in steps)
+            if rest and not needed and fails(smaller):
                 plan = smaller
     return plan, run(plan, without, story=True)
-
-
-def _concerns(steps: list[Step], name: str) -> bool:
-    return any(name in step.target for step in steps)

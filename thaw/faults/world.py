@@ -125,9 +125,15 @@ class World:
         if self._story:
             self.told.append(f"{self.loop.time():7.2f} s    {text}")
 
+    def _unhandled(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+        error = context.get("exception")
+        if "handle" in context:  # else: nobody wanted to know
+            self.checks.violate("unexpected error", f"{context['message']} ({type(error).__name__}: {error})")
+
     async def live(self) -> None:
         """From the beginning to the end."""
         self.checks = Checks(self)
+        self.loop.set_exception_handler(self._unhandled)
         self.begin()
         for machine in self.machines.values():
             machine.start()
@@ -277,7 +283,7 @@ class World:
             case "stop agent":
                 if node.process is not None:
                     node.process.stop()
-                    later(step.lasts_s, node.process.go_on)
+                    later(step.lasts_s, node.go_on, node.process)
             case "power off":
                 if node.powered:
                     node.power_off()
@@ -285,11 +291,13 @@ class World:
             case "lose node":
                 node.lost = True
                 node.power_off()
+            case "wedge node":
+                node.wedge()
             case "kill pager":
                 node.kill_pager()
             case "kill instance":
                 running = [item for item in node.sandboxes.values() if item.state != "making" and item.lives]
-                if running:
+                if running and not node.wedged:
                     self._random.choice(running).die()
             case "cut off node":
                 for name in self.replicas:
