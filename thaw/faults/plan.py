@@ -105,6 +105,11 @@ class Plan:
     steps: tuple[Step, ...]
 
     @property
+    def faults(self) -> tuple[Step, ...]:
+        """What goes wrong."""
+        return tuple(step for step in self.steps if step.kind not in ("demand", "silence", "apply", "delete"))
+
+    @property
     def ends_s(self) -> float:
         """When everything is undone."""
         return max([BUSY_S / 2, *(step.at_s + step.lasts_s + (PATIENCE_S if step.when else 0) for step in self.steps)])

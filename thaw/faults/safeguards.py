@@ -151,10 +151,17 @@ SAFEGUARDS = {
         lambda: _after(Service, "shard_gained", _decide_at_once),
     ),
     "inventory": Safeguard("an agent tells each scaler that connects all that there is", _no_inventory),
-    "resend": Safeguard(
-        "a command without answer is sent again on the next stream", lambda: _before(agents._Link, "_open", lambda link, *_: link.unanswered.clear())
+    "answers": Safeguard(
+        "a command without answer is sent again on the next stream, and counts as failed after its deadline",
+        lambda: [
+            *_before(agents._Link, "_open", lambda link, *_: link.unanswered.clear()),
+            *_configured(answer_grace_ns=_NEVER_NS),
+        ],
     ),
     "answer-timeout": Safeguard("a command that is not answered in time counts as failed", lambda: _configured(answer_grace_ns=_NEVER_NS)),
+    "catch-up": Safeguard(
+        "a scaler that was stopped reads demand before its timers count", lambda: [(scaler.service, "_STALL_S", float("inf"))]
+    ),
     "node-lost": Safeguard("what was on a node that stays away is started elsewhere", lambda: [(Agents, "_lost", _nothing)]),
     "keep-alive": Safeguard("a peer that says nothing any more is noticed", lambda: [(End, "setsockopt", _nothing)]),
     "retry": Safeguard("a failed start is owed", lambda: _configured(retry_ns=_NEVER_NS)),
