@@ -1,8 +1,8 @@
 """Refuses the commands of a scaler that has been replaced, also when the agent was replaced meanwhile.
 
-In: shard and epoch of each command (:mod:`agent.node`). Out: nothing, or a refusal. The newest epoch of each shard is kept in the agent's runtime
-folder, beside what the next agent adopts: after a crash of the agent it is as well known as before. It ends with what it protects, with a clean
-end of the agent or of the machine.
+In: shard and epoch of each command (:mod:`agent.node`). Out: nothing, or a refusal. The newest epoch of each shard is kept in the agent's
+runtime folder, beside what the next agent adopts: after a crash of the agent it is as well known as before. It ends with what it protects,
+with a clean end of the agent or of the machine.
 """
 
 from __future__ import annotations

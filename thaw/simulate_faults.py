@@ -24,7 +24,10 @@ _STORY_LINES = 40
 @click.option("--seeds", type=click.IntRange(min=1), default=1000, show_default=True, help="How many runs.")
 @click.option("--seed", type=click.IntRange(min=0), default=1, show_default=True, help="The first one.")
 @click.option(
-    "--without", type=click.Choice(list(SAFEGUARDS)), metavar="SAFEGUARD", help="Leave one out; the run then looks for a failure. See --safeguards."
+    "--without",
+    type=click.Choice(list(SAFEGUARDS)),
+    metavar="SAFEGUARD",
+    help="Leave one out and look for a failure; see --safeguards.",
 )
 @click.option("--processes", type=click.IntRange(min=1), help="Runs at once; default: one per core.")
 @click.option("--safeguards", "listed", is_flag=True, help="List what can be left out, and end.")
@@ -59,7 +62,7 @@ def command(seeds: int, seed: int, without: str | None, processes: int | None, l
         click.echo(json.dumps(figures, indent=2))
     else:
         took_s = time.monotonic() - began
-        click.echo(f"{done:,} runs with {faults:,} faults in {virtual_s / 3600:.1f} simulated hours ({took_s:.0f} s): {len(failed)} failed")
+        click.echo(f"{done:,} runs with {faults:,} faults in {virtual_s / 3600:.1f} simulated hours: {len(failed)} failed ({took_s:.0f} s)")
         for item in failed[:10]:
             assert item.violation is not None
             click.echo(f"  seed {item.seed}: {item.violation.kind}: {item.violation.text}")

@@ -126,6 +126,12 @@ class Broker:
             except TimeoutError:
                 raise KafkaConnectionError("the broker is down") from None
 
+    async def up(self, at_most_s: float) -> None:
+        """Wait until the broker is there, and for a pause between attempts if it was not."""
+        while self.down:
+            await self._up.wait()
+            await asyncio.sleep(at_most_s)
+
     async def news(self, timeout_s: float) -> None:
         """Wait for a record, not longer than ``timeout_s``."""
         future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -290,6 +296,7 @@ class Consumer:
             if found or attempt:
                 return found
             await self._broker.news(timeout_ms / 1000)
+            await asyncio.sleep(self._broker.latency())  # a fetch of its own
         return {}
 
     def seek(self, partition: TopicPartition, offset: int) -> None:

@@ -1,7 +1,7 @@
 """Many seeds, on all cores.
 
-In: seeds, and the name of a safeguard to leave out, if any. Out: the seeds that fail, in order. A run is a few hundredths of a second to a second
-of one core.
+In: seeds, and the name of a safeguard to leave out, if any. Out: what came of each, in order. A run takes a few hundredths of a second to a
+second of one core.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ import collections
 import time
 from collections import Counter
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from aiokafka import TopicPartition
 
@@ -23,7 +23,7 @@ from scaler.errors import DemandInvalid
 from scaler.levels import NS
 from scaler.service import Service
 from thaw.faults.loop import T0_NS, current
-from thaw.faults.plan import Step
+from thaw.faults.plan import PATIENCE_S, Step
 
 if TYPE_CHECKING:
     from thaw.faults.machine import Machine, Sandbox
@@ -72,8 +72,11 @@ class Checks:
 
     def happened(self, step: Step) -> None:
         """A step of the plan is carried out."""
-        if step.kind in ("apply", "delete", "clock jump of scaler"):
-            self._steady_s[step.target[0]] = self._world.loop.time() + step.lasts_s
+        if step.kind in ("apply", "delete", "clock jump of scaler", "stop broker"):
+            # Without a broker nobody can be heard, and who is not heard for its ttl counts as zero: that is the contract (docs/faults.md).
+            name = "broker" if step.kind == "stop broker" else step.target[0]
+            patience_s = PATIENCE_S if step.when else 0.0
+            self._steady_s[name] = max(self._steady_s.get(name, 0.0), self._world.loop.time() + step.lasts_s + patience_s)
 
     def look(self) -> None:
         """Note the levels of this moment."""
@@ -109,7 +112,7 @@ class Checks:
             state = service._planner.explain(name)
             if state is None or all(item.instance != command.instance for item in state.instances):
                 continue
-            if max(self._steady_s.get(name, 0.0), self._steady_s.get(scaler, 0.0)) > now_s - _STEADY_S:
+            if max(self._steady_s.get(item, 0.0) for item in (name, scaler, "broker")) > now_s - _STEADY_S:
                 return
             level = min([self._levels()[name], *(levels[name] for _, levels in self._before)])
             left = sum(item.state != "releasing" for item in state.instances)
@@ -140,7 +143,9 @@ class Checks:
         self._world.tell(f"{sandbox.machine.name}: {sandbox.function.name} serves in {sandbox.id} for {sandbox.command_id}")
         others = [item for item in self._sandboxes() if item.command_id == sandbox.command_id and item.state == "running" and item.lives]
         if len(others) > 1:
-            self.violate("2: one command, two instances", f"{sandbox.command_id} of {sandbox.function.name}: {[item.id for item in others]}")
+            self.violate(
+                "2: one command, two instances", f"{sandbox.command_id} of {sandbox.function.name}: {[item.id for item in others]}"
+            )
 
     # At rest
 
@@ -203,7 +208,11 @@ class Checks:
         for item in running:
             if (instance := _instance_of(item)) not in known:
                 wrong.append(f"{name}: instance {instance} ({item.id}) is not known to its scaler")
-        held = {standby for node, group in state.standbys.held.items() if node not in wedged for standby in group} if state is not None else set()
+        held = (
+            {standby for node, group in state.standbys.held.items() if node not in wedged for standby in group}
+            if state is not None
+            else set()
+        )
         standing = {_instance_of(item) for item in mine if item.state == "standby"}
         if standing != held:
             wrong.append(f"{name}: on standby are {sorted(standing)}, and its scaler knows {sorted(held)}")
@@ -214,7 +223,9 @@ class Checks:
     def _unsettled_service(self, name: str, service: Service) -> list[str]:
         world = service._planner._world
         wedged = {machine.name for machine in self._world.machines.values() if machine.wedged}
-        wrong = [f"{name} waits for the answer to {key} ({pending.kind})" for key, pending in world.pending.items() if pending.node not in wedged]
+        wrong = [
+            f"{name} waits for the answer to {key} ({pending.kind})" for key, pending in world.pending.items() if pending.node not in wedged
+        ]
         for function in self._documents():
             state = world.functions.peek(function)
             if state is None:
@@ -248,7 +259,7 @@ class Checks:
                 found[name] = decode_function(record.value)
         return found
 
-    def _levels(self) -> dict[str, int]:
+    def _levels(self) -> Counter[str]:
         """The level of each function by the newest record of each of its sources that still counts."""
         newest = self._newest
         for number in range(self._world.plan.partitions):
@@ -282,6 +293,6 @@ def _instance_of(sandbox: Sandbox) -> str:
     """The instance in a sandbox, by its agent."""
     node = sandbox.machine.node
     for instance in node.instances.values() if node is not None else ():
-        if instance.sandbox is sandbox:
+        if id(instance.sandbox) == id(sandbox):
             return instance.id
     return f"(in {sandbox.id})"

@@ -1,8 +1,8 @@
 """An event loop whose time is a number, and processes in it that can be killed and stopped like real ones.
 
 In: coroutines. Out: the same order of steps for the same inputs: time passes only when nothing can be done now. A process is a context
-variable: each task, timer and callback inherits that of whoever made it. Of a killed one nothing runs ever again, not even ``finally``; what
-a stopped one had to do is kept until it goes on. Next: :mod:`thaw.faults.world`.
+variable: each task, timer and callback inherits that of whoever made it. Of a killed one nothing runs ever again, not even ``finally``;
+what a stopped one had to do is kept until it goes on. Next: :mod:`thaw.faults.world`.
 """
 
 from __future__ import annotations
@@ -95,6 +95,7 @@ class VirtualLoop(asyncio.BaseEventLoop):
 
     _scheduled: list[asyncio.TimerHandle]
     _ready: Any
+    _timer_cancelled_count: int
 
     def __init__(self) -> None:
         super().__init__()
@@ -125,7 +126,7 @@ class VirtualLoop(asyncio.BaseEventLoop):
         """Do what was held back."""
         self._ready.extend(handles)
 
-    def run_in_executor(self, executor: Any, func: Callable[..., Any], *args: Any) -> Any:
+    def run_in_executor(self, executor: Any, func: Callable[..., Any], *args: Any) -> Any:  # type: ignore[override]
         """Threads are not simulated: the work is done at once."""
         future = self.create_future()
         try:
@@ -136,7 +137,7 @@ class VirtualLoop(asyncio.BaseEventLoop):
 
     def _run_once(self) -> None:
         scheduled, ready = self._scheduled, self._ready
-        while scheduled and scheduled[0]._cancelled:  # type: ignore[attr-defined]
+        while scheduled and scheduled[0]._cancelled:
             self._timer_cancelled_count -= 1
             heapq.heappop(scheduled)._scheduled = False  # type: ignore[attr-defined]
         if not ready:
@@ -146,7 +147,7 @@ class VirtualLoop(asyncio.BaseEventLoop):
         while scheduled and scheduled[0].when() <= self._now_s:
             handle = heapq.heappop(scheduled)
             handle._scheduled = False  # type: ignore[attr-defined]
-            if handle._cancelled:  # type: ignore[attr-defined]
+            if handle._cancelled:
                 self._timer_cancelled_count -= 1
             else:
                 ready.append(handle)

@@ -1,6 +1,6 @@
 """A node: what the agent stands on. Sandboxes and images that outlive it, memory, a pager, and the ways in which these fail.
 
-In: what :mod:`agent` asks of Linux, CRIU, the pager and S3. Out: the same instances, later, or the same errors. The bookkeeping on top of it
+In: what :mod:`agent` asks of Linux, CRIU, the pager and S3. Out: the same instances, later, or the same errors. The bookkeeping above it
 (:mod:`agent.node`, :mod:`agent.starts`, :mod:`agent.standbys`, :mod:`agent.catalog`, :mod:`agent.server`) is the shipped one; what it calls
 below is replaced by :func:`replacements`.
 """
@@ -19,6 +19,7 @@ from typing import Any
 
 import agent.catalog
 import agent.node
+import agent.sandbox.rootfs
 import agent.server
 import agent.standbys
 import agent.starts
@@ -301,7 +302,9 @@ class Machine:
         self.network.listen(self.port, lambda reader, writer: tasks.spawn(connected(reader, writer), "stream"))
         await asyncio.get_running_loop().create_future()
 
-    def _make_node(self, settings: Settings, workshop: Workshop, catalog: Catalog, starter: Starter, standbys: Standbys, report: Any) -> Node:
+    def _make_node(
+        self, settings: Settings, workshop: Workshop, catalog: Catalog, starter: Starter, standbys: Standbys, report: Any
+    ) -> Node:
         checkpointer, drainer = Checkpoints(self, workshop), Drains(self)
         return Node(self.name, workshop, catalog, starter, standbys, checkpointer, drainer, KeptEpochs(self), report)  # type: ignore[arg-type]
 
@@ -471,7 +474,9 @@ class Checkpoints:
     def __init__(self, machine: Machine, workshop: Workshop) -> None:
         self._machine, self._workshop = machine, workshop
 
-    async def make(self, function: Function, layers: Any, name: str, deadline_ns: int, *, heal: bool = False) -> tuple[Image, dict[str, float]]:
+    async def make(
+        self, function: Function, layers: Any, name: str, deadline_ns: int, *, heal: bool = False
+    ) -> tuple[Image, dict[str, float]]:
         """Freeze a fresh instance and publish it."""
         machine = self._machine
         instance = Instance(name, function, await machine.begin(function), _NOWHERE)  # type: ignore[arg-type]
@@ -509,7 +514,9 @@ def _here() -> Machine:
     return machine
 
 
-async def _start_cold(workshop: Workshop, function: Function, layers: Any, instance_id: str, deadline_ns: int, clock: Any, **_: Any) -> Instance:
+async def _start_cold(
+    workshop: Workshop, function: Function, layers: Any, instance_id: str, deadline_ns: int, clock: Any, **_: Any
+) -> Instance:
     machine = _here()
     sandbox = await machine.begin(function)
     instance = Instance(instance_id, function, sandbox, _NOWHERE)  # type: ignore[arg-type]
@@ -628,7 +635,7 @@ def replacements() -> list[tuple[Any, str, Any]]:
     """What of the agent is replaced, all of it below its bookkeeping: (where, name, by what)."""
     found: list[tuple[Any, str, Any]] = [
         (agent.catalog, "Fetcher", Fetcher),
-        (agent.catalog.rootfs, "prepare", lambda function, layers: SimpleNamespace(root="/", layer="", targets=(), binds=())),
+        (agent.sandbox.rootfs, "prepare", lambda function, layers: SimpleNamespace(root="/", layer="", targets=(), binds=())),
         (agent.starts, "start_cold", _start_cold),
         (agent.starts, "start_restored", _start_restored),
         (agent.starts, "resume", _resume),
@@ -642,4 +649,3 @@ def replacements() -> list[tuple[Any, str, Any]]:
         if hasattr(module, "check_room"):
             found.append((module, "check_room", check_room))
     return found
-

@@ -26,14 +26,14 @@ class Network:
 
     def __init__(self, seed: str) -> None:
         self._random = random.Random(f"{seed}/network")
-        self._listeners: dict[int, tuple[Process, Callable[[Any, Any], None]]] = {}
+        self._listeners: dict[int, tuple[Process, Callable[[Any, Any], Any]]] = {}
         #: Pairs of machines that do not hear each other.
         self.cuts: dict[tuple[str, str], int] = {}
         #: Machines without power.
         self.dark: set[str] = set()
         self._streams: list[Stream] = []
 
-    def listen(self, port: int, accept: Callable[[Any, Any], None]) -> None:
+    def listen(self, port: int, accept: Callable[[Any, Any], Any]) -> None:
         """Serve a port from the current process; ``accept`` gets reader and writer of each stream."""
         self._listeners[port] = (current(), accept)
 
@@ -233,7 +233,9 @@ class End:
         after_s = _TCP_TIMEOUT_S if self._unsent else float("inf")
         if options.get((socket.SOL_SOCKET, socket.SO_KEEPALIVE)):
             idle_s = options.get((socket.IPPROTO_TCP, socket.TCP_KEEPIDLE), 7200)
-            probes_s = options.get((socket.IPPROTO_TCP, socket.TCP_KEEPINTVL), 75) * options.get((socket.IPPROTO_TCP, socket.TCP_KEEPCNT), 9)
+            probes_s = options.get((socket.IPPROTO_TCP, socket.TCP_KEEPINTVL), 75) * options.get(
+                (socket.IPPROTO_TCP, socket.TCP_KEEPCNT), 9
+            )
             after_s = min(after_s, idle_s + probes_s)
         if timeout_ms := options.get((socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT)):
             after_s = min(after_s, timeout_ms / 1000)

@@ -163,11 +163,15 @@ def _document(draw: random.Random, name: str) -> Function:
 
 
 def _demand(draw: random.Random, name: str) -> list[Step]:
-    """Two kinds of sources: a gateway that repeats its level and is forgotten when it is silent, and one that speaks once and counts for long."""
+    """Sources of two kinds: a gateway repeats its level and is forgotten when it is silent; a batch speaks once, which counts for long."""
     steps = []
     for source in ("gateway", "gateway-2", "batch")[: draw.randint(1, 3)]:
         for _ in range(draw.randint(1, 4)):
-            steps.append(Step(draw.uniform(0.5, BUSY_S), "demand", (name, source), amount=draw.choice([0, 1, 1, 2, 3, 6])))
+            at_s = draw.uniform(0.5, BUSY_S)
+            steps.append(Step(at_s, "demand", (name, source), amount=draw.choice([0, 1, 1, 2, 3, 6])))
+            if draw.random() < 0.3:
+                # Soon another word: the two may arrive the other way round.
+                steps.append(Step(at_s + draw.uniform(0.01, 1.0), "demand", (name, source), amount=draw.choice([0, 1, 2])))
         if draw.random() < 0.2:
             steps.append(Step(draw.uniform(5.0, BUSY_S), "silence", (name, source)))
     return steps
@@ -193,7 +197,12 @@ def _fault(draw: random.Random, scalers: tuple[str, ...], nodes: tuple[str, ...]
     kind = draw.choices(list(_FAULTS), [weight for weight, *_ in _FAULTS.values()])[0]
     _, least_s, most_s, where = _FAULTS[kind]
     lasts_s = 0.0 if not most_s else least_s + (most_s - least_s) * draw.random() ** 2
-    target = {"": (), "scaler": (draw.choice(scalers),), "node": (draw.choice(nodes),), "link": (draw.choice(scalers), draw.choice(nodes))}
+    target: dict[str, tuple[str, ...]] = {
+        "": (),
+        "scaler": (draw.choice(scalers),),
+        "node": (draw.choice(nodes),),
+        "link": (draw.choice(scalers), draw.choice(nodes)),
+    }
     amount = draw.choice([-1, 1]) * draw.choice([0.5, 3.0, 8.0, 60.0]) if kind.startswith("clock") else 0.0
     when, after_s = "", 0.0
     events = EVENTS.get("node" if where == "link" else where)
@@ -202,5 +211,8 @@ def _fault(draw: random.Random, scalers: tuple[str, ...], nodes: tuple[str, ...]
     if kind in FOR_GOOD:
         # One of each is left.
         several = scalers if where == "scaler" else nodes
-        kind, target = (kind, {where: (several[-1],)}) if len(several) > 1 else ("bad record", {where: ()})
+        if len(several) > 1:
+            target[where] = (several[-1],)
+        else:
+            kind, target[where] = "bad record", ()
     return Step(at_s, kind, target[where], lasts_s, amount, when=when, after_s=after_s)

@@ -79,7 +79,7 @@ def _nothing(*_: Any, **__: Any) -> None:
 
 def _configured(**changes: int) -> Replacements:
     simulated = scaler.service.planner_config
-    return [(scaler.service, "planner_config", lambda settings: dataclasses.replace(simulated(settings), **changes))]  # type: ignore[arg-type]
+    return [(scaler.service, "planner_config", lambda settings: dataclasses.replace(simulated(settings), **changes))]
 
 
 def _with_records(change: Callable[[Any], Any]) -> Replacements:
@@ -133,7 +133,8 @@ SAFEGUARDS = {
     "epoch-check": Safeguard("agents refuse commands of an older epoch", lambda: [(Epochs, "check", _nothing)]),
     "kept-epochs": Safeguard("the next agent knows the epochs of the one before", lambda: [(KeptEpochs, "_write", _nothing)]),
     "idempotence": Safeguard(
-        "an agent carries out each command id once", lambda: _before(Node, "handle", lambda node, command: node._answers.pop(command.id, None))
+        "an agent carries out each command id once",
+        lambda: _before(Node, "handle", lambda node, command: node._answers.pop(command.id, None)),
     ),
     "kept-answers": Safeguard(
         "the next agent answers for what the one before has done", lambda: _after(Node, "adopt", lambda node, _: node._answers.clear())

@@ -48,7 +48,7 @@ def shrink(plan: Plan, without: str = "") -> tuple[Plan, Outcome]:
     for name in ("scalers", "nodes"):
         for item in getattr(plan, name):
             rest = tuple(other for other in getattr(plan, name) if other != item)
-            smaller = dataclasses.replace(plan, **{name: rest})
+            smaller = dataclasses.replace(plan, scalers=rest) if name == "scalers" else dataclasses.replace(plan, nodes=rest)
             # What is lost for good was not the only one.
             needed = any(item in step.target or step.kind in FOR_GOOD for step in steps)
             if rest and not needed and fails(smaller):

@@ -28,6 +28,7 @@ from agent.api.messages import Start
 from infra.settings import AgentSettings, KafkaSettings, ScalerSettings, Settings
 from scaler.demand import DEMAND_TOPIC, FUNCTIONS_TOPIC, DemandEvent, encode
 from scaler.edges import functions
+from scaler.edges.agents import Agents
 from scaler.edges.topics import sharding
 from scaler.levels import NS
 from scaler.service import Service
@@ -245,8 +246,7 @@ class World:
         return self.sources[name]
 
     async def _publish(self, name: str, value: bytes | None) -> None:
-        while self.broker.down:
-            await asyncio.sleep(0.5)
+        await self.broker.up(0.5)
         self.broker.append(TopicPartition(FUNCTIONS_TOPIC, 0), name.encode(), value)
 
     def _break(self, step: Step) -> None:
@@ -434,13 +434,12 @@ class Source:
 
     async def _deliver(self, value: bytes) -> None:
         # Mostly in order; now and then late, and now and then twice.
-        await asyncio.sleep(self._random.uniform(0.0005, 0.005) if self._random.random() < 0.9 else self._random.uniform(0.1, 2.0))
+        await asyncio.sleep(self._random.uniform(0.0005, 0.005) if self._random.random() < 0.8 else self._random.uniform(0.1, 4.0))
         broker = self._world.broker
-        while broker.down:
-            await asyncio.sleep(self._random.uniform(0.1, 0.6))
+        await broker.up(self._random.uniform(0.0, 0.6))
         broker.append(self._partition, self._function.encode(), value)
-        if self._random.random() < 0.1:
-            await asyncio.sleep(self._random.uniform(0.01, 3.0))
+        if self._random.random() < 0.2:
+            await asyncio.sleep(self._random.uniform(0.01, 5.0))
             if not broker.down:
                 broker.append(self._partition, self._function.encode(), value)
 
@@ -522,7 +521,7 @@ def _replacements(world: World) -> list[tuple[Any, str, Any]]:
         (scaler.service, "tame_collector", lambda: None),
         (scaler.service, "secrets", SimpleNamespace(token_hex=lambda size: world.token())),
         (scaler.service, "planner_config", _planner_config),
-        (scaler.service.Agents, "send", world_send(world)),
+        (Agents, "send", world_send(world)),
     ]
 
 
@@ -546,7 +545,7 @@ class _Ordered(dict[Any, None]):
         self.pop(item, None)
 
 
-_shipped_send = scaler.service.Agents.send
+_shipped_send = Agents.send
 
 
 def world_send(world: World) -> Any:

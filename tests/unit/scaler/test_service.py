@@ -21,9 +21,7 @@ async def test_a_scaler_that_was_stopped_reads_demand_before_its_timers_count(mo
     ticks: list[float] = []
     nothing: Any = None
     service = Service(Settings(scaler=ScalerSettings(tick_s=0.01)), nothing)
-    planner: Any = SimpleNamespace(
-        next_due_ns=0, handle=lambda event, now_ns: ticks.append(time.monotonic()) or [], drain_touched=lambda: []
-    )
+    planner: Any = SimpleNamespace(next_due_ns=0, handle=lambda event, now_ns: ticks.append(time.monotonic()) or [], drain_touched=list)
     service._planner = planner
     service._state = SimpleNamespace(publish=lambda now_ns: iter(()), touched=lambda names: None)  # type: ignore[assignment]
     task = asyncio.create_task(service._tick())
