@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -76,6 +77,8 @@ class Broker:
         self._up.set()
         self._rebalancing = False
         self._made = 0
+        #: Told of every record.
+        self.on_append: Callable[[], None] = lambda: None
         self._waiting: list[asyncio.Future[None]] = []
         spawn(self._watch_sessions())
 
@@ -92,6 +95,7 @@ class Broker:
         record = Record(partition.topic, partition.partition, log.end, now_ms, key, value)
         log.records.append(record)
         log.end += 1
+        self.on_append()
         waiting, self._waiting = self._waiting, []
         for future in waiting:
             if not future.done():

@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 
 #: A command's end may be so late after its deadline, s: removing what is left of it takes a moment.
 _LATE_S = 5.0
+#: Levels are remembered for so long, s: longer than any scaler is stopped.
+_KEPT_S = 30.0
 #: What was asked for during this time, and what may be late for as long, s.
 _STEADY_S = 10.0
 
@@ -61,6 +63,10 @@ class Checks:
         self._looked_at: Counter[int] = Counter()
         #: Levels, a moment ago and before: (s, levels).
         self._before: collections.deque[tuple[float, Counter[str]]] = collections.deque()
+        #: Releases that nobody should have asked for, by command.
+        self._doubtful: dict[str, str] = {}
+        #: When a scaler was stopped last, and went on, s.
+        self._stopped: dict[str, tuple[float, float]] = {}
         #: Since when documents and clocks are as they are.
         self._steady_s: dict[str, float] = {}
 
@@ -78,11 +84,17 @@ class Checks:
             patience_s = PATIENCE_S if step.when else 0.0
             self._steady_s[name] = max(self._steady_s.get(name, 0.0), self._world.loop.time() + step.lasts_s + patience_s)
 
+    def stopped(self, scaler: str, lasts_s: float) -> None:
+        """A scaler is stopped for a while, if it is not already."""
+        now_s = self._world.loop.time()
+        since_s, until_s = self._stopped.get(scaler, (now_s, now_s))
+        self._stopped[scaler] = (since_s if until_s >= now_s else now_s, max(until_s, now_s + lasts_s))
+
     def look(self) -> None:
         """Note the levels of this moment."""
         now_s = self._world.loop.time()
         self._before.append((now_s, self._levels()))
-        while self._before[0][0] < now_s - _STEADY_S:
+        while self._before[0][0] < now_s - _KEPT_S:
             self._before.popleft()
 
     # At every step
@@ -114,10 +126,16 @@ class Checks:
                 continue
             if max(self._steady_s.get(item, 0.0) for item in (name, scaler, "broker")) > now_s - _STEADY_S:
                 return
-            level = min([self._levels()[name], *(levels[name] for _, levels in self._before)])
+            # One that was stopped acts on what was said meanwhile as it reads it.
+            since_s = now_s - _STEADY_S
+            stopped_s, resumed_s = self._stopped.get(scaler, (0.0, 0.0))
+            if resumed_s >= since_s:
+                since_s = min(since_s, stopped_s - 1.0)
+            level = min([self._levels()[name], *(levels[name] for at_s, levels in self._before if at_s >= since_s)])
             left = sum(item.state != "releasing" for item in state.instances)
             if left < _demanded(document, level):
-                self.violate("1: released while needed", f"{scaler} leaves {left} instances of {name}, whose level is {level} at least")
+                # It counts when it is carried out: a scaler that has lost the shard is refused.
+                self._doubtful[command.id] = f"{scaler} leaves {left} instances of {name}, whose level is {level} at least"
 
     def dispatched(self, machine: Machine, command: AgentCommand) -> None:
         """A node carries out a command: of the newest epoch that it has ever seen (2)."""
@@ -126,6 +144,8 @@ class Checks:
             text = f"{machine.name} carries out {type(command).__name__} {command.id} of epoch {command.epoch} of shard {command.shard}"
             self.violate("2: an older epoch acts", f"{text} after one of epoch {newest}")
         machine.epochs[command.shard] = command.epoch
+        if command.id in self._doubtful:
+            self.violate("1: released while needed", self._doubtful[command.id])
         self._world.tell(f"{machine.name}: {type(command).__name__} {command.id} of epoch {command.epoch}")
 
     def carried_out(self, machine: Machine, command: AgentCommand, began_s: float, answer: Message | None) -> None:

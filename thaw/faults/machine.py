@@ -182,7 +182,7 @@ class Machine:
         self.images: dict[str, Image] = {}
         self.pager = 1
         self.pager_lives = True
-        self.memory_mb = 4000
+        self.memory_mb = 8000
         self.full = False
         #: Until when: restores fail, nothing that is started becomes ready, cold starts fail, everything takes longer.
         self.restores_fail = self.hangs = self.colds_fail = self.slow = False

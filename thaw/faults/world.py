@@ -116,6 +116,7 @@ class World:
         seed = str(self.plan.seed)
         self.network, self.store = Network(seed), Store(seed)
         self.broker = Broker(seed, self.plan.partitions)
+        self.broker.on_append = self.checks.look
         self.broker.log(TopicPartition(FUNCTIONS_TOPIC, 0))
         self.machines = {name: Machine(name, _PORT + number, seed, self) for number, name in enumerate(self.plan.nodes)}
         self.replicas = {name: Replica(name, self) for name in self.plan.scalers}
@@ -322,6 +323,7 @@ class World:
             case "stop scaler":
                 if replica.process is not None:
                     replica.process.stop()
+                    self.checks.stopped(replica.name, step.lasts_s)
                     later(step.lasts_s, replica.process.go_on)
             case "clock jump of scaler":
                 self._jump(replica.clock, step)

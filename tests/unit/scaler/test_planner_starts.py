@@ -185,6 +185,6 @@ def test_a_start_that_was_not_answered_goes_to_another_node_even_to_one_that_is_
     (first,) = starts(harness.demand(1))
     assert first.node == "n1"
     harness.node("n2")
-    harness.planner._world.nodes["n2"].slowness = 8.0
+    harness.planner._world.nodes["n2"].slowness = 1000.0
     (second,) = starts(harness.pass_s(75))
     assert second.node == "n2"
