@@ -115,6 +115,15 @@ class Instance:
                 self.sandbox.signal_all(signal.SIGTERM)
                 async with asyncio.timeout(grace_s):
                     await asyncio.shield(self.ended)
+        # To the end, also when whoever waits is out of time in this moment: a start's own deadline and that of its command are the same.
+        removal = workshop.tasks.spawn(self._remove(workshop), f"removal of {self.id}")
+        try:
+            await asyncio.shield(removal)
+        except asyncio.CancelledError:
+            await asyncio.wait([removal])
+            raise
+
+    async def _remove(self, workshop: Workshop) -> None:
         await workshop.pool.give_back(self.sandbox)
         if self.pager is not None:
             await self.pager.release(self.id)

@@ -43,9 +43,11 @@ from agent.api.messages import (
     StartDone,
     StartFailed,
 )
+from agent.api.records import StartRecord
 from agent.catalog import Catalog
 from agent.checkpoint import Checkpointer
 from agent.drain import Drainer
+from agent.epochs import Epochs
 from agent.errors import AgentError, Refused
 from agent.furnish import last_output
 from agent.instance import Instance, Workshop
@@ -79,6 +81,7 @@ class Node:
         standbys: Standbys,
         checkpointer: Checkpointer,
         drainer: Drainer,
+        epochs: Epochs,
         report: Callable[[Message], None],
     ) -> None:
         self.name = name
@@ -95,7 +98,7 @@ class Node:
         #: Being ended: they count for nobody any more.
         self._leaving: dict[str, Instance] = {}
         self._answers: OrderedDict[str, Message | None] = OrderedDict()
-        self._epochs: dict[int, int] = {}
+        self._epochs = epochs
         self._checkpointing: set[str] = set()
 
     def inventory(self) -> Inventory:
@@ -151,7 +154,7 @@ class Node:
         name = function.name if isinstance(function, Function) else getattr(command, "function_name", "")
         with log_context(node=self.name, command=command.id, function=name, trace=trace_id(command.traceparent)):
             try:
-                self._check_epoch(command)
+                self._epochs.check(command.shard, command.epoch)
                 answer = await self._dispatch(command, received_ns)
             except (AgentError, InfraError, OSError, TimeoutError) as error:
                 logger.warning("%s failed: %s", type(command).__name__, error)
@@ -187,12 +190,6 @@ class Node:
                 return Evicted(command_id=command.id, function=command.function_name)
             case Release():
                 return await self._release(command)
-
-    def _check_epoch(self, command: AgentCommand) -> None:
-        newest = self._epochs.get(command.shard, 0)
-        if command.epoch < newest:
-            raise Refused(f"the command is of epoch {command.epoch} of shard {command.shard}, which epoch {newest} has taken over")
-        self._epochs[command.shard] = command.epoch
 
     async def _start(self, command: Start, received_ns: int) -> Message:
         try:
@@ -230,6 +227,8 @@ class Node:
             self._hold(instance)
             if instance.standby:
                 self._standbys.add(instance)
+            # Who has not heard the answer sends the command again.
+            self._answers[instance.command_id] = _answer_again(instance)
         if instances:
             logger.info("%d instances of an earlier agent go on", len(instances))
 
@@ -383,6 +382,22 @@ def _standby_info(instance: Instance) -> StandbyInfo:
         made_ns=instance.made_ns,
         command_id=instance.command_id,
     )
+
+
+def _answer_again(instance: Instance) -> Message:
+    """The answer to the command that an instance came of, as far as it is known to the next agent."""
+    if instance.standby:
+        return PrepareDone(command_id=instance.command_id, standby=_standby_info(instance))
+    record = StartRecord(
+        command_id=instance.command_id,
+        function=instance.function.name,
+        instance=instance.id,
+        checkpoint=instance.image.checkpoint if instance.image else "",
+        start_mode=instance.start_mode,
+        started_ns=instance.started_ns,
+        ended_ns=instance.started_ns,
+    )
+    return StartDone(command_id=instance.command_id, instance=_instance_info(instance), record=record)
 
 
 def _checkpoint_info(image: CachedImage) -> CheckpointInfo:

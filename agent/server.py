@@ -30,6 +30,7 @@ from agent.catalog import Catalog
 from agent.checkpoint import Checkpointer
 from agent.criu import tool
 from agent.drain import Drainer
+from agent.epochs import Epochs
 from agent.errors import AgentError, CriuError, PagerError, PeerSilent, ProtocolError, SandboxError
 from agent.furnish import Furnisher
 from agent.instance import Workshop
@@ -130,7 +131,8 @@ class Agent:
         checkpointer = Checkpointer(workshop, cache, store, lambda: self._pager, self._tools.criu_version)
         drainer = Drainer()
         stack.callback(drainer.close)
-        node = Node(settings.node_name, workshop, catalog, starter, standbys, checkpointer, drainer, self._report)
+        epochs = Epochs(runtime / "epochs.json")
+        node = Node(settings.node_name, workshop, catalog, starter, standbys, checkpointer, drainer, epochs, self._report)
         node.adopt(instances)
         stack.push_async_callback(self._release_all, node)
         self._keeping = self._tasks.spawn(self._keep_pager(node), "watch of the pager", essential=True)

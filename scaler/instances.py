@@ -97,7 +97,9 @@ def place(world: World, state: FunctionState, needs: list[Need], now_ns: int, pr
 
 
 def failed(world: World, state: FunctionState, attempt: int, need: Need, now_ns: int) -> None:
-    """Owe a start that failed, and set the pause before it is repeated."""
+    """Owe a start that failed, and set the pause before it is repeated. Whoever does not decide for the function owes nothing."""
+    if not world.acting(state):
+        return
     state.failures = max(state.failures, attempt + 1)
     state.retry_ns = now_ns + backoff_ns(world.config.retry_ns, state.failures)
     state.owed.append(need)
@@ -162,7 +164,7 @@ def _start(world: World, state: FunctionState, node: Node, need: Need, thaws: bo
     readiness_ns = int(function.spec.readiness.timeout_seconds * NS) + world.config.readiness_margin_ns
     header = world.header(state, now_ns, max(world.config.start_deadline_ns, readiness_ns))
     command_id = header["id"]
-    state.starts[command_id] = Starting(command_id, node.name, state.digest, need, state.failures, thaws)
+    state.starts[command_id] = Starting(command_id, node.name, state.digest, need, state.failures, thaws, now_ns)
     state.starting += 1
     node.begin(command_id, expected_s)
     node.book(command_id, forecasts.expected_mb(world, state))

@@ -45,18 +45,21 @@ class Levels:
             now_ns: the time.
 
         Returns:
-            The source, or None when the event was ignored: older than one already known, or already expired.
+            The source, or None when the event was ignored: older than one already known, or of a source that is not known any more.
         """
         known = self.sources.get(event.source)
         if known is not None and (event.epoch, event.seq) <= (known.epoch, known.seq):
             return None
         expires_ns = seen_ns + (int(event.ttl * NS) or default_ttl_ns)
         if expires_ns <= now_ns:
-            # It still supersedes what the source said before.
-            if known is not None:
-                self.level -= known.in_flight
-                del self.sources[event.source]
-            return None
+            if known is None:
+                return None
+            # It supersedes what the source said before, but may be one of many that were not read in time, and newer ones follow: what it
+            # asks for more is not started, and its end is left to the timer.
+            self.level -= max(0, known.in_flight - event.in_flight)
+            known.epoch, known.seq = event.epoch, event.seq
+            known.in_flight, known.expires_ns = min(known.in_flight, event.in_flight), expires_ns
+            return known
         if known is None:
             known = self.sources[event.source] = Source(event.epoch, event.seq, event.in_flight, expires_ns)
             self.level += event.in_flight

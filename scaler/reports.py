@@ -35,6 +35,8 @@ from scaler.world import Pending, World, backoff_ns
 GONE = "instance_gone"
 #: Reason of a refused start that means: the node's memory is full.
 NO_ROOM = "no_room"
+#: Reason of commands that were not answered in time.
+NO_ANSWER = "no_answer"
 #: Functions that get another try when one instance ends: enough to use the room, few enough to keep an event cheap.
 WOKEN_PER_EXIT = 8
 
@@ -63,9 +65,10 @@ def start_done(world: World, node: str, report: StartDone, now_ns: int) -> None:
     _adopt(world, state, node, report.instance)
     state.last_start_mode = record.start_mode
     state.last_start_ms = (record.ended_ns - (start.need.since_ns if start else record.started_ns)) / 1e6
-    # Waiting for its turn says nothing of what a start costs.
+    # Waiting for its turn says nothing of what a start costs, nor does waiting for a node or for the failure of another start.
     queued_ns = sum(phase.end_ns - phase.start_ns for phase in record.phases if phase.name == "agent.queue")
-    forecasts.started(world, state, node, record.start_mode, state.last_start_ms / 1e3 - queued_ns / 1e9)
+    took_ns = record.ended_ns - (start.sent_ns if start else record.started_ns) - queued_ns
+    forecasts.started(world, state, node, record.start_mode, max(0, took_ns) / 1e9)
     if start is not None and start.thaws and record.start_mode != "thaw":
         standbys.not_used(state, node)
     if report.instance.function_digest == state.digest:
@@ -94,6 +97,9 @@ def start_failed(world: World, node: str, report: StartFailed, now_ns: int) -> N
         else:
             if where is not None:
                 where.failed_until_ns = now_ns + world.config.failed_lately_ns
+                if report.reason == NO_ANSWER and any(other.up for other in world.nodes.values() if other is not where):
+                    # What such a node costs is not known: it must not look quicker than one that answers slowly.
+                    state.avoid[node] = now_ns + world.config.failed_lately_ns
             instances.failed(world, state, start.attempt, start.need, now_ns)
     _settle(world, state, now_ns)
     world.forget_if_empty(state)
@@ -238,7 +244,7 @@ def overdue(world: World, command_id: str, now_ns: int) -> None:
         return
     message = "no answer within deadline and grace"
     if pending.kind == "start":
-        failed = StartFailed(command_id=command_id, function=pending.function, reason="no_answer", message=message)
+        failed = StartFailed(command_id=command_id, function=pending.function, reason=NO_ANSWER, message=message)
         start_failed(world, pending.node, failed, now_ns)
     else:
         _command_answered(
@@ -248,7 +254,7 @@ def overdue(world: World, command_id: str, now_ns: int) -> None:
                 command_id=command_id,
                 function=pending.function,
                 command=pending.kind,
-                reason="no_answer",
+                reason=NO_ANSWER,
                 message=message,
             ),
             now_ns,

@@ -69,6 +69,10 @@ _FLUSH_S = 2.0
 _HOUSEKEEPING_S = 1.0
 #: Values of the setting ``scaler.functions``.
 TOPIC, KUBERNETES = "topic", "kubernetes"
+#: A timer that is so late means that this process, or its machine, was stopped, s.
+_STALL_S = 1.0
+#: Then no timer counts for so long, s: long enough to read the demand that has come meanwhile, or to hear that the shards are lost.
+_CATCH_UP_S = 2.0
 
 
 def planner_config(settings: ScalerSettings) -> PlannerConfig:
@@ -278,11 +282,17 @@ class Service:
         """Timers of the planner, state, and what is cleaned up now and then."""
         tame_collector()
         housekeeping = time.monotonic() + _HOUSEKEEPING_S
+        caught_up = 0.0
         while True:
+            began = time.monotonic()
             await asyncio.sleep(self._settings.scaler.tick_s)
             now_ns = time.time_ns()
             due_ns = self._planner.next_due_ns
-            if due_ns is not None and due_ns <= now_ns:
+            if time.monotonic() > began + self._settings.scaler.tick_s + _STALL_S:
+                # Sources that have gone on speaking would count as silent, and what serves them would be released.
+                caught_up = time.monotonic() + _CATCH_UP_S
+                logger.warning("this process was stopped for %.1f s; it reads demand before it decides", time.monotonic() - began)
+            if due_ns is not None and due_ns <= now_ns and time.monotonic() >= caught_up:
                 self._handle(Tick(), now_ns)
             touched = self._planner.drain_touched()
             self._state.touched(touched)

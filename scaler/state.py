@@ -50,6 +50,7 @@ class Starting:
     attempt: int
     #: It was sent to a node for the sake of a standby there, which no other start may count on.
     thaws: bool = False
+    sent_ns: int = 0
 
 
 @dataclass(slots=True)

@@ -33,6 +33,7 @@ COMMANDS = {
     "run": "thaw.run:command",
     "scaler": "thaw.scaler:scaler",
     "simulate": "thaw.simulate:simulate",
+    "simulate-faults": "thaw.simulate_faults:command",
     "stack": "thaw.stack:stack",
     "trace": "thaw.trace:trace",
 }

@@ -18,6 +18,9 @@ from agent.errors import PeerSilent, ProtocolError
 FRAME_BYTES_MAX = 16 << 20
 #: Unsent bytes at which a peer that does not read is cut off.
 BACKLOG_BYTES_MAX = 64 << 20
+#: A peer whose kernel does not answer for so long is gone, s. A machine that loses power, or a network that does, tells nobody: without
+#: this a scaler would wait for the reports of such a node for ever.
+SILENCE_S = 5
 
 
 class Connection:
@@ -29,6 +32,12 @@ class Connection:
         raw = writer.get_extra_info("socket")
         if raw is not None:
             raw.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            raw.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+            raw.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 1)
+            raw.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 1)
+            raw.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, SILENCE_S - 1)
+            # The same for data that is not acknowledged: keep-alive is for streams on which nothing is under way.
+            raw.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, SILENCE_S * 1000)
 
     @property
     def peer(self) -> str:

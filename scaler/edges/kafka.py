@@ -230,7 +230,8 @@ class DemandFeed:
         found = len(consumer.partitions_for_topic(DEMAND_TOPIC) or ())
         if found != self._partitions:
             raise ShardingChanged(f"{DEMAND_TOPIC} now has {found} partitions instead of {self._partitions}; start the scaler again")
-        owned = {partition.partition: partition for partition in assigned if partition.topic == DEMAND_TOPIC}
+        # Sorted: the same in every process, so that a simulation with the same seed is the same.
+        owned = {partition.partition: partition for partition in sorted(assigned) if partition.topic == DEMAND_TOPIC}
         for number in [number for number in self._shards if number not in owned]:
             del self._shards[number]
             self._sink.shard_lost(number)

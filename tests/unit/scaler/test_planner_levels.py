@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from scaler_harness import NS, Harness, starts
+from scaler_harness import NS, Harness, running, starts
 
 from scaler.world import PlannerConfig
 
@@ -60,8 +60,17 @@ class TestLevels:
     def test_a_replayed_event_that_has_expired_still_supersedes(self, harness):
         harness.apply()
         harness.demand(5, seq=1, ttl=100.0)
-        harness.demand(7, seq=2, ttl=1.0, seen_ns=harness.now - 2 * NS)
+        assert harness.demand(7, seq=2, ttl=1.0, seen_ns=harness.now - 2 * NS) == []
+        harness.pass_s(0.1)
         assert harness.planner.explain("f").level == 0
+
+    def test_events_that_are_read_late_release_nothing_that_newer_ones_ask_for(self, harness):
+        running(harness, 3, idle_s=0.0)
+        harness.demand(3, ttl=4.0)
+        harness.now += 7 * NS  # the scaler was stopped
+        for age_s in (6, 5, 4, 3, 2, 1, 0):
+            assert harness.demand(3, ttl=4.0, seen_ns=harness.now - age_s * NS) == []
+        assert harness.pass_s(1.0) == []
 
     def test_demand_of_a_shard_that_is_not_owned_is_ignored(self, harness):
         harness.apply()

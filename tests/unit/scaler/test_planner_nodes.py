@@ -115,6 +115,13 @@ class TestShards:
         assert harness.pass_s(100) == []
         assert harness.apply(function(minimum=9)) == []
 
+    def test_nothing_is_owed_for_a_lost_shard(self, harness):
+        (instance,) = running(harness, 1)
+        harness.demand(1)
+        harness.do(ShardLost(shard=0))
+        harness.exited(instance)
+        assert harness.planner.explain("f").owed == 0
+
     def test_a_shard_that_was_lost_and_gained_decides_afresh(self, harness):
         (_instance,) = running(harness, 1)
         harness.do(ShardLost(shard=0))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 from scaler_harness import NS, function, releases, running, starts
 
 
@@ -165,3 +166,25 @@ class TestFailure:
         harness.failed(command)
         (again,) = starts(harness.pass_s(0.5))
         assert again.node == "n2"
+
+
+def test_a_start_is_not_measured_by_the_wait_for_the_one_that_failed_before(harness):
+    """Else the node that can is taken for slow, and the next start goes to the one that cannot."""
+    harness.apply()
+    (first,) = starts(harness.demand(1))
+    harness.now += 16 * NS
+    harness.failed(first)
+    (second,) = starts(harness.pass_s(0.3))
+    harness.now += NS // 100
+    harness.done(second, mode="restore")
+    assert harness.planner._world.nodes["n1"].slowness == pytest.approx(1.0, rel=0.01)
+
+
+def test_a_start_that_was_not_answered_goes_to_another_node_even_to_one_that_is_slow(harness):
+    harness.apply(function(checkpoint="off"))
+    (first,) = starts(harness.demand(1))
+    assert first.node == "n1"
+    harness.node("n2")
+    harness.planner._world.nodes["n2"].slowness = 1000.0
+    (second,) = starts(harness.pass_s(75))
+    assert second.node == "n2"
