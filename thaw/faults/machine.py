@@ -19,7 +19,6 @@ from typing import Any
 
 import agent.catalog
 import agent.node
-import agent.sandbox.rootfs
 import agent.server
 import agent.standbys
 import agent.starts
@@ -158,6 +157,12 @@ class Sandbox:
     def rest(self) -> None:
         """Of no consequence here."""
 
+    def complete(self, pid: int) -> None:
+        """Of no consequence here."""
+
+    async def unrouted(self, timeout_s: float) -> None:
+        """Nothing routes to it."""
+
 
 class Machine:
     """One node."""
@@ -282,7 +287,7 @@ class Machine:
         workshop = Workshop(settings.agent, furnisher, Pool(self), tasks)  # type: ignore[arg-type]
         pager = Pager(self)
         quiet = asyncio.Event()
-        catalog = Catalog(settings.agent, Cache(self), self.store, lambda: pager, tasks, _NOWHERE, "4")  # type: ignore[arg-type,return-value]
+        catalog = Catalog(settings.agent, Cache(self), self.store, lambda: pager, tasks, _layers, "4")  # type: ignore[arg-type,return-value]
         standbys = Standbys(workshop, catalog, lambda: pager, quiet)  # type: ignore[arg-type,return-value]
         starter = Starter(self.name, workshop, catalog, standbys, lambda: pager, quiet)  # type: ignore[arg-type,return-value]
         node = self._make_node(settings, workshop, catalog, starter, standbys, agent_._report)
@@ -509,6 +514,10 @@ class Drains:
         return not waits_s
 
 
+def _layers(function: Function) -> Any:
+    return SimpleNamespace(root="/", layer="", targets=(), binds=())
+
+
 def _here() -> Machine:
     machine: Machine = current().machine
     return machine
@@ -633,9 +642,8 @@ _shipped_dispatch = Node._dispatch
 
 def replacements() -> list[tuple[Any, str, Any]]:
     """What of the agent is replaced, all of it below its bookkeeping: (where, name, by what)."""
-    found: list[tuple[Any, str, Any]] = [
+    return [
         (agent.catalog, "Fetcher", Fetcher),
-        (agent.sandbox.rootfs, "prepare", lambda function, layers: SimpleNamespace(root="/", layer="", targets=(), binds=())),
         (agent.starts, "start_cold", _start_cold),
         (agent.starts, "start_restored", _start_restored),
         (agent.starts, "resume", _resume),
@@ -645,7 +653,3 @@ def replacements() -> list[tuple[Any, str, Any]]:
         (agent.node, "memory_mb", _memory_mb),
         (agent.node.Node, "_dispatch", _dispatch),
     ]
-    for module in (agent.node, agent.starts):
-        if hasattr(module, "check_room"):
-            found.append((module, "check_room", check_room))
-    return found
