@@ -19,7 +19,7 @@ from thaw.simulate_faults import command
 
 SEEDS = 2000
 #: Without a safeguard one of so many seeds fails.
-SEEDS_WITHOUT = 400
+SEEDS_WITHOUT = 1500
 
 
 @pytest.mark.timeout(600)

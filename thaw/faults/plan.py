@@ -140,6 +140,8 @@ def make(seed: int) -> Plan:
         steps.append(_fault(draw, scalers, nodes, at_s))
     if draw.random() < 0.25:
         steps += _two_at_once(draw, draw.choice(scalers), draw.choice(nodes))
+    if draw.random() < 0.12:
+        steps += _forgotten(draw, draw.choice(names), scalers, draw.choice(nodes))
     return Plan(seed, scalers, nodes, draw.choice([1, 2, 3]), tuple(sorted(steps, key=lambda step: step.at_s)))
 
 
@@ -190,6 +192,16 @@ def _two_at_once(draw: random.Random, scaler: str, node: str) -> list[Step]:
     return [
         Step(at_s, "cut link", (scaler, node), draw.uniform(2.0, 8.0), when="it gets a start", after_s=draw.uniform(0.0, 0.005)),
         Step(at_s + 0.1, "kill agent", (node,), 0.1, when=when, after_s=draw.uniform(0.002, 0.05)),
+    ]
+
+
+def _forgotten(draw: random.Random, name: str, scalers: tuple[str, ...], node: str) -> list[Step]:
+    """A function is deleted while a node cannot be reached, and whoever knew of it is gone when it can."""
+    at_s = draw.uniform(4.0, BUSY_S - 8.0)
+    return [
+        Step(at_s - 0.5, "cut off node", (node,), draw.uniform(3.0, 8.0)),
+        Step(at_s, "delete", (name,)),
+        *(Step(at_s + draw.uniform(0.2, 1.5), "kill scaler", (scaler,), draw.uniform(0.1, 1.0)) for scaler in scalers),
     ]
 
 
