@@ -75,10 +75,10 @@ def command(seeds: int, seed: int, without: str | None, processes: int | None, l
 def _story(seed: int, without: str) -> list[str]:
     """What is needed for a failure, and what the parts did then."""
     shortest, outcome = shrink(plan.make(seed), without)
+    scalers, nodes = ", ".join(shortest.scalers), ", ".join(shortest.nodes)
     assert outcome.violation is not None
     return [
-        f"seed {seed} made short: scalers {', '.join(shortest.scalers)}; nodes {', '.join(shortest.nodes)}; "
-        f"{shortest.partitions} partitions",
+        f"seed {seed} made short: scalers {scalers}; nodes {nodes}; {shortest.partitions} partitions",
         *map(str, shortest.steps),
         f"{outcome.violation.at_s:7.2f} s  {outcome.violation.kind}: {outcome.violation.text}",
         "the end of what was said and done:",
