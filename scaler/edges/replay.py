@@ -36,21 +36,26 @@ class ReplayPoint:
         #: Everything before it has been absorbed.
         self.next_offset = next_offset
         self._live: collections.OrderedDict[tuple[str, str], _Live] = collections.OrderedDict()
+        #: Sources whose newest record asks for nothing. Nothing needs to be read again to know that, unless an older record comes after it.
+        self._silent: collections.OrderedDict[tuple[str, str], _Live] = collections.OrderedDict()
+        #: Of these: those after which an older one has come, which would count without them.
+        self._overtaken: dict[tuple[str, str], _Live] = {}
         self._rejected: dict[int, None] = {}
 
     def absorbed(self, function: str, source: str, epoch: int, seq: int, in_flight: int, offset: int, expires_ns: int) -> None:
         """A demand record was handed to the planner."""
         self.next_offset = offset + 1
         key = (function, source)
-        known = self._live.get(key)
+        known = self._live.get(key) or self._overtaken.get(key) or self._silent.get(key)
         if known is not None and (epoch, seq) <= (known.epoch, known.seq):
+            if in_flight and key not in self._live and (epoch, seq) < (known.epoch, known.seq):
+                self._overtaken[key] = known._replace(expires_ns=max(known.expires_ns, expires_ns))
             return
-        if in_flight == 0:
-            # Nothing needs to be read again to know that nothing is asked for.
-            self._live.pop(key, None)
-            return
-        self._live[key] = _Live(epoch, seq, offset, expires_ns)
-        self._live.move_to_end(key)
+        self._overtaken.pop(key, None)
+        newest, other = (self._live, self._silent) if in_flight else (self._silent, self._live)
+        other.pop(key, None)
+        newest[key] = _Live(epoch, seq, offset, expires_ns)
+        newest.move_to_end(key)
 
     def rejected(self, offset: int) -> None:
         """A record is on its way to the rejected ones."""
@@ -68,12 +73,16 @@ class ReplayPoint:
 
     def offset(self, now_ns: int) -> int:
         """From here everything that counts at ``now_ns`` is read again."""
+        while self._silent and next(iter(self._silent.values())).expires_ns <= now_ns:
+            self._silent.popitem(last=False)
+        self._overtaken = {key: item for key, item in self._overtaken.items() if item.expires_ns > now_ns}
+        from_ = min([self.settled_offset, *(item.offset for item in self._overtaken.values())])
         while self._live:
             oldest = next(iter(self._live.values()))
             if oldest.expires_ns > now_ns:
-                return min(oldest.offset, self.settled_offset)
+                return min(oldest.offset, from_)
             self._live.popitem(last=False)
-        return self.settled_offset
+        return from_
 
 
 class ReplayStart(NamedTuple):

@@ -68,6 +68,17 @@ class TestReplayPoint:
         point.absorbed("f", "a", 1, 9, 7, 1, expires_ns=100)
         assert point.offset(0) == 0
 
+    def test_what_asks_for_nothing_is_read_again_when_an_older_event_has_come_after_it(self):
+        point = ReplayPoint(0)
+        point.absorbed("f", "a", 1, 3, 0, 0, expires_ns=100)
+        point.absorbed("f", "b", 1, 1, 1, 1, expires_ns=1000)
+        assert point.offset(0) == 1
+        point.absorbed("f", "a", 1, 2, 6, 2, expires_ns=110)
+        assert point.offset(0) == 0, "read alone, the older one would count"
+        assert point.offset(110) == 1
+        point.absorbed("f", "a", 1, 4, 0, 3, expires_ns=200)
+        assert point.offset(0) == 1
+
     def test_waits_for_rejected_records(self):
         point = ReplayPoint(0)
         point.rejected(0)
