@@ -107,6 +107,16 @@ class Tick(msgspec.Struct, frozen=True, kw_only=True):
     """
 
 
+class Stalled(msgspec.Struct, frozen=True, kw_only=True):
+    """This scaler was stopped, and reads now what was said meanwhile: what looks idle may not be.
+
+    Attributes:
+        until_ns: nothing is released before.
+    """
+
+    until_ns: int
+
+
 #: Reports that mean something to the planner; endpoints are for watchers.
 PlannerReport = (
     Inventory | StartDone | StartFailed | PrepareDone | InstanceExited | FetchDone | CheckpointPublished | Evicted | CommandFailed
@@ -168,6 +178,7 @@ Event = (
     | PlaceholdersSeen
     | ForecastLoaded
     | Tick
+    | Stalled
     | NodeReport
     | NodeDown
     | NodeLost

@@ -172,6 +172,10 @@ def _start(world: World, state: FunctionState, node: Node, need: Need, thaws: bo
 
 
 def _release_surplus(world: World, state: FunctionState, now_ns: int) -> None:
+    if now_ns < world.releases_from_ns:
+        if state.have > state.wanted or state.stale:
+            world.timers.arm(TimerKey("idle", state.name), world.releases_from_ns)
+        return
     due: list[int] = []
     if state.function is None and not state.deleted:
         # Instances of a function that nobody has described to us: not needed, but not to be killed in haste either.

@@ -33,6 +33,7 @@ from scaler.events import (
     ShardGained,
     ShardLost,
     ShardReady,
+    Stalled,
     Tick,
 )
 from scaler.snapshots import FunctionSnapshot, snapshot
@@ -65,6 +66,7 @@ class Planner:
             PlaceholdersSeen: self._placeholders_seen,
             ForecastLoaded: self._forecast_loaded,
             Tick: self._tick,
+            Stalled: self._stalled,
             NodeReport: self._node_report,
             NodeDown: self._node_down,
             NodeLost: self._node_lost,
@@ -289,6 +291,9 @@ class Planner:
                 if state.holding is not None:
                     standbys.settle(world, state, now_ns)
             world.forget_if_empty(state)
+
+    def _stalled(self, event: Stalled, now_ns: int) -> None:
+        self._world.releases_from_ns = event.until_ns
 
     def _node_report(self, event: NodeReport, now_ns: int) -> None:
         reports.handle(self._world, event.node, event.report, now_ns, event.connected)

@@ -24,6 +24,8 @@ _HORIZON_S = 60.0
 
 def make_room(world: World, node: Node, wanted_mb: int, now_ns: int) -> None:
     """Release what is worth least on ``node``, until ``wanted_mb`` will be free or nothing more may go."""
+    if now_ns < world.releases_from_ns:
+        return
     candidates: list[tuple[float, int, FunctionState, Instance | Standby]] = []
     names = dict.fromkeys([*node.instances.values(), *node.standbys.values()])
     for name in names:

@@ -55,6 +55,7 @@ from scaler.events import (
     ShardGained,
     ShardLost,
     ShardReady,
+    Stalled,
     Tick,
 )
 from scaler.levels import NS
@@ -71,7 +72,7 @@ _HOUSEKEEPING_S = 1.0
 TOPIC, KUBERNETES = "topic", "kubernetes"
 #: A timer that is so late means that this process, or its machine, was stopped, s.
 _STALL_S = 1.0
-#: Then no timer counts for so long, s: long enough to read the demand that has come meanwhile, or to hear that the shards are lost.
+#: Then nothing is released for so long, s: long enough to read the demand that has come meanwhile, or to hear that the shards are lost.
 _CATCH_UP_S = 2.0
 
 
@@ -103,6 +104,8 @@ class Service:
         self._nodes_known = False
         #: Shards whose forecasts are still to be read.
         self._unread: set[int] = set()
+        #: When the loop was last known to run, monotonic s; 0: not yet.
+        self._awake = 0.0
         self._membership = Membership(settings)
         self._operator: Operator | None = None
 
@@ -184,6 +187,8 @@ class Service:
 
     def demand(self, record: DemandRecord) -> None:
         """See :class:`scaler.edges.kafka.DemandSink`."""
+        if self._awake:
+            self._notice_stall()
         now_ns = time.time_ns()
         origin = Origin(
             at_ns=record.event.at,
@@ -282,17 +287,13 @@ class Service:
         """Timers of the planner, state, and what is cleaned up now and then."""
         tame_collector()
         housekeeping = time.monotonic() + _HOUSEKEEPING_S
-        caught_up = 0.0
         while True:
-            began = time.monotonic()
+            self._notice_stall()
             await asyncio.sleep(self._settings.scaler.tick_s)
             now_ns = time.time_ns()
             due_ns = self._planner.next_due_ns
-            if time.monotonic() > began + self._settings.scaler.tick_s + _STALL_S:
-                # Sources that have gone on speaking would count as silent, and what serves them would be released.
-                caught_up = time.monotonic() + _CATCH_UP_S
-                logger.warning("this process was stopped for %.1f s; it reads demand before it decides", time.monotonic() - began)
-            if due_ns is not None and due_ns <= now_ns and time.monotonic() >= caught_up:
+            self._notice_stall()
+            if due_ns is not None and due_ns <= now_ns:
                 self._handle(Tick(), now_ns)
             touched = self._planner.drain_touched()
             self._state.touched(touched)
@@ -306,6 +307,15 @@ class Service:
                 housekeeping = time.monotonic() + _HOUSEKEEPING_S
                 self._agents.forget_expired(now_ns)
                 self._starts.abandon(now_ns)
+
+    def _notice_stall(self) -> None:
+        """To a scaler that was stopped, sources that have gone on speaking look silent, and the first record it reads is not the last."""
+        now, before = time.monotonic(), self._awake
+        self._awake = now
+        if before and now > before + self._settings.scaler.tick_s + _STALL_S:
+            now_ns = time.time_ns()
+            self._handle(Stalled(until_ns=now_ns + int(_CATCH_UP_S * NS)), now_ns)
+            logger.warning("this process was stopped for %.1f s; it reads demand before it releases anything", now - before)
 
     async def _watch(self, producer: AIOKafkaProducer) -> None:
         while True:

@@ -121,6 +121,8 @@ class World:
     counters: Counter[str] = field(default_factory=Counter)
     out: list[NodeCommand] = field(default_factory=list)
     issued: int = 0
+    #: No instance that serves is let go before: this scaler was stopped, and may not know yet what is asked for.
+    releases_from_ns: int = 0
     #: Connections of nodes so far.
     connections: int = 0
 

@@ -161,7 +161,7 @@ SAFEGUARDS = {
     ),
     "answer-timeout": Safeguard("a command that is not answered in time counts as failed", lambda: _configured(answer_grace_ns=_NEVER_NS)),
     "catch-up": Safeguard(
-        "a scaler that was stopped reads demand before its timers count", lambda: [(scaler.service, "_STALL_S", float("inf"))]
+        "a scaler that was stopped reads demand before it releases anything", lambda: [(scaler.service, "_STALL_S", float("inf"))]
     ),
     "node-lost": Safeguard("what was on a node that stays away is started elsewhere", lambda: [(Agents, "_lost", _nothing)]),
     "keep-alive": Safeguard("a peer that says nothing any more is noticed", lambda: [(End, "setsockopt", _nothing)]),

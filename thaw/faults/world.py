@@ -91,7 +91,7 @@ def run(plan: Plan, without: str = "", *, story: bool = False) -> Outcome:
         asyncio.set_event_loop(None)
         if collecting:
             gc.enable()
-            gc.collect(1)
+            gc.collect()
         sys.unraisablehook = hook
     return Outcome(violation, took_s, steps, told)
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from scaler_harness import releases, running, starts
+from scaler_harness import NS, releases, running, starts
+
+from scaler.events import Stalled
 
 
 class TestRelease:
@@ -77,3 +79,15 @@ class TestRelease:
         running(harness, 1, idle_s=0)
         harness.demand(0)
         assert len(releases(harness.pass_s(64))) == 1
+
+
+def test_a_scaler_that_was_stopped_releases_nothing_until_it_has_read_what_was_said(harness):
+    running(harness, 2, idle_s=0.0)
+    harness.demand(2, source="old", ttl=4.0)
+    harness.demand(0)
+    harness.now += 7 * NS
+    assert harness.do(Stalled(until_ns=harness.now + 2 * NS)) == []
+    assert harness.pass_s(1.0) == [], "the source may have gone on speaking"
+    assert harness.demand(0, source="other") == []
+    assert harness.demand(1, source="old") == []
+    assert len(releases(harness.pass_s(2.0))) == 1
