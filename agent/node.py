@@ -244,7 +244,10 @@ class Node:
 
     async def _prepare(self, command: Prepare) -> Message:
         self._workshop.pool.check_room(command.function, 0)
-        instance, seconds = await self._standbys.make(command, instance_id(command.function))
+        left_s = (command.deadline_ns - time.time_ns()) / 1e9
+        # Those before it may hang for as long as their own deadlines.
+        async with asyncio.timeout(max(0.0, left_s)):
+            instance, seconds = await self._standbys.make(command, instance_id(command.function))
         self._hold(instance)
         self._settle(instance)
         logger.info("instance %s is on standby with %d KiB: %s", instance.id, instance.pss_bytes >> 10, seconds)

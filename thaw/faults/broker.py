@@ -77,7 +77,7 @@ class Broker:
         self._up.set()
         self._rebalancing = False
         self._made = 0
-        #: Told of every record.
+        #: Called before and after every record.
         self.on_append: Callable[[], None] = lambda: None
         self._waiting: list[asyncio.Future[None]] = []
         spawn(self._watch_sessions())
@@ -88,6 +88,7 @@ class Broker:
 
     def append(self, partition: TopicPartition, key: bytes, value: bytes | None) -> int:
         """Write one record; returns its offset."""
+        self.on_append()
         log = self.log(partition)
         if self._random.random() < 0.05:
             log.end += 1  # an offset without a record, as control records and compaction leave

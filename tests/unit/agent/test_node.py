@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import pytest
 
 from agent.api.function import Function, FunctionSpec, Metadata
-from agent.api.messages import Message, Prepare, PrepareDone, Start, StartDone
+from agent.api.messages import CommandFailed, Message, Prepare, PrepareDone, Start, StartDone
 from agent.epochs import Epochs
 from agent.instance import Instance
 from agent.node import Node
@@ -22,6 +23,9 @@ FUNCTION = Function(metadata=Metadata(name="f"), spec=FunctionSpec(command=["ser
 class _Standbys:
     def add(self, instance: Instance) -> None:
         """Held."""
+
+    async def make(self, *_: Any) -> Any:
+        await asyncio.sleep(3600)
 
 
 class _Starter:
@@ -61,4 +65,15 @@ async def test_a_command_that_the_agent_before_has_carried_out_is_answered_and_n
     node.handle(Start(id="c-2", deadline_ns=1 << 62, function=FUNCTION))
     await asyncio.sleep(0.01)
     assert starter.started == 1
+    await tasks.close()
+
+
+async def test_a_prepare_that_waits_for_its_turn_ends_at_its_deadline(tmp_path: Path) -> None:
+    tasks, reports = TaskGroup("test"), list[Message]()
+    workshop: Any = SimpleNamespace(tasks=tasks, pool=SimpleNamespace(check_room=lambda *_: None))
+    nothing: Any = None
+    node = Node("n", workshop, nothing, nothing, _Standbys(), nothing, nothing, Epochs(tmp_path / "e"), reports.append)  # type: ignore[arg-type]
+    node.handle(Prepare(id="c-1", deadline_ns=time.time_ns() + 50_000_000, function=FUNCTION))
+    await asyncio.sleep(0.2)
+    assert [type(report) for report in reports] == [CommandFailed]
     await tasks.close()
