@@ -301,6 +301,9 @@ def _release_failed(world: World, state: FunctionState, node: str, pending: Pend
         return
     if report.reason == GONE:
         instances.forget_instance(world, state, pending.instance)
+    elif report.reason == NO_ANSWER and world.acting(state):
+        # It may be gone, or go at any moment: it serves nobody's demand any more.
+        instances.release(world, state, released[0], now_ns)
     else:
         instance = state.releasing.pop(pending.instance)[0]
         instance.release_after_ns = now_ns + world.config.release_retry_ns

@@ -91,3 +91,11 @@ def test_a_scaler_that_was_stopped_releases_nothing_until_it_has_read_what_was_s
     assert harness.demand(0, source="other") == []
     assert harness.demand(1, source="old") == []
     assert len(releases(harness.pass_s(2.0))) == 1
+
+
+def test_an_instance_whose_release_is_not_answered_counts_for_nobody(harness):
+    running(harness, 2, idle_s=0.0)
+    (first,) = releases(harness.demand(1) + harness.pass_s(0.2))
+    commands = harness.pass_s(70)
+    assert [command.message.instance for command in releases(commands)] == [first.message.instance], "it is asked again"
+    assert len(starts(harness.demand(2))) == 1, "and replaced when it is needed"
