@@ -286,11 +286,14 @@ async def test_a_deleted_pod_ends_its_instance(node: AgentUnderTest, cluster: Cl
     assert exited.instance == "deleted-a"
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
-async def test_instances_outlive_their_agent(node: AgentUnderTest, cluster: Cluster, namespace: str, number: signal.Signals) -> None:
+@pytest.mark.parametrize(("number", "spare"), [(signal.SIGKILL, True), (signal.SIGTERM, False)])
+async def test_instances_outlive_their_agent(
+    node: AgentUnderTest, cluster: Cluster, namespace: str, number: signal.Signals, spare: bool
+) -> None:
+    """With another pod that waits, and with none: a standby is thawed all the same."""
     name = f"outlive-{number}"
     pods = Pods(cluster, pod_world.function(name, namespace))
-    await waiting(node, pods, f"{name}-a", f"{name}-b", f"{name}-c")
+    await waiting(node, pods, f"{name}-a", f"{name}-b", *([f"{name}-c"] if spare else []))
     await checkpoint(node, pods)
     running = await node.start_instance(pods.function)
     held = await node.call(Prepare, function=pods.function)
@@ -305,6 +308,9 @@ async def test_instances_outlive_their_agent(node: AgentUnderTest, cluster: Clus
     assert await answer(running) == before
     thawed = await node.start_instance(pods.function)
     assert thawed.record.start_mode == "thaw" and (await answer(thawed))["ok"]
+    if not spare:
+        assert (await node.call(Start, function=pods.function)).reason == "no_room"
+        return
     await asyncio.to_thread(eventually, lambda: node.log.count("waits for an instance") >= 4, within_s=10)
     again = await node.start_instance(pods.function)
     assert again.record.start_mode == "restore", "the pod that waited is found again"
