@@ -47,7 +47,7 @@ def _kind(folder: Path) -> str | None:
 
 def _in_use(folders: Collection[Path]) -> set[Path]:
     """Those that a process runs from, stands in, has open (as whoever called ``install_folder`` has) or was told of."""
-    found = set()
+    found: set[Path] = set()
     for process in Path("/proc").glob("[0-9]*"):
         for name in _named(process):
             found.update(folder for folder in folders if f"{folder}/" in name or f"{folder.resolve()}/" in name)
