@@ -156,7 +156,7 @@ class Pods:
 
     def get(self, name: str) -> dict[str, Any]:
         """One pod object."""
-        return self.cluster.get("-n", self.namespace, "pod", name)
+        return self.cluster.get("pod", name, namespace=self.namespace)
 
     def gate(self, name: str) -> tuple[str, str]:
         """Status and reason of the condition ``thaw.dev/restored``."""

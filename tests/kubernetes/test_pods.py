@@ -252,7 +252,7 @@ async def test_an_instance_is_released_without_losing_a_request(node: AgentUnder
     first, second = await node.start_instance(pods.function), await node.start_instance(pods.function)
     for report in (first, second):
         await gated(pods, report.instance.instance, "True", "Answers")
-    address = cluster.get("-n", namespace, "service", "released")["spec"]["clusterIP"]
+    address = cluster.get("service", "released", namespace=namespace)["spec"]["clusterIP"]
     seen: list[str] = []
 
     def two_are_there() -> bool:
