@@ -34,6 +34,7 @@ from agent.epochs import Epochs
 from agent.errors import AgentError, CriuError, PagerError, PeerSilent, ProtocolError, SandboxError
 from agent.furnish import Furnisher
 from agent.instance import Workshop
+from agent.leftovers import claim_name
 from agent.node import Node, endpoint
 from agent.pager.client import PagerClient
 from agent.sandbox import mounts
@@ -184,6 +185,7 @@ class Agent:
         while True:
             await asyncio.sleep(self._settings.agent.reconcile_s)
             await node.reconcile()
+            await self._site.reconcile()
 
     async def _accept(self, node: Node, listener: socket.socket) -> asyncio.Server:
         settings = self._settings.agent
@@ -269,7 +271,7 @@ def _claim(what: str, name: str) -> socket.socket:
     """
     claim = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
     try:
-        claim.bind(f"\0thaw-agent-{what}-{name}")
+        claim.bind(f"\0{claim_name(what, name)}")
     except OSError as error:
         claim.close()
         raise AgentError(f"another agent of this machine has agent.{what}={name}; stop it or set another one") from error

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import itertools
 import os
 import signal
 import statistics
@@ -119,7 +120,7 @@ class Installation:
         longest_s = 0.0
         for shard in shards:
             times = [at_s for at_s, command in self.starts() if command.shard == shard]
-            longest_s = max([longest_s, *(later - at for at, later in zip(times, times[1:], strict=False))])
+            longest_s = max([longest_s, *(later - at for at, later in itertools.pairwise(times))])
         return longest_s
 
     async def settle(self) -> None:
