@@ -20,6 +20,7 @@ from pathlib import Path
 from agent.adoption import adopt
 from agent.api.connection import Connection
 from agent.api.messages import (
+    CommandTaken,
     EndpointDown,
     Endpoints,
     EndpointUp,
@@ -34,6 +35,7 @@ from agent.epochs import Epochs
 from agent.errors import AgentError, CriuError, PagerError, PeerSilent, ProtocolError, SandboxError
 from agent.furnish import Furnisher
 from agent.instance import Workshop
+from agent.lease import Scalers
 from agent.leftovers import claim_name
 from agent.node import Node, endpoint
 from agent.pager.client import PagerClient
@@ -68,7 +70,7 @@ class Agent:
         self._settings = settings
         self._tools = tools
         self._state = settings.paths.state_dir / "agent"
-        self._scalers: set[Connection] = set()
+        self._scalers = Scalers(settings.agent.lease_s)
         self._watchers: set[Connection] = set()
         #: Whether what runs here must go on when this agent ends: until it serves itself that is what an agent before has left.
         self._inherits = True
@@ -127,13 +129,13 @@ class Agent:
         catalog = Catalog(settings, cache, store, lambda: self._pager, self._tasks, self._site.layers, self._tools.criu_version)
         workshop = Workshop(settings, furnisher, self._site.begin(stack, furnisher, catalog.forget), self._tasks)
         quiet = asyncio.Event()
-        standbys = Standbys(workshop, catalog, lambda: self._pager, quiet)
-        starter = Starter(settings.node_name, workshop, catalog, standbys, lambda: self._pager, quiet)
+        standbys = Standbys(workshop, catalog, lambda: self._pager, quiet, self._scalers)
+        starter = Starter(settings.node_name, workshop, catalog, standbys, lambda: self._pager, quiet, self._scalers)
         checkpointer = Checkpointer(workshop, cache, store, lambda: self._pager, self._tools.criu_version)
         drainer = Drainer()
         stack.callback(drainer.close)
         epochs = Epochs(runtime / "epochs.json")
-        node = Node(settings.node_name, workshop, catalog, starter, standbys, checkpointer, drainer, epochs, self._report)
+        node = Node(settings.node_name, workshop, catalog, starter, standbys, checkpointer, drainer, epochs, self._scalers, self._report)
         node.adopt(instances)
         stack.push_async_callback(self._release_all, node)
         self._keeping = self._tasks.spawn(self._keep_pager(node), "watch of the pager", essential=True)
@@ -238,6 +240,8 @@ class Agent:
 
     def _report(self, message: Message) -> None:
         """Pass a report on: endpoints to watchers, everything else to scalers."""
+        if isinstance(message, CommandTaken) and len(self._scalers) < 2:
+            return  # who has sent the command knows
         self._send(self._watchers if isinstance(message, EndpointUp | EndpointDown) else self._scalers, message)
 
     def _send(self, connections: set[Connection], message: Message) -> None:
