@@ -165,3 +165,33 @@ async def test_shards_change_hands_in_time_and_nothing_is_started_twice(world, p
     assert max(figures["SIGTERM to the decision of another scaler"]) <= 3.0
     assert max(figures["SIGKILL to the decision of another scaler"]) <= _SESSION_S + 2.0
     assert max(max(values) for what, values in figures.items() if "longest" in what) <= 3.0
+
+
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL], ids=lambda how: how.name)
+async def test_what_is_being_started_while_the_scaler_changes_is_not_started_again(world, producer, how):
+    name = await world.apply()
+    world.agent.starts = lambda command, number: 3600.0
+
+    async def ask(level: int) -> str:
+        """Let demand rise to a level; who decided on it?"""
+        await world.send(producer, name, level)
+        await world.agent.until(lambda: len(world.agent.of(Start)) >= level)
+        return _scaler_of(world.agent.of(Start)[-1])
+
+    scalers = [await world.scaler()]
+    first = await ask(2)
+    # It learns of the two from the inventory, of the third as it begins; and the shard may be its own from now on.
+    scalers.append(await world.scaler())
+    await world.eventually(lambda: asyncio.to_thread(world.log), lambda log: "this scaler owns shard" in log)
+    owner = await ask(3)
+    leaving = scalers[owner != first]
+    leaving.send_signal(how)
+    await leaving.wait()
+    await world.state(name, lambda state: state.starting == 3)
+    async with asyncio.timeout(30):
+        while owner == (other := await ask(len(world.agent.of(Start)) + 1)):
+            await asyncio.sleep(0.1)
+    assert other != owner
+    await world.state(name, lambda state: state.starting == state.level)
+    await asyncio.sleep(0.5)
+    assert len(world.agent.of(Start)) == (await world.state(name, lambda state: state.starting)).level

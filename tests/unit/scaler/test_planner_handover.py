@@ -147,7 +147,13 @@ def test_standbys_that_another_scaler_has_asked_for_count():
         commands = harness.fetched(fetch, checkpoint="cp")
     (prepare,) = prepares(commands)
     info = StandbyInfo(
-        standby="theirs", function="f", function_digest=document.digest, checkpoint="cp", pss_bytes=1, made_ns=harness.now, command_id="other-1"
+        standby="theirs",
+        function="f",
+        function_digest=document.digest,
+        checkpoint="cp",
+        pss_bytes=1,
+        made_ns=harness.now,
+        command_id="other-1",
     )
     assert tell(harness, PrepareDone(command_id="other-1", standby=info)) == []
     harness.prepared(prepare)
