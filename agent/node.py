@@ -192,8 +192,8 @@ class Node:
     async def _dispatch(self, command: AgentCommand, received_ns: int) -> Message | None:
         if isinstance(command, Start | Prepare | MakeCheckpoint):
             self._underway[command.id] = taken = CommandTaken(
-                command_id=command.id, command=_KINDS[type(command)], function=command.function.name,
-                function_digest=command.function.digest, deadline_ns=command.deadline_ns,
+                id=command.id, kind=_KINDS[type(command)], function=command.function.name,
+                function_digest=command.function.digest, until_ns=command.deadline_ns,
             )  # fmt: skip
             self._report(taken)
         try:

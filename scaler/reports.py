@@ -62,18 +62,18 @@ def handle(world: World, node: str, report: PlannerReport, now_ns: int, connecte
 
 def taken(world: World, node: str, report: CommandTaken, now_ns: int) -> None:
     """A node begins what another scaler has asked for: who decides next must not ask for it again."""
-    if report.command_id in world.pending or report.deadline_ns + world.config.answer_grace_ns <= now_ns:
+    if report.id in world.pending or report.until_ns + world.config.answer_grace_ns <= now_ns:
         return
     state = world.function(report.function)
-    if report.command == "checkpoint":
+    if report.kind == "checkpoint":
         if state.checkpoint.making:
             return
-        state.checkpoint.making = report.command_id
-    elif report.command == "prepare":
-        state.standbys.making[report.command_id] = Preparing(node, 0)
+        state.checkpoint.making = report.id
+    elif report.kind == "prepare":
+        state.standbys.making[report.id] = Preparing(node, 0)
     else:
-        instances.known_start(world, state, node, report.command_id, report.function_digest, now_ns)
-    world.expect(report.command_id, Pending(report.command, state.name, node, foreign=True), report.deadline_ns)
+        instances.known_start(world, state, node, report.id, report.function_digest, now_ns)
+    world.expect(report.id, Pending(report.kind, state.name, node, foreign=True), report.until_ns)
     world.touched[state.name] = None
 
 
@@ -215,7 +215,7 @@ def _standbys_of(world: World, name: str, report: Inventory) -> dict[str, None]:
 def _underway_of(world: World, name: str, report: Inventory, now_ns: int) -> dict[str, None]:
     """Take over what is being made on a node, and drop what others have asked for and is not; returns the functions that are concerned."""
     changed = dict[str, None]()
-    underway = {item.command_id: item for item in report.underway}
+    underway = {item.id: item for item in report.underway}
     for command_id, pending in [item for item in world.pending.items() if item[1].foreign and item[1].node == name]:
         if command_id in underway or (state := world.functions.get(pending.function)) is None:
             continue

@@ -144,15 +144,19 @@ class CheckpointInfo(msgspec.Struct, frozen=True, kw_only=True):
 class CommandTaken(Message, frozen=True, kw_only=True, tag="command_taken"):
     """An agent begins a command that takes a while; for the scalers that did not send it, one of which may decide next.
 
+    It is no answer: that has the id as its ``command_id``.
+
     Attributes:
-        command: ``start``, ``prepare`` or ``checkpoint``.
+        id: the command's.
+        kind: ``start``, ``prepare`` or ``checkpoint``.
+        until_ns: the command's deadline.
     """
 
-    command_id: str
-    command: Literal["start", "prepare", "checkpoint"]
+    id: str
+    kind: Literal["start", "prepare", "checkpoint"]
     function: str
     function_digest: str
-    deadline_ns: int
+    until_ns: int
 
 
 class Inventory(Message, frozen=True, kw_only=True, tag="inventory"):

@@ -127,11 +127,11 @@ class ScriptedAgent:
     async def _do(self, command: AgentCommand, received_ns: int) -> None:
         if isinstance(command, Start):
             self._underway[command.id] = CommandTaken(
-                command_id=command.id,
-                command="start",
+                id=command.id,
+                kind="start",
                 function=command.function.name,
                 function_digest=command.function.digest,
-                deadline_ns=command.deadline_ns,
+                until_ns=command.deadline_ns,
             )
             self._report(self._underway[command.id])
         answer = self._answers[command.id] = await self._answer(command, received_ns)

@@ -136,7 +136,7 @@ async def test_what_is_being_made_is_told_to_every_scaler(tmp_path: Path, monkey
     node.handle(Start(id="c-1", deadline_ns=7 << 60, function=FUNCTION))
     await asyncio.sleep(0)
     (taken,) = reports
-    assert taken == CommandTaken(command_id="c-1", command="start", function="f", function_digest=FUNCTION.digest, deadline_ns=7 << 60)
+    assert taken == CommandTaken(id="c-1", kind="start", function="f", function_digest=FUNCTION.digest, until_ns=7 << 60)
     assert node.inventory().underway == [taken]
     await tasks.close()
     assert node.inventory().underway == []

@@ -39,9 +39,7 @@ def gain(harness: Harness, epoch: int = 2, level: int = 0) -> list:
 
 def taken(harness: Harness, command: str = "start", number: int = 1, document=None) -> CommandTaken:
     document = document or function()
-    return CommandTaken(
-        command_id=f"other-{number}", command=command, function="f", function_digest=document.digest, deadline_ns=harness.now + 60 * NS
-    )
+    return CommandTaken(id=f"other-{number}", kind=command, function="f", function_digest=document.digest, until_ns=harness.now + 60 * NS)
 
 
 def tell(harness: Harness, report) -> list:
