@@ -20,6 +20,7 @@ from pathlib import Path
 from agent.adoption import adopt
 from agent.api.connection import Connection
 from agent.api.messages import (
+    CommandTaken,
     EndpointDown,
     Endpoints,
     EndpointUp,
@@ -34,6 +35,8 @@ from agent.epochs import Epochs
 from agent.errors import AgentError, CriuError, PagerError, PeerSilent, ProtocolError, SandboxError
 from agent.furnish import Furnisher
 from agent.instance import Workshop
+from agent.lease import Scalers
+from agent.leftovers import claim_name
 from agent.node import Node, endpoint
 from agent.pager.client import PagerClient
 from agent.sandbox import mounts
@@ -67,7 +70,7 @@ class Agent:
         self._settings = settings
         self._tools = tools
         self._state = settings.paths.state_dir / "agent"
-        self._scalers: set[Connection] = set()
+        self._scalers = Scalers(settings.agent.lease_s)
         self._watchers: set[Connection] = set()
         #: Whether what runs here must go on when this agent ends: until it serves itself that is what an agent before has left.
         self._inherits = True
@@ -126,13 +129,13 @@ class Agent:
         catalog = Catalog(settings, cache, store, lambda: self._pager, self._tasks, self._site.layers, self._tools.criu_version)
         workshop = Workshop(settings, furnisher, self._site.begin(stack, furnisher, catalog.forget), self._tasks)
         quiet = asyncio.Event()
-        standbys = Standbys(workshop, catalog, lambda: self._pager, quiet)
-        starter = Starter(settings.node_name, workshop, catalog, standbys, lambda: self._pager, quiet)
+        standbys = Standbys(workshop, catalog, lambda: self._pager, quiet, self._scalers)
+        starter = Starter(settings.node_name, workshop, catalog, standbys, lambda: self._pager, quiet, self._scalers)
         checkpointer = Checkpointer(workshop, cache, store, lambda: self._pager, self._tools.criu_version)
         drainer = Drainer()
         stack.callback(drainer.close)
         epochs = Epochs(runtime / "epochs.json")
-        node = Node(settings.node_name, workshop, catalog, starter, standbys, checkpointer, drainer, epochs, self._report)
+        node = Node(settings.node_name, workshop, catalog, starter, standbys, checkpointer, drainer, epochs, self._scalers, self._report)
         node.adopt(instances)
         stack.push_async_callback(self._release_all, node)
         self._keeping = self._tasks.spawn(self._keep_pager(node), "watch of the pager", essential=True)
@@ -184,6 +187,7 @@ class Agent:
         while True:
             await asyncio.sleep(self._settings.agent.reconcile_s)
             await node.reconcile()
+            await self._site.reconcile()
 
     async def _accept(self, node: Node, listener: socket.socket) -> asyncio.Server:
         settings = self._settings.agent
@@ -236,6 +240,8 @@ class Agent:
 
     def _report(self, message: Message) -> None:
         """Pass a report on: endpoints to watchers, everything else to scalers."""
+        if isinstance(message, CommandTaken) and len(self._scalers) < 2:
+            return  # who has sent the command knows
         self._send(self._watchers if isinstance(message, EndpointUp | EndpointDown) else self._scalers, message)
 
     def _send(self, connections: set[Connection], message: Message) -> None:
@@ -269,7 +275,7 @@ def _claim(what: str, name: str) -> socket.socket:
     """
     claim = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
     try:
-        claim.bind(f"\0thaw-agent-{what}-{name}")
+        claim.bind(f"\0{claim_name(what, name)}")
     except OSError as error:
         claim.close()
         raise AgentError(f"another agent of this machine has agent.{what}={name}; stop it or set another one") from error

@@ -142,6 +142,9 @@ class AgentSettings:
     fill_mb_per_s: float = 64.0
     #: Instances outlive an agent that dies, for the next one to adopt; without one they end after this long, s.
     orphan_s: float = 30.0
+    #: Starts that wait for their turn are refused when no scaler has been heard for so long, s: they have been started elsewhere. Longer
+    #: than a scaler takes to be there again.
+    lease_s: float = 15.0
     #: A released instance answers the requests in progress for so long at most, s, and no longer than the command's deadline allows; 0:
     #: it is ended at once. As terminationGracePeriodSeconds of Kubernetes.
     drain_timeout_s: float = 30.0

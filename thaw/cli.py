@@ -30,6 +30,7 @@ COMMANDS = {
     "doctor": "thaw.stack:doctor",
     "get": "thaw.functions:get",
     "load": "thaw.load:load",
+    "node": "thaw.node:node",
     "run": "thaw.run:command",
     "scaler": "thaw.scaler:scaler",
     "simulate": "thaw.simulate:simulate",

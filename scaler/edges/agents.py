@@ -19,6 +19,7 @@ from agent.api.messages import (
     AgentCommand,
     CheckpointPublished,
     CommandFailed,
+    CommandTaken,
     Evicted,
     FetchDone,
     InstanceExited,
@@ -251,7 +252,7 @@ class _Link:
                 ):
                     self.unanswered.pop(message.command_id, None)
                     self._agents._reported(self, message)
-                case Inventory():
+                case Inventory() | CommandTaken():
                     self._agents._reported(self, message)
                 case _:
                     pass  # endpoints are for watchers

@@ -36,7 +36,7 @@ from scaler.world import PlannerConfig
 from thaw.faults import machine as machines
 from thaw.faults import safeguards
 from thaw.faults.broker import Broker, Consumer, Producer
-from thaw.faults.checks import Checks, Violation
+from thaw.faults.checks import LEASE_S, Checks, Violation
 from thaw.faults.loop import CURRENT, T0_NS, Clock, Process, VirtualLoop, current, later, spawn, virtual_time
 from thaw.faults.machine import Machine, Store
 from thaw.faults.network import Network
@@ -165,7 +165,9 @@ class World:
 
     def agent_settings(self, machine: Machine) -> Settings:
         """Of one node's agent."""
-        return Settings(agent=AgentSettings(node_name=machine.name, listen_port=machine.port, starts_in_flight=4, drain_timeout_s=2.0))
+        return Settings(
+            agent=AgentSettings(node_name=machine.name, listen_port=machine.port, starts_in_flight=4, drain_timeout_s=2.0, lease_s=LEASE_S)
+        )
 
     def scaler_settings(self) -> Settings:
         """Of every replica."""

@@ -12,6 +12,7 @@ from agent.api.messages import (
     CheckpointInfo,
     CheckpointPublished,
     CommandFailed,
+    CommandTaken,
     Evict,
     Evicted,
     Fetch,
@@ -46,6 +47,7 @@ class ScriptedAgent:
         self.port = 0
         self._host = host
         self._answers: dict[str, Message | None] = {}
+        self._underway: dict[str, CommandTaken] = {}
         self._connections: set[Connection] = set()
         self._server: asyncio.Server | None = None
         self._tasks: set[asyncio.Task] = set()
@@ -99,6 +101,7 @@ class ScriptedAgent:
                     instances=list(self.instances.values()),
                     standbys=list(self.standbys.values()),
                     checkpoints=list(self.checkpoints.values()),
+                    underway=list(self._underway.values()),
                 )
             )
             while (command := await connection.receive()) is not None:
@@ -122,7 +125,17 @@ class ScriptedAgent:
         task.add_done_callback(self._tasks.discard)
 
     async def _do(self, command: AgentCommand, received_ns: int) -> None:
+        if isinstance(command, Start):
+            self._underway[command.id] = CommandTaken(
+                id=command.id,
+                kind="start",
+                function=command.function.name,
+                function_digest=command.function.digest,
+                until_ns=command.deadline_ns,
+            )
+            self._report(self._underway[command.id])
         answer = self._answers[command.id] = await self._answer(command, received_ns)
+        self._underway.pop(command.id, None)
         self._report(answer)
 
     async def _answer(self, command: AgentCommand, received_ns: int) -> Message:
