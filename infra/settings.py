@@ -113,6 +113,24 @@ class KubernetesSettings:
 
 
 @dataclass(frozen=True)
+class TlsSettings:
+    """Mutual TLS between scalers, watchers and agents. Without files: certificates of this machine's own, in state_dir/tls."""
+
+    #: ``on`` or ``off``; off only where nobody else reaches the agent's port.
+    mode: str = "on"
+    #: PEM file of the authorities that are trusted (cert-manager: ca.crt).
+    ca: str = ""
+    #: PEM file of this side's certificate (tls.crt), with the SAN URI thaw://agent/NODE, thaw://scaler/NAME or thaw://watcher/NAME.
+    certificate: str = ""
+    #: PEM file of its key (tls.key).
+    key: str = ""
+
+
+#: Of the setting ``agent.allowed``.
+ALL_ALLOWED = "thaw://scaler/*=*"
+
+
+@dataclass(frozen=True)
 class AgentSettings:
     """One node agent."""
 
@@ -153,6 +171,9 @@ class AgentSettings:
     log_mb: int = 16
     #: Reconciliation of leaks, s.
     reconcile_s: float = 30.0
+    #: Which scaler may command which functions: comma-separated ``IDENTITY=FUNCTION``, both with ``*`` and ``?``, the identity as in the
+    #: scaler's certificate, such as ``thaw://scaler/blue=blue-*,thaw://scaler/main=*``.
+    allowed: str = ALL_ALLOWED
 
 
 @dataclass(frozen=True)
@@ -204,6 +225,7 @@ class Settings:
     stack: StackSettings = field(default_factory=StackSettings)
     cluster: ClusterSettings = field(default_factory=ClusterSettings)
     kubernetes: KubernetesSettings = field(default_factory=KubernetesSettings)
+    tls: TlsSettings = field(default_factory=TlsSettings)
     agent: AgentSettings = field(default_factory=AgentSettings)
     scaler: ScalerSettings = field(default_factory=ScalerSettings)
     telemetry: TelemetrySettings = field(default_factory=TelemetrySettings)
