@@ -46,6 +46,17 @@ class KafkaSettings:
     #: A consumer that is silent this long loses its partitions, ms. Also how long a killed scaler's shard is unowned.
     session_timeout_ms: int = 6000
     request_timeout_ms: int = 10000
+    #: As in Kafka: PLAINTEXT, SSL, SASL_PLAINTEXT or SASL_SSL.
+    security_protocol: str = "PLAINTEXT"
+    #: With SASL: PLAIN, SCRAM-SHA-256 or SCRAM-SHA-512.
+    sasl_mechanism: str = "PLAIN"
+    username: str = ""
+    password: str = field(default="", repr=False)
+    #: With SSL: PEM file of the authorities that are trusted. Empty: those of the machine.
+    ca: str = ""
+    #: PEM files of a client's certificate and its key, where the broker wants one.
+    certificate: str = ""
+    key: str = ""
 
 
 @dataclass(frozen=True)
@@ -55,8 +66,13 @@ class S3Settings:
     endpoint_url: str = ""
     bucket: str = "thaw"
     region: str = "us-east-1"
+    #: Empty: botocore's chain (environment, shared files, web identity, instance profile), which renews what expires.
     access_key: str = ""
-    secret_key: str = ""
+    secret_key: str = field(default="", repr=False)
+    #: With credentials that are given for a time only.
+    session_token: str = field(default="", repr=False)
+    #: PEM file of the authorities that are trusted with https. Empty: $AWS_CA_BUNDLE, else botocore's own.
+    ca: str = ""
     connect_timeout_s: float = 2.0
     read_timeout_s: float = 10.0
     #: Attempts of one request, the first included.
