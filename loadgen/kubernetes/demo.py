@@ -113,7 +113,10 @@ class ClusterDemo:
             self._installation.command("cluster", "images")
             images = self._function_images(samples)
             given, secrets = self._pod_settings(settings)
-            with deployed(self._settings, kubectl, given, secrets, certificates_for_pods(), self._say) as self._how, self._logs_kept(kubectl):
+            with (
+                deployed(self._settings, kubectl, given, secrets, certificates_for_pods(), self._say) as self._how,
+                self._logs_kept(kubectl),
+            ):
                 product, baseline = asyncio.run(self._measure(settings, kubectl, samples, images, arrivals))
                 self._remove_functions(kubectl)
             facts = self._facts(settings)

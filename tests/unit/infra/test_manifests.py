@@ -22,6 +22,7 @@ import infra
 from agent.api.function import Function, FunctionSpec, PodTemplate, from_builtins
 from agent.errors import FunctionInvalid
 from infra import settings as settings_module
+from infra.tls import identities
 from scaler.edges.kubernetes.agents import SELECTOR
 from scaler.snapshots import FunctionSnapshot
 from tests.function_documents import BAD, GOOD, a_file, document
@@ -283,7 +284,7 @@ def test_only_the_agent_is_privileged() -> None:
     assert (scaler["securityContext"]["runAsNonRoot"], scaler["securityContext"]["seccompProfile"]["type"]) == (True, "RuntimeDefault")
     assert container["securityContext"]["allowPrivilegeEscalation"] is False
     assert container["securityContext"]["capabilities"] == {"drop": ["ALL"]}
-    assert all(set(volume) - {"name"} <= {"configMap", "emptyDir"} for volume in scaler["volumes"])
+    assert all(set(volume) - {"name"} <= {"configMap", "emptyDir", "secret"} for volume in scaler["volumes"])
     assert not {"hostPID", "hostNetwork", "hostIPC"} & set(scaler)
 
 

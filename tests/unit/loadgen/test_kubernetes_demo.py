@@ -10,10 +10,11 @@ import yaml
 import infra
 from agent.api.function import from_builtins
 from agent.api.records import StartRecord
+from infra import tls
 from infra.kubernetes.pods import FUNCTION_LABEL, placeholder
 from loadgen import driver
 from loadgen.checks import FUNCTIONS_DIR
-from loadgen.kubernetes.demo import SAMPLES, with_modes
+from loadgen.kubernetes.demo import SAMPLES, certificates_for_pods, with_modes
 from loadgen.kubernetes.deploy import _settings_file
 from loadgen.kubernetes.documents import Sample
 from loadgen.result import WARM, RequestRecord, collect
