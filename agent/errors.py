@@ -3,6 +3,7 @@
 AgentError
 ├── FunctionInvalid          a Function document is wrong; names line and field
 ├── ProtocolError            a peer broke the agent protocol
+│   └── PeerUntrusted        its certificate is not trusted, or does not let it do this
 ├── Refused                  the agent will not do it (room, epoch, quarantine); another node may
 ├── SandboxError             namespaces, mounts, network or cgroup of an instance
 ├── CriuError                CRIU failed; carries its own words
@@ -51,10 +52,22 @@ class PeerSilent(ProtocolError):
     """A peer went without a word, as probes do that only look whether a port is open."""
 
 
+class PeerUntrusted(ProtocolError):
+    """A peer is not who it must be: its certificate is not trusted, or is for another role or node."""
+
+    reason = "untrusted"
+
+
 class Refused(AgentError):
     """The agent will not carry out a command; the planner may try another node."""
 
     reason = "refused"
+
+
+class NotAllowed(Refused):
+    """The sender may not do this to this function."""
+
+    reason = "not_allowed"
 
 
 class NoRoom(Refused):

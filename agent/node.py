@@ -18,7 +18,6 @@ from typing import Literal
 import msgspec
 
 from agent.adoption import write_down
-from agent.api.function import Function
 from agent.api.messages import (
     AgentCommand,
     CheckpointInfo,
@@ -127,6 +126,17 @@ class Node:
             underway=list(self._underway.values()),
         )
 
+    def function_of(self, command: AgentCommand) -> str:
+        """Name of the function that a command is about; empty when it is about nothing that is here."""
+        match command:
+            case Evict():
+                return command.function_name
+            case Release():
+                instance = self.instances.get(command.instance) or self._leaving.get(command.instance)
+                return instance.function.name if instance else ""
+            case _:
+                return command.function.name
+
     def handle(self, command: AgentCommand) -> None:
         """Begin a command; its report comes through the callback. A repeated command is answered from memory."""
         received_ns = time.time_ns()
@@ -164,26 +174,14 @@ class Node:
         await asyncio.to_thread(_trim_logs, self._workshop.furnisher.logs, live, self._workshop.settings.log_mb << 20)
 
     async def _carry_out(self, command: AgentCommand, received_ns: int) -> None:
-        function = getattr(command, "function", None)
-        name = function.name if isinstance(function, Function) else getattr(command, "function_name", "")
+        name = self.function_of(command)
         with log_context(node=self.name, command=command.id, function=name, trace=trace_id(command.traceparent)):
             try:
                 self._epochs.check(command.shard, command.epoch)
                 answer = await self._dispatch(command, received_ns)
             except (AgentError, InfraError, OSError, TimeoutError) as error:
                 logger.warning("%s failed: %s", type(command).__name__, error)
-                answer = CommandFailed(
-                    command_id=command.id,
-                    function=name,
-                    command=type(command).__name__,
-                    reason=getattr(error, "reason", "host"),
-                    message=str(error) or type(error).__name__,
-                    refused=isinstance(error, Refused),
-                )
-                if isinstance(command, Start):
-                    answer = StartFailed(
-                        command_id=command.id, function=name, reason=answer.reason, message=answer.message, refused=answer.refused
-                    )
+                answer = failed(command, name, error)
         if command.id in self._answers:
             self._answers[command.id] = answer
         if answer is not None:
@@ -388,6 +386,16 @@ class Node:
         if drain_s > 0 and not await self._drainer.drain(instance, drain_s):
             return 0
         return pss_bytes
+
+
+def failed(command: AgentCommand, function: str, error: Exception) -> StartFailed | CommandFailed:
+    """The report of a command that failed, or that the agent will not carry out."""
+    reason, message, refused = getattr(error, "reason", "host"), str(error) or type(error).__name__, isinstance(error, Refused)
+    if isinstance(command, Start):
+        return StartFailed(command_id=command.id, function=function, reason=reason, message=message, refused=refused)
+    return CommandFailed(
+        command_id=command.id, function=function, command=type(command).__name__, reason=reason, message=message, refused=refused
+    )
 
 
 def endpoint(instance: Instance) -> Endpoint:

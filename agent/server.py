@@ -8,18 +8,23 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import ipaddress
 import json
 import logging
 import os
+import re
 import shutil
 import signal
 import socket
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
 from agent.adoption import adopt
-from agent.api.connection import Connection
+from agent.allowed import Allowed
+from agent.api.connection import Connection, accept
 from agent.api.messages import (
+    AgentCommand,
     CommandTaken,
     EndpointDown,
     Endpoints,
@@ -32,23 +37,32 @@ from agent.checkpoint import Checkpointer
 from agent.criu import tool
 from agent.drain import Drainer
 from agent.epochs import Epochs
-from agent.errors import AgentError, CriuError, PagerError, PeerSilent, ProtocolError, SandboxError
+from agent.errors import AgentError, CriuError, NotAllowed, PagerError, PeerSilent, ProtocolError, SandboxError
 from agent.furnish import Furnisher
 from agent.instance import Workshop
 from agent.lease import Scalers
 from agent.leftovers import claim_name
-from agent.node import Node, endpoint
+from agent.node import Node, endpoint, failed
 from agent.pager.client import PagerClient
 from agent.sandbox import mounts
 from agent.sites import LocalSite, PodSite, Site
 from agent.standbys import Standbys
 from agent.starts import Starter
 from agent.store.cache import ImageCache
+from infra import tls
+from infra.errors import InfraError
 from infra.s3 import WARM_CONNECTIONS, ObjectStore
 from infra.settings import AgentSettings, Settings
 from infra.tasks import TaskGroup
 
 logger = logging.getLogger(__name__)
+#: Handshakes at once; the next peers wait. Each ends within seconds.
+_HANDSHAKES_MAX = 256
+#: Pause when no stream can be accepted (no descriptors left), s.
+_ACCEPT_PAUSE_S = 0.2
+#: The same complaint about the same peer is not repeated for so long, s: a peer that is refused tries again and again.
+_COMPLAIN_S = 60.0
+_COMPLAINTS_MAX = 256
 
 
 @dataclass(frozen=True)
@@ -72,6 +86,10 @@ class Agent:
         self._state = settings.paths.state_dir / "agent"
         self._scalers = Scalers(settings.agent.lease_s)
         self._watchers: set[Connection] = set()
+        self._allowed = Allowed(settings.agent.allowed)
+        self._credentials: tls.Credentials | None = None
+        #: When what was last said of a peer.
+        self._complaints: dict[str, float] = {}
         #: Whether what runs here must go on when this agent ends: until it serves itself that is what an agent before has left.
         self._inherits = True
         self._keeping: asyncio.Task[None] | None = None
@@ -85,11 +103,14 @@ class Agent:
         self._tasks = TaskGroup("agent")
         async with contextlib.AsyncExitStack() as stack:
             stack.push_async_callback(self._tasks.close)
+            self._credentials = await asyncio.to_thread(tls.credentials, self._settings, "agent", self._settings.agent.node_name)
             listener = stack.enter_context(_listen(self._settings.agent))
+            self._check_exposure(listener)
             node = await self._open(stack)
-            server = await self._accept(node, listener)
+            accepting = self._tasks.spawn(self._accept(node, listener), "accept", essential=True)
+            self._publish(listener)
             self._inherits = self._site.outlives
-            stack.push_async_callback(self._hang_up, server)
+            stack.push_async_callback(self._hang_up, accepting)
             stopping = self._tasks.spawn(stop.wait(), "wait for the end")
             await asyncio.wait([stopping, self._tasks.failed], return_when=asyncio.FIRST_COMPLETED)
             if self._tasks.failed.done():
@@ -189,36 +210,80 @@ class Agent:
             await node.reconcile()
             await self._site.reconcile()
 
-    async def _accept(self, node: Node, listener: socket.socket) -> asyncio.Server:
+    def _check_exposure(self, listener: socket.socket) -> None:
+        """Say what it means when TLS is off.
+
+        Raises:
+            AgentError: rules by identity are set, and without TLS nobody has one.
+        """
+        if self._credentials is not None:
+            return
+        if self._allowed.limits:
+            raise AgentError("agent.allowed names scalers by their certificates, and tls.mode is off: turn it on, or remove agent.allowed")
+        host, port = listener.getsockname()[:2]
+        if not ipaddress.ip_address(host).is_loopback:
+            logger.warning(
+                "tls.mode is off and the agent listens on %s:%d: whoever reaches that port runs what they like as root", host, port
+            )
+
+    def _publish(self, listener: socket.socket) -> None:
         settings = self._settings.agent
-
-        async def connected(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-            connection = Connection(reader, writer)
-            try:
-                await self._serve(node, connection)
-            except PeerSilent:
-                pass  # the kubelet's probe of the port, every few seconds
-            except (ProtocolError, ConnectionError) as error:
-                logger.warning("stream of %s is closed: %s", connection.peer, error)
-            finally:
-                self._scalers.discard(connection)
-                self._watchers.discard(connection)
-                await connection.close()
-
-        def accept(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-            self._tasks.spawn(connected(reader, writer), "stream")
-
-        server = await asyncio.start_server(accept, sock=listener)
         port = listener.getsockname()[1]
         where = {"host": settings.listen_host, "port": port, "pid": os.getpid(), "node": settings.node_name}
         temporary = self._settings.agent_file.with_suffix(".new")
         temporary.write_text(json.dumps(where) + "\n")
         temporary.rename(self._settings.agent_file)
-        logger.info("node %s listens on %s:%d", settings.node_name, settings.listen_host, port)
-        return server
+        how = "with TLS" if self._credentials else "without TLS"
+        logger.info("node %s listens on %s:%d, %s", settings.node_name, settings.listen_host, port, how)
 
-    async def _hang_up(self, server: asyncio.Server) -> None:
-        server.close()
+    async def _accept(self, node: Node, listener: socket.socket) -> None:
+        loop = asyncio.get_running_loop()
+        handshakes = asyncio.Semaphore(_HANDSHAKES_MAX)
+        listener.setblocking(False)
+        while True:
+            await handshakes.acquire()
+            try:
+                raw, _ = await loop.sock_accept(listener)
+            except OSError as error:
+                handshakes.release()
+                logger.warning("a stream cannot be accepted: %s", error)
+                await asyncio.sleep(_ACCEPT_PAUSE_S)
+                continue
+            self._tasks.spawn(self._connected(node, raw, handshakes), "stream")
+
+    async def _connected(self, node: Node, raw: socket.socket, handshakes: asyncio.Semaphore) -> None:
+        connection = None
+        try:
+            try:
+                connection = await accept(raw, self._credentials)
+            finally:
+                handshakes.release()
+            await self._serve(node, connection)
+        except PeerSilent:
+            pass  # the kubelet's probe of the port, every few seconds
+        except (ProtocolError, ConnectionError, InfraError) as error:
+            self._complain(connection, error)
+        finally:
+            if connection is not None:
+                self._scalers.discard(connection)
+                self._watchers.discard(connection)
+                await connection.close()
+
+    def _complain(self, connection: Connection | None, error: Exception) -> None:
+        text = str(error)
+        # Every attempt comes from another port.
+        about = re.sub(r", \d+\)", ")", text)
+        now = time.monotonic()
+        if now - self._complaints.get(about, -_COMPLAIN_S) < _COMPLAIN_S:
+            return
+        while len(self._complaints) >= _COMPLAINTS_MAX:
+            del self._complaints[next(iter(self._complaints))]
+        self._complaints[about] = now
+        logger.warning("stream of %s is closed: %s", connection.peer if connection else "a peer", text)
+
+    async def _hang_up(self, accepting: asyncio.Task[None]) -> None:
+        accepting.cancel()
+        await asyncio.wait([accepting])
         self._settings.agent_file.unlink(missing_ok=True)
         for connection in [*self._scalers, *self._watchers]:
             await connection.close()
@@ -226,6 +291,9 @@ class Agent:
     async def _serve(self, node: Node, connection: Connection) -> None:
         mine = Hello(identity=node.name, role="agent", capabilities=["thaw", "restore", "remote", "cold", "checkpoint"])
         theirs = await connection.shake_hands(mine)
+        if theirs.role not in ("scaler", "watcher"):
+            raise ProtocolError(f"an agent has nothing to tell to a {theirs.role}")
+        identity = connection.certified(theirs.role)
         if theirs.role == "watcher":
             endpoints = [endpoint(instance) for instance in node.instances.values() if not instance.standby]
             connection.send(Endpoints(node=node.name, endpoints=endpoints))
@@ -236,7 +304,14 @@ class Agent:
         while (message := await connection.receive()) is not None:
             if theirs.role != "scaler" or not hasattr(message, "deadline_ns"):
                 raise ProtocolError(f"a {theirs.role} may not send {type(message).__name__}")
-            node.handle(message)  # type: ignore[arg-type]
+            command: AgentCommand = message  # type: ignore[assignment]
+            try:
+                self._allowed.check(identity, node.function_of(command))
+            except NotAllowed as error:
+                logger.warning("%s of %s: %s", type(command).__name__, connection.peer, error)
+                connection.send(failed(command, node.function_of(command), error))
+                continue
+            node.handle(command)
 
     def _report(self, message: Message) -> None:
         """Pass a report on: endpoints to watchers, everything else to scalers."""

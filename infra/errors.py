@@ -16,6 +16,7 @@ InfraError
 │   └── ApiInvalid
 ├── PodTemplateInvalid
 ├── KafkaUnavailable
+├── TlsError
 └── StoreError
     ├── StoreUnavailable
     ├── ObjectMissing
@@ -105,6 +106,10 @@ class PodTemplateInvalid(InfraError):
 
 class KafkaUnavailable(InfraError):
     """The broker cannot be reached."""
+
+
+class TlsError(InfraError):
+    """Certificates or keys cannot be read, or are not what they must be."""
 
 
 class StoreError(InfraError):

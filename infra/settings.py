@@ -46,6 +46,17 @@ class KafkaSettings:
     #: A consumer that is silent this long loses its partitions, ms. Also how long a killed scaler's shard is unowned.
     session_timeout_ms: int = 6000
     request_timeout_ms: int = 10000
+    #: As in Kafka: PLAINTEXT, SSL, SASL_PLAINTEXT or SASL_SSL.
+    security_protocol: str = "PLAINTEXT"
+    #: With SASL: PLAIN, SCRAM-SHA-256 or SCRAM-SHA-512.
+    sasl_mechanism: str = "PLAIN"
+    username: str = ""
+    password: str = field(default="", repr=False)
+    #: With SSL: PEM file of the authorities that are trusted. Empty: those of the machine.
+    ca: str = ""
+    #: PEM files of a client's certificate and its key, where the broker wants one.
+    certificate: str = ""
+    key: str = ""
 
 
 @dataclass(frozen=True)
@@ -55,8 +66,13 @@ class S3Settings:
     endpoint_url: str = ""
     bucket: str = "thaw"
     region: str = "us-east-1"
+    #: Empty: botocore's chain (environment, shared files, web identity, instance profile), which renews what expires.
     access_key: str = ""
-    secret_key: str = ""
+    secret_key: str = field(default="", repr=False)
+    #: With credentials that are given for a time only.
+    session_token: str = field(default="", repr=False)
+    #: PEM file of the authorities that are trusted with https. Empty: $AWS_CA_BUNDLE, else botocore's own.
+    ca: str = ""
     connect_timeout_s: float = 2.0
     read_timeout_s: float = 10.0
     #: Attempts of one request, the first included.
@@ -113,6 +129,24 @@ class KubernetesSettings:
 
 
 @dataclass(frozen=True)
+class TlsSettings:
+    """Mutual TLS between scalers, watchers and agents. Without files: certificates of this machine's own, in state_dir/tls."""
+
+    #: ``on`` or ``off``; off only where nobody else reaches the agent's port.
+    mode: str = "on"
+    #: PEM file of the authorities that are trusted (cert-manager: ca.crt).
+    ca: str = ""
+    #: PEM file of this side's certificate (tls.crt), with the SAN URI thaw://agent/NODE, thaw://scaler/NAME or thaw://watcher/NAME.
+    certificate: str = ""
+    #: PEM file of its key (tls.key).
+    key: str = ""
+
+
+#: Of the setting ``agent.allowed``.
+ALL_ALLOWED = "thaw://scaler/*=*"
+
+
+@dataclass(frozen=True)
 class AgentSettings:
     """One node agent."""
 
@@ -156,6 +190,9 @@ class AgentSettings:
     log_mb: int = 16
     #: Reconciliation of leaks, s.
     reconcile_s: float = 30.0
+    #: Which scaler may command which functions: comma-separated ``IDENTITY=FUNCTION``, both with ``*`` and ``?``, the identity as in the
+    #: scaler's certificate, such as ``thaw://scaler/blue=blue-*,thaw://scaler/main=*``.
+    allowed: str = ALL_ALLOWED
 
 
 @dataclass(frozen=True)
@@ -207,6 +244,7 @@ class Settings:
     stack: StackSettings = field(default_factory=StackSettings)
     cluster: ClusterSettings = field(default_factory=ClusterSettings)
     kubernetes: KubernetesSettings = field(default_factory=KubernetesSettings)
+    tls: TlsSettings = field(default_factory=TlsSettings)
     agent: AgentSettings = field(default_factory=AgentSettings)
     scaler: ScalerSettings = field(default_factory=ScalerSettings)
     telemetry: TelemetrySettings = field(default_factory=TelemetrySettings)

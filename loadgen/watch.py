@@ -15,6 +15,7 @@ from collections.abc import Callable
 from agent.api.connection import Connection, connect
 from agent.api.messages import EndpointDown, Endpoints, EndpointUp
 from agent.errors import ProtocolError
+from infra import tls
 from infra.settings import Settings
 from infra.tasks import TaskGroup
 from loadgen.endpoints import EndpointPool
@@ -36,13 +37,16 @@ class AgentWatcher:
         self._pool = pool
         self._tasks = tasks
         self._identity = identity
+        self._credentials: tls.Credentials | None = None
 
     async def start(self, timeout_s: float) -> None:
         """Connect to every agent, then follow each in a task.
 
         Raises:
             LoadImpossible: an agent cannot be reached within ``timeout_s``, or none is known; the message says which.
+            TlsError: certificates are missing or wrong.
         """
+        self._credentials = await asyncio.to_thread(tls.credentials, self._settings, "watcher")
         for name, find in agents(self._settings).items():
             connection = await self._first(name, find, timeout_s)
             self._tasks.spawn(self._follow(name, find, connection), f"watch {name}", essential=True)
@@ -61,7 +65,7 @@ class AgentWatcher:
     async def _connect(self, name: str, find: Callable[[], _Address], timeout_s: float) -> Connection:
         """Open a stream and take the agent's list, so that known instances are there before the first request."""
         host, port = find()
-        connection, _ = await connect(host, port, self._identity, "watcher", timeout_s=timeout_s)
+        connection, _ = await connect(host, port, self._identity, "watcher", self._credentials, timeout_s=timeout_s)
         try:
             async with asyncio.timeout(timeout_s):
                 message = await connection.receive()

@@ -29,7 +29,9 @@ from infra.kubernetes import oci
 from infra.kubernetes.cluster import binaries, host, life
 from infra.kubernetes.cluster.layout import CGROUP, Layout
 from infra.local import broker, criu, objectstore
+from infra.local.authority import Authority
 from infra.settings import Settings
+from infra.tls import ANY, Identity
 from loadgen import driver, functions_setup, http, machine, memory, report, starts
 from loadgen.arrivals import Arrival
 from loadgen.checks import Target, target_of
@@ -111,7 +113,10 @@ class ClusterDemo:
             self._installation.command("cluster", "images")
             images = self._function_images(samples)
             given, secrets = self._pod_settings(settings)
-            with deployed(self._settings, kubectl, given, secrets, self._say) as self._how, self._logs_kept(kubectl):
+            with (
+                deployed(self._settings, kubectl, given, secrets, certificates_for_pods(), self._say) as self._how,
+                self._logs_kept(kubectl),
+            ):
                 product, baseline = asyncio.run(self._measure(settings, kubectl, samples, images, arrivals))
                 self._remove_functions(kubectl)
             facts = self._facts(settings)
@@ -348,6 +353,16 @@ class ClusterDemo:
             "Every answer is recomputed and compared.",
             "Repeat it with: make demo-kubernetes",
         ]
+
+
+def certificates_for_pods() -> dict[str, dict[str, str]]:
+    """What the Secrets for TLS hold, of an authority that nobody keeps."""
+    ours = Authority.make("Thaw demo")
+    found = {}
+    for role, identity in (("agent", Identity("agent", ANY)), ("scaler", Identity("scaler", "demo"))):
+        certificate, key = ours.issue(str(identity))
+        found[role] = {"ca.crt": ours.pem.decode(), "tls.crt": certificate.decode(), "tls.key": key.decode()}
+    return found
 
 
 def with_modes(result: LoadResult, found: Sequence[StartRecord]) -> LoadResult:

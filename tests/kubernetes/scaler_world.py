@@ -100,6 +100,7 @@ class ScalerWorld:
             "THAW_KUBERNETES_FUNCTIONS_NAMESPACE": "",
             "THAW_KUBERNETES_AGENTS_NAMESPACE": self.space,
             "THAW_KUBERNETES_AGENT_IMAGE": self.image.reference,
+            "THAW_TLS_MODE": "off",  # agents and scaler are on one machine, with the cluster between them
             **self.more,
         }
         process = await asyncio.create_subprocess_exec(sys.executable, "-m", "thaw", "scaler", env=environment, stdout=log, stderr=log)

@@ -279,7 +279,7 @@ def test_the_example_makes_an_installation_that_thaw_uses(
         assert (from_file.scaler, from_file.kafka) == (from_environment.scaler, from_environment.kafka)
         assert (from_file.scaler.tick_s, from_file.kafka.partitions, from_file.s3.bucket) == (0.2, 4, "thaw-example")
         assert s3.secret_key not in outputs["settings_file"]
-        health.check_kafka(from_environment.kafka.bootstrap_servers, write=False)
+        health.check_kafka(from_environment.kafka, write=False)
         store = ObjectStore(from_environment.s3)
         store.put("functions/f/current", b"one")
         assert store.get("functions/f/current", size_max=10) == b"one"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import json
 import os
 import signal
@@ -20,7 +21,8 @@ from typing import Any
 from agent.api.connection import Connection, connect
 from agent.api.function import Function, from_builtins
 from agent.api.messages import Command, Inventory, Message, Start, StartDone
-from infra.settings import Settings
+from infra import tls
+from infra.settings import PathSettings, Settings
 
 SERVER = """
 import http.server, json, os, sys
@@ -80,6 +82,10 @@ class AgentUnderTest:
     def log(self) -> str:
         return (self.state / "agent.log").read_text()
 
+    def credentials(self, role: str) -> tls.Credentials | None:
+        """Of someone on the agent's machine."""
+        return tls.credentials(dataclasses.replace(self.settings, paths=PathSettings(state_dir=self.state)), role)
+
     async def start(self) -> None:
         s3 = self.settings.s3
         values = {
@@ -108,7 +114,7 @@ class AgentUnderTest:
             await asyncio.sleep(0.05)
         else:
             raise AssertionError(f"the agent did not come up:\n{self.log}")
-        self.connection, _ = await connect(found["host"], found["port"], "test", "scaler")
+        self.connection, _ = await connect(found["host"], found["port"], "test", "scaler", self.credentials("scaler"))
         first = await self.connection.receive()
         assert isinstance(first, Inventory)
         self.inventory = first

@@ -194,7 +194,7 @@ async def test_strangers_on_the_port_change_nothing(stack_settings: Settings, tm
             async with asyncio.timeout(10):
                 await reader.read()
             writer.close()
-        watcher, _ = await connect(where["host"], where["port"], "w", "watcher")
+        watcher, _ = await connect(where["host"], where["port"], "w", "watcher", agent.credentials("watcher"))
         report = await agent.start_instance(a_function(tmp_path, "strangers"))
         names = []
         while "EndpointUp" not in names:

@@ -32,12 +32,19 @@ from agent.api.messages import (
     StartFailed,
 )
 from agent.api.records import Phase, StartRecord
+from infra.tls import Credentials
 
 
 class ScriptedAgent:
     """One node. ``starts(command, number)`` returns how long a start takes, or why it fails (``refused`` or a reason)."""
 
-    def __init__(self, name: str = "n1", starts: Callable[[Start, int], float | str] | None = None, host: str = "127.0.0.1") -> None:
+    def __init__(
+        self,
+        name: str = "n1",
+        starts: Callable[[Start, int], float | str] | None = None,
+        host: str = "127.0.0.1",
+        credentials: Credentials | None = None,
+    ) -> None:
         self.name = name
         self.starts = starts or (lambda command, number: 0.0)
         self.commands: list[tuple[int, AgentCommand]] = []
@@ -46,6 +53,7 @@ class ScriptedAgent:
         self.checkpoints: dict[str, CheckpointInfo] = {}
         self.port = 0
         self._host = host
+        self._credentials = credentials
         self._answers: dict[str, Message | None] = {}
         self._underway: dict[str, CommandTaken] = {}
         self._connections: set[Connection] = set()
@@ -54,7 +62,8 @@ class ScriptedAgent:
         self._changed = asyncio.Event()
 
     async def start(self) -> None:
-        self._server = await asyncio.start_server(self._serve, self._host, self.port)
+        context = self._credentials.server() if self._credentials else None
+        self._server = await asyncio.start_server(self._serve, self._host, self.port, ssl=context)
         self.port = self._server.sockets[0].getsockname()[1]
 
     async def stop(self) -> None:

@@ -10,8 +10,8 @@ run "defaults" {
   command = plan
 
   assert {
-    condition     = length(output.objects) == length(distinct(output.objects)) && !contains(output.objects, "ServiceMonitor/thaw")
-    error_message = "each object once, no ServiceMonitor"
+    condition     = length(output.objects) == length(distinct(output.objects)) && !contains(output.objects, "ServiceMonitor/thaw") && !contains(output.objects, "Certificate/thaw-agent")
+    error_message = "each object once, no ServiceMonitor, no cert-manager"
   }
   assert {
     condition     = kubernetes_manifest.workload["DaemonSet/thaw-agent"].manifest.spec.template.spec.containers[0].image == "thaw-agent:0.1.0"
@@ -25,6 +25,38 @@ run "defaults" {
     condition     = kubernetes_manifest.workload["Deployment/thaw-scaler"].manifest.spec.replicas == 2
     error_message = "two scalers"
   }
+}
+
+run "certificates" {
+  command = plan
+
+  variables {
+    namespace          = "elsewhere"
+    certificate_issuer = { name = "ours", kind = "ClusterIssuer" }
+    tls_secrets = {
+      agent  = { "ca.crt" = "A", "tls.crt" = "C", "tls.key" = "K" }
+      scaler = { "ca.crt" = "A", "tls.crt" = "D", "tls.key" = "L" }
+    }
+  }
+
+  assert {
+    condition     = kubernetes_manifest.object["Certificate/thaw-agent"].manifest.spec.issuerRef.kind == "ClusterIssuer" && kubernetes_manifest.object["Certificate/thaw-scaler"].manifest.spec.uris[0] == "thaw://scaler/thaw" && kubernetes_manifest.object["Certificate/thaw-agent"].manifest.metadata.namespace == "elsewhere"
+    error_message = "certificates of the issuer"
+  }
+  assert {
+    condition     = nonsensitive(kubernetes_manifest.tls_secret["scaler"].manifest.data["tls.key"]) == base64encode("L") && kubernetes_manifest.tls_secret["agent"].manifest.metadata.namespace == "elsewhere"
+    error_message = "Secrets as the pods mount them"
+  }
+}
+
+run "an_incomplete_certificate" {
+  command = plan
+
+  variables {
+    tls_secrets = { agent = { "ca.crt" = "A", "tls.crt" = "C" }, scaler = { "ca.crt" = "A", "tls.crt" = "D", "tls.key" = "L" } }
+  }
+
+  expect_failures = [var.tls_secrets]
 }
 
 run "everything_else" {
