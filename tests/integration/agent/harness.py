@@ -92,6 +92,7 @@ class AgentUnderTest:
             "s3.access_key": s3.access_key,
             "s3.secret_key": s3.secret_key,
             "s3.bucket": s3.bucket,
+            "images.keys": str(self.settings.image_keys),
             **self.extra,
         }
         arguments = [sys.executable, "-m", "thaw", "--state-dir", str(self.state)]

@@ -38,8 +38,8 @@ variable "settings" {
   nullable    = false
 
   validation {
-    condition     = alltrue([for section in keys(var.settings) : contains(["agent", "cluster", "kafka", "kubernetes", "paths", "s3", "scaler", "stack", "telemetry"], section)])
-    error_message = "A section of settings must be one of agent, cluster, kafka, kubernetes, paths, s3, scaler, stack, telemetry."
+    condition     = alltrue([for section in keys(var.settings) : contains(["agent", "cluster", "images", "kafka", "kubernetes", "paths", "s3", "scaler", "stack", "telemetry"], section)])
+    error_message = "A section of settings must be one of agent, cluster, images, kafka, kubernetes, paths, s3, scaler, stack, telemetry."
   }
 
   validation {
