@@ -29,6 +29,7 @@ COMMANDS = {
     "explain": "thaw.explain:command",
     "doctor": "thaw.stack:doctor",
     "get": "thaw.functions:get",
+    "keys": "thaw.keys:keys",
     "load": "thaw.load:load",
     "run": "thaw.run:command",
     "scaler": "thaw.scaler:scaler",

@@ -66,6 +66,19 @@ variable "agent_secrets" {
   }
 }
 
+variable "image_keys" {
+  description = "Files that seal checkpoint images, as `thaw keys make` writes them: { ring, signing, trusted }. They are kept in Terraform's state. Empty: Secret thaw-image-keys is left to others to fill."
+  type        = map(string)
+  default     = {}
+  nullable    = false
+  sensitive   = true
+
+  validation {
+    condition     = length(var.image_keys) == 0 || length(setsubtract(["ring", "trusted"], keys(var.image_keys))) == 0 && length(setsubtract(keys(var.image_keys), ["ring", "signing", "trusted"])) == 0
+    error_message = "image_keys are the files ring, trusted and, for agents that make checkpoints, signing."
+  }
+}
+
 variable "scaler_secrets" {
   description = "Environment of the scalers from a Secret. They are kept in Terraform's state."
   type        = map(string)
