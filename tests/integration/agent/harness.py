@@ -20,6 +20,7 @@ from typing import Any
 from agent.api.connection import Connection, connect
 from agent.api.function import Function, from_builtins
 from agent.api.messages import Command, Inventory, Message, Start, StartDone
+from infra import imagekeys
 from infra.settings import Settings
 
 SERVER = """
@@ -82,6 +83,7 @@ class AgentUnderTest:
 
     async def start(self) -> None:
         s3 = self.settings.s3
+        imagekeys.make(self.settings.image_keys)  # agents that share a store share keys
         values = {
             "agent.listen_port": "0",
             "agent.node_name": self.state.name[-20:],
