@@ -10,6 +10,8 @@ AgentError
 │   └── NotFreezable         the function holds something CRIU cannot freeze
 ├── PagerError               the pager failed or is gone
 ├── ImageInvalid             a checkpoint is corrupt, incompatible or hostile
+│   ├── ImageRolledBack      the pointer is older than one that was seen
+│   └── KeyUnknown           it was sealed or signed with a key that this agent lacks
 ├── NotReady                 the instance did not answer in time
 └── InstanceGone             the instance ended while it was needed
 
@@ -104,6 +106,18 @@ class ImageInvalid(AgentError):
     """A checkpoint is corrupt, incompatible with this node or function, or hostile."""
 
     reason = "image_invalid"
+
+
+class ImageRolledBack(ImageInvalid):
+    """The pointer to the current checkpoint is older than one that this node has seen."""
+
+    reason = "image_rolled_back"
+
+
+class KeyUnknown(ImageInvalid):
+    """A checkpoint was sealed or signed with a key that this agent does not have, or its keys cannot be used."""
+
+    reason = "key_unknown"
 
 
 class NotReady(AgentError):

@@ -38,6 +38,7 @@ from agent.criu import tool
 from agent.drain import Drainer
 from agent.epochs import Epochs
 from agent.errors import AgentError, CriuError, NotAllowed, PagerError, PeerSilent, ProtocolError, SandboxError
+from agent.fetch import Fetcher
 from agent.furnish import Furnisher
 from agent.instance import Workshop
 from agent.lease import Scalers
@@ -49,7 +50,9 @@ from agent.sites import LocalSite, PodSite, Site
 from agent.standbys import Standbys
 from agent.starts import Starter
 from agent.store.cache import ImageCache
-from infra import tls
+from agent.store.pointer import Generations
+from agent.store.seal import Sealer
+from infra import imagekeys, tls
 from infra.errors import InfraError
 from infra.s3 import WARM_CONNECTIONS, ObjectStore
 from infra.settings import AgentSettings, Settings
@@ -130,6 +133,7 @@ class Agent:
         self._site = self._choose_site()
         await self._site.open(stack)
         self._inherits = bool(self._site.keeper.left())
+        sealer, generations = await asyncio.to_thread(self._open_keys), Generations(state / "generations")
         store = ObjectStore(self._settings.s3, settings.store_parallel, warm=WARM_CONNECTIONS)
         stack.callback(store.close)
         self._pager = await self._start_pager()
@@ -147,12 +151,14 @@ class Agent:
         stack.callback(os.close, features)
         await asyncio.to_thread(tool.probe, self._tools.criu, features)
         furnisher = Furnisher(criu_fd, features, state / "images", logs)
-        catalog = Catalog(settings, cache, store, lambda: self._pager, self._tasks, self._site.layers, self._tools.criu_version)
+        criu_version = self._tools.criu_version
+        fetcher = Fetcher(cache, store, sealer, generations, lambda: self._pager, self._tasks, criu_version, settings.store_parallel)
+        catalog = Catalog(settings, cache, fetcher, lambda: self._pager, self._tasks, self._site.layers)
         workshop = Workshop(settings, furnisher, self._site.begin(stack, furnisher, catalog.forget), self._tasks)
         quiet = asyncio.Event()
         standbys = Standbys(workshop, catalog, lambda: self._pager, quiet, self._scalers)
         starter = Starter(settings.node_name, workshop, catalog, standbys, lambda: self._pager, quiet, self._scalers)
-        checkpointer = Checkpointer(workshop, cache, store, lambda: self._pager, self._tools.criu_version)
+        checkpointer = Checkpointer(workshop, cache, store, sealer, generations, lambda: self._pager, criu_version)
         drainer = Drainer()
         stack.callback(drainer.close)
         epochs = Epochs(runtime / "epochs.json")
@@ -166,7 +172,20 @@ class Agent:
     async def _start_pager(self) -> PagerClient:
         log = self._settings.paths.state_dir / "logs" / "pager.log"
         log.parent.mkdir(parents=True, exist_ok=True)
-        return await PagerClient.start(self._settings.s3, self._settings.agent, self._settings.runtime_folder / "pager.sock", log)
+        socket_path = self._settings.runtime_folder / "pager.sock"
+        return await PagerClient.start(self._settings.s3, self._settings.image_keys, self._settings.agent, socket_path, log)
+
+    def _open_keys(self) -> Sealer:
+        """The keys of images. Sandboxes of its own are local use, where new keys do; agents of a cluster must have the same.
+
+        Raises:
+            KeysInvalid: they are missing or not as they should be.
+        """
+        folder = self._settings.image_keys
+        if not self._settings.images.keys and self._settings.agent.sandboxes == "local" and imagekeys.make(folder):
+            logger.info("new keys for checkpoint images in %s", folder)
+        imagekeys.load(folder)
+        return Sealer(folder)
 
     def _choose_site(self) -> Site:
         """Sandboxes of its own, or the node's placeholder pods.

@@ -2,6 +2,7 @@
 
 InfraError
 ├── SettingsError
+├── KeysInvalid              keys of checkpoint images are missing, malformed or open to others
 ├── InstallError
 ├── StackError
 ├── ClusterError
@@ -32,6 +33,10 @@ class InfraError(Exception):
 
 class SettingsError(InfraError):
     """A setting is unknown or has a wrong value."""
+
+
+class KeysInvalid(InfraError):
+    """The keys of checkpoint images are missing, malformed, or can be read by others."""
 
 
 class InstallError(InfraError):

@@ -14,7 +14,7 @@ from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError, CredentialRetrievalError, NoCredentialsError, PartialCredentialsError
 from botocore.httpsession import get_cert_path
 
-from infra.errors import ObjectConflict, ObjectMissing, StoreError, StoreUnavailable
+from infra.errors import ObjectConflict, ObjectMissing, SettingsError, StoreError, StoreUnavailable
 from infra.s3get import SignedGet
 from infra.settings import S3Settings
 
@@ -42,6 +42,7 @@ class ObjectStore:
         """
         self.bucket = settings.bucket
         self._endpoint = settings.endpoint_url or "AWS"
+        self._sealed_by_store = _server_side_encryption(settings)
         config = Config(
             signature_version="s3v4",
             connect_timeout=settings.connect_timeout_s,
@@ -118,7 +119,7 @@ class ObjectStore:
             only_if_absent: fail with ObjectConflict when it exists.
             only_if_tag: fail with ObjectConflict unless it exists with this ETag.
         """
-        condition: dict[str, str] = {}
+        condition = dict(self._sealed_by_store)
         if only_if_absent:
             condition["IfNoneMatch"] = "*"
         if only_if_tag:
@@ -185,3 +186,17 @@ class ObjectStore:
             return StoreUnavailable(text, bucket=self.bucket, key=key)
         text = f"the object store at {self._endpoint} does not answer: {error}; check settings s3.endpoint_url and that it runs"
         return StoreUnavailable(text, bucket=self.bucket, key=key)
+
+
+def _server_side_encryption(settings: S3Settings) -> dict[str, str]:
+    """What every PUT says of it.
+
+    Raises:
+        SettingsError: unknown, or a key without ``aws:kms``.
+    """
+    if settings.sse not in ("", "AES256", "aws:kms"):
+        raise SettingsError(f"setting s3.sse: {settings.sse!r} is neither empty nor AES256 nor aws:kms")
+    if settings.sse_kms_key_id and settings.sse != "aws:kms":
+        raise SettingsError("setting s3.sse_kms_key_id needs s3.sse=aws:kms")
+    said = {"ServerSideEncryption": settings.sse, "SSEKMSKeyId": settings.sse_kms_key_id}
+    return {name: value for name, value in said.items() if value}

@@ -77,6 +77,19 @@ class S3Settings:
     read_timeout_s: float = 10.0
     #: Attempts of one request, the first included.
     attempts: int = 4
+    #: Encryption by the store itself, asked for with every PUT: ``AES256``, ``aws:kms``, or empty for what the bucket does by default.
+    sse: str = ""
+    #: With ``aws:kms``: the key; empty for the account's own.
+    sse_kms_key_id: str = ""
+
+
+@dataclass(frozen=True)
+class ImageSettings:
+    """How checkpoint images are encrypted and signed (docs/images.md)."""
+
+    #: Folder with the files ``ring``, ``signing`` and ``trusted``, as ``thaw keys make`` writes them. Empty: ``state_dir/image-keys``,
+    #: which an agent with local sandboxes makes by itself. Agents that share checkpoints have the same keys.
+    keys: str = ""
 
 
 @dataclass(frozen=True)
@@ -241,6 +254,7 @@ class Settings:
     paths: PathSettings = field(default_factory=PathSettings)
     kafka: KafkaSettings = field(default_factory=KafkaSettings)
     s3: S3Settings = field(default_factory=S3Settings)
+    images: ImageSettings = field(default_factory=ImageSettings)
     stack: StackSettings = field(default_factory=StackSettings)
     cluster: ClusterSettings = field(default_factory=ClusterSettings)
     kubernetes: KubernetesSettings = field(default_factory=KubernetesSettings)
@@ -258,6 +272,11 @@ class Settings:
     def runtime_folder(self) -> Path:
         """What the agent of this machine keeps in ``paths.runtime_dir``."""
         return self.paths.runtime_dir / f"thaw-{self.agent.node_name}"
+
+    @property
+    def image_keys(self) -> Path:
+        """Folder of the keys that seal checkpoint images."""
+        return (Path(self.images.keys).expanduser() if self.images.keys else self.paths.state_dir / "image-keys").absolute()
 
     @property
     def agent_file(self) -> Path:

@@ -29,6 +29,7 @@ COMMANDS = {
     "explain": "thaw.explain:command",
     "doctor": "thaw.stack:doctor",
     "get": "thaw.functions:get",
+    "keys": "thaw.keys:keys",
     "load": "thaw.load:load",
     "node": "thaw.node:node",
     "run": "thaw.run:command",

@@ -19,6 +19,7 @@ from typing import Any
 import yaml
 
 import infra
+from infra import imagekeys
 from infra.kubernetes.cluster import life
 from infra.local import terraform
 from infra.local.terraform import Terraform
@@ -99,13 +100,15 @@ def deployed(
     Raises:
         LoadImpossible: it can't be deployed.
     """
+    imagekeys.make(settings.image_keys)
+    keys = {path.name: path.read_text() for path in settings.image_keys.iterdir()}
     tool = terraform.available(settings, say)
     if tool is None:
         say("no Terraform of the right version here: kubectl applies the same files")
-        with _by_kubectl(kubectl, given, secrets, certificates, say):
+        with _by_kubectl(kubectl, given, secrets, certificates, keys, say):
             yield "kubectl apply"
         return
-    with _by_terraform(tool, settings.paths.state_dir / "terraform", kubectl, given, secrets, certificates, say):
+    with _by_terraform(tool, settings.paths.state_dir / "terraform", kubectl, given, secrets, certificates, keys, say):
         yield "terraform apply"
 
 
@@ -117,6 +120,7 @@ def _by_terraform(
     given: Mapping[str, Mapping[str, str]],
     secrets: Mapping[str, str],
     certificates: Mapping[str, Mapping[str, str]],
+    keys: Mapping[str, str],
     say: Say,
 ) -> Iterator[None]:
     home.mkdir(parents=True, exist_ok=True)
@@ -131,6 +135,7 @@ def _by_terraform(
                 "settings": given,
                 "agent_secrets": secrets,
                 "tls_secrets": certificates,
+                "image_keys": keys,
             }
         },
     }
@@ -171,6 +176,7 @@ def _by_kubectl(
     given: Mapping[str, Mapping[str, str]],
     secrets: Mapping[str, str],
     certificates: Mapping[str, Mapping[str, str]],
+    keys: Mapping[str, str],
     say: Say,
 ) -> Iterator[None]:
     documents = [document for path in sorted(_MANIFESTS.glob("*.yaml")) for document in yaml.safe_load_all(path.read_text())]
@@ -180,6 +186,8 @@ def _by_kubectl(
                 document["data"]["thaw.toml"] = _settings_file(document["data"]["thaw.toml"], given)
             case "Secret", "thaw-agent":
                 document["data"] = _encoded(secrets)
+            case "Secret", "thaw-image-keys":
+                document["data"] = _encoded(keys)
     documents += [
         {
             "apiVersion": "v1",

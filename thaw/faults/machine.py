@@ -18,7 +18,6 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import agent.catalog
 import agent.node
 import agent.server
 import agent.standbys
@@ -290,7 +289,8 @@ class Machine:
         workshop = Workshop(settings.agent, furnisher, Pool(self), tasks)  # type: ignore[arg-type]
         pager = Pager(self)
         quiet = asyncio.Event()
-        catalog = Catalog(settings.agent, Cache(self), self.store, lambda: pager, tasks, _layers, "4")  # type: ignore[arg-type,return-value]
+        cache = Cache(self)
+        catalog = Catalog(settings.agent, cache, Fetcher(cache, self.store), lambda: pager, tasks, _layers)  # type: ignore[arg-type,return-value]
         lease = self.scalers = agent_._scalers
         standbys = Standbys(workshop, catalog, lambda: pager, quiet, lease)  # type: ignore[arg-type,return-value]
         starter = Starter(self.name, workshop, catalog, standbys, lambda: pager, quiet, lease)  # type: ignore[arg-type,return-value]
@@ -468,7 +468,7 @@ class Cache:
 class Fetcher:
     """As :class:`agent.fetch.Fetcher`."""
 
-    def __init__(self, cache: Cache, store: Store, *_: Any) -> None:
+    def __init__(self, cache: Cache, store: Store) -> None:
         self._cache, self._store = cache, store
 
     async def current(self, function: Function, layers: Any, clock: Any, fetched: Any) -> Image | None:
@@ -656,7 +656,6 @@ _shipped_dispatch = Node._dispatch
 def replacements() -> list[tuple[Any, str, Any]]:
     """What of the agent is replaced, all of it below its bookkeeping: (where, name, by what)."""
     return [
-        (agent.catalog, "Fetcher", Fetcher),
         (agent.starts, "start_cold", _start_cold),
         (agent.starts, "start_restored", _start_restored),
         (agent.starts, "resume", _resume),

@@ -21,7 +21,7 @@ from typing import Any
 from agent.api.connection import Connection, connect
 from agent.api.function import Function, from_builtins
 from agent.api.messages import Command, Inventory, Message, Start, StartDone
-from infra import tls
+from infra import imagekeys, tls
 from infra.settings import PathSettings, Settings
 
 SERVER = """
@@ -88,6 +88,7 @@ class AgentUnderTest:
 
     async def start(self) -> None:
         s3 = self.settings.s3
+        imagekeys.make(self.settings.image_keys)  # agents that share a store share keys
         values = {
             "agent.listen_port": "0",
             "agent.node_name": self.state.name[-20:],
@@ -98,6 +99,7 @@ class AgentUnderTest:
             "s3.access_key": s3.access_key,
             "s3.secret_key": s3.secret_key,
             "s3.bucket": s3.bucket,
+            "images.keys": str(self.settings.image_keys),
             **self.extra,
         }
         arguments = [sys.executable, "-m", "thaw", "--state-dir", str(self.state)]

@@ -109,7 +109,7 @@ locals {
   objects = merge(local.placed, { for name, change in local.changes : name => merge(local.placed[name], change) })
 
   first     = ["Namespace/thaw", "CustomResourceDefinition/functions.thaw.dev"]
-  secrets   = ["Secret/thaw-agent", "Secret/thaw-scaler"]
+  secrets   = ["Secret/thaw-agent", "Secret/thaw-image-keys", "Secret/thaw-scaler"]
   workloads = ["DaemonSet/thaw-agent", "Deployment/thaw-scaler"]
 }
 
@@ -138,6 +138,15 @@ resource "kubernetes_manifest" "object" {
 
 resource "kubernetes_manifest" "agent_secret" {
   manifest = merge(local.objects["Secret/thaw-agent"], { data = { for name, value in var.agent_secrets : name => base64encode(value) } })
+
+  depends_on = [kubernetes_manifest.namespace]
+}
+
+resource "kubernetes_manifest" "image_keys" {
+  manifest = merge(local.objects["Secret/thaw-image-keys"], {
+    for field, value in { data = { for name, content in var.image_keys : name => base64encode(content) } } : field => value
+    if length(nonsensitive(keys(var.image_keys))) > 0
+  })
 
   depends_on = [kubernetes_manifest.namespace]
 }
@@ -174,6 +183,7 @@ resource "kubernetes_manifest" "workload" {
   depends_on = [
     kubernetes_manifest.agent_secret,
     kubernetes_manifest.functions,
+    kubernetes_manifest.image_keys,
     kubernetes_manifest.object,
     kubernetes_manifest.scaler_secret,
     kubernetes_manifest.tls_secret,

@@ -38,8 +38,8 @@ variable "settings" {
   nullable    = false
 
   validation {
-    condition     = alltrue([for section in keys(var.settings) : contains(["agent", "cluster", "kafka", "kubernetes", "paths", "s3", "scaler", "stack", "telemetry", "tls"], section)])
-    error_message = "A section of settings must be one of agent, cluster, kafka, kubernetes, paths, s3, scaler, stack, telemetry, tls."
+    condition     = alltrue([for section in keys(var.settings) : contains(["agent", "cluster", "images", "kafka", "kubernetes", "paths", "s3", "scaler", "stack", "telemetry", "tls"], section)])
+    error_message = "A section of settings must be one of agent, cluster, images, kafka, kubernetes, paths, s3, scaler, stack, telemetry, tls."
   }
 
   validation {
@@ -93,6 +93,19 @@ variable "agent_secrets" {
   validation {
     condition     = alltrue([for name in keys(var.agent_secrets) : can(regex("^[A-Z][A-Z0-9_]*$", name))])
     error_message = "agent_secrets are named as environment variables: THAW_S3_SECRET_KEY."
+  }
+}
+
+variable "image_keys" {
+  description = "Files that seal checkpoint images, as `thaw keys make` writes them: { ring, signing, trusted }. They are kept in Terraform's state. Empty: Secret thaw-image-keys is left to others to fill."
+  type        = map(string)
+  default     = {}
+  nullable    = false
+  sensitive   = true
+
+  validation {
+    condition     = length(var.image_keys) == 0 || length(setsubtract(["ring", "trusted"], keys(var.image_keys))) == 0 && length(setsubtract(keys(var.image_keys), ["ring", "signing", "trusted"])) == 0
+    error_message = "image_keys are the files ring, trusted and, for agents that make checkpoints, signing."
   }
 }
 

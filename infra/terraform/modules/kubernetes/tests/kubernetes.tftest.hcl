@@ -22,6 +22,10 @@ run "defaults" {
     error_message = "the agent enters other pods"
   }
   assert {
+    condition     = !contains(keys(nonsensitive(kubernetes_manifest.image_keys.manifest)), "data")
+    error_message = "image keys that others put into the Secret stay"
+  }
+  assert {
     condition     = kubernetes_manifest.workload["Deployment/thaw-scaler"].manifest.spec.replicas == 2
     error_message = "two scalers"
   }
@@ -68,6 +72,7 @@ run "everything_else" {
     scaler_replicas = 5
     settings        = { kafka = { bootstrap_servers = "k:9092" }, agent = { cache_mb = "1024" } }
     agent_secrets   = { THAW_S3_SECRET_KEY = "secret" }
+    image_keys      = { ring = "one", trusted = "two" }
 
     agent_node_selector               = { pool = "functions" }
     agent_tolerations                 = [{ key = "functions", effect = "NoSchedule" }]
@@ -114,6 +119,10 @@ run "everything_else" {
   assert {
     condition     = nonsensitive(kubernetes_manifest.agent_secret.manifest.data) == { THAW_S3_SECRET_KEY = base64encode("secret") }
     error_message = "secrets"
+  }
+  assert {
+    condition     = nonsensitive(kubernetes_manifest.image_keys.manifest.data) == { ring = base64encode("one"), trusted = base64encode("two") }
+    error_message = "image keys"
   }
   assert {
     condition     = kubernetes_manifest.object["ServiceAccount/thaw-agent"].manifest.metadata.annotations == var.agent_service_account_annotations
@@ -167,6 +176,14 @@ run "refuses_secrets_that_are_no_variables" {
     agent_secrets = { "s3-key" = "secret" }
   }
   expect_failures = [var.agent_secrets]
+}
+
+run "refuses_keys_without_a_ring" {
+  command = plan
+  variables {
+    image_keys = { trusted = "two" }
+  }
+  expect_failures = [var.image_keys]
 }
 
 run "refuses_operators_that_kubernetes_refuses" {
