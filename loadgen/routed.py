@@ -10,10 +10,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import itertools
 import socket
 import time
-from collections.abc import Callable
 
+from infra.telemetry import trace_id
 from loadgen import http
 from loadgen.errors import AttemptFailed
 
@@ -23,32 +24,45 @@ PAUSE_S = 0.002
 _OPEN_S = 0.5
 
 
-async def get(
-    address: str, path: str, traceparent: str = "", *, taken: Callable[[int], None] = lambda _began_ns: None
-) -> tuple[int, bytes]:
-    """Send one GET to whoever takes a connection first; waits for one until cancelled.
+class Ways:
+    """Sends requests, and keeps how each found its way.
 
-    Args:
-        address: ``host:port`` in digits.
-        path: with the query.
-        traceparent: W3C trace context to hand to the function.
-        taken: is told when the connection that was taken had been begun, wall clock ns: the way was there then.
-
-    Raises:
-        AttemptFailed: whoever took the connection did not answer.
+    Attributes:
+        taken_ns: trace id → when the connection that was taken had been begun, wall clock ns: the way was there then.
+        waited: trace ids of requests whose first connection was not taken.
     """
-    host, _, port = address.rpartition(":")
-    connection, began_ns = await _first_taken((host, int(port)))
-    taken(began_ns)
-    with connection:
-        return await http.ask(connection, address, path, traceparent)
+
+    def __init__(self) -> None:
+        self.taken_ns: dict[str, int] = {}
+        self.waited: set[str] = set()
+
+    async def get(self, address: str, path: str, traceparent: str) -> tuple[int, bytes]:
+        """Send one GET to whoever takes a connection first; waits for one until cancelled.
+
+        Args:
+            address: ``host:port`` in digits.
+            path: with the query.
+            traceparent: W3C trace context to hand to the function.
+
+        Raises:
+            AttemptFailed: whoever took the connection did not answer.
+        """
+        host, _, port = address.rpartition(":")
+        connection, began_ns, number = await _first_taken((host, int(port)))
+        self.taken_ns[trace_id(traceparent)] = began_ns
+        if number > 1:
+            self.waited.add(trace_id(traceparent))
+        with connection:
+            return await http.ask(connection, address, path, traceparent)
 
 
-async def _first_taken(where: tuple[str, int]) -> tuple[socket.socket, int]:
+async def _first_taken(where: tuple[str, int]) -> tuple[socket.socket, int, int]:
+    """The connection, when it was begun, and how many were."""
     loop = asyncio.get_running_loop()
-    winner: asyncio.Future[tuple[socket.socket, int]] = loop.create_future()
-    #: In the order in which they were begun.
-    waiting: dict[int, tuple[socket.socket, int]] = {}
+    winner: asyncio.Future[tuple[socket.socket, int, int]] = loop.create_future()
+    #: Descriptor → connection, when it was begun, how many were then; in that order.
+    waiting: dict[int, tuple[socket.socket, int, int]] = {}
+    begun = itertools.count(1)
 
     def give_up(number: int) -> None:
         if number in waiting:
@@ -56,7 +70,7 @@ async def _first_taken(where: tuple[str, int]) -> tuple[socket.socket, int]:
             waiting.pop(number)[0].close()
 
     def writable(number: int) -> None:
-        connection, began_ns = waiting[number]
+        connection = waiting[number][0]
         if connection.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR) or winner.done():
             give_up(number)
             return
@@ -66,14 +80,14 @@ async def _first_taken(where: tuple[str, int]) -> tuple[socket.socket, int]:
     def begin() -> None:
         connection = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
         connection.setblocking(False)
-        now_ns = time.time_ns()
+        now_ns, count = time.time_ns(), next(begun)
         reason = connection.connect_ex(where)
         if reason not in (0, errno.EINPROGRESS):
             connection.close()
             if reason not in (errno.ECONNREFUSED, errno.EHOSTUNREACH, errno.ENETUNREACH):
                 raise AttemptFailed(f"no connection to {where[0]}:{where[1]}: {errno.errorcode.get(reason, reason)}")
             return
-        waiting[connection.fileno()] = connection, now_ns
+        waiting[connection.fileno()] = connection, now_ns, count
         loop.add_writer(connection.fileno(), writable, connection.fileno())
 
     try:

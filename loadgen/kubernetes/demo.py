@@ -13,7 +13,7 @@ import dataclasses
 import functools
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +59,7 @@ class ClusterDemo:
         self._options = options
         self._say = say
         self._site = Site(settings, thaw, options.out, FUNCTIONS, say)
+        self._ways = routed.Ways()
         self._leaked: list[str] = []
         self._how = ""
 
@@ -120,7 +121,7 @@ class ClusterDemo:
         return product, baseline
 
     def _target(self, sample: Sample) -> Target:
-        return dataclasses.replace(target_of(from_builtins(sample.document)), ask=routed.get)
+        return dataclasses.replace(target_of(from_builtins(sample.document)), ask=self._ways.get)
 
     async def _run(self, on: Deployed, load: Callable[..., Any], arrivals: Sequence[Arrival], name: str, title: str) -> report.RunData:
         self._say(f"load {title}: {len(arrivals)} requests in {self._options.seconds:.0f} s through the Services' addresses")
@@ -129,7 +130,7 @@ class ClusterDemo:
             result: LoadResult = await load(arrivals, name)
         await self._until_idle(on)
         found = await starts.read_starts(on.settings.kafka, began_ns, time.time_ns())
-        result = with_modes(result, found)
+        result = with_modes(result, found, self._ways.waited)
         self._say(f"  {result.answered} of {result.requests} answered, {result.wrong} wrong, {len(found)} starts")
         for problem in result.problems:
             self._say(f"  {problem}")
@@ -209,12 +210,18 @@ class ClusterDemo:
         ]
 
 
-def with_modes(result: LoadResult, found: Sequence[StartRecord]) -> LoadResult:
-    """Say of requests that waited behind a Service for which kind of start: the last of their function before the answer."""
+def with_modes(result: LoadResult, found: Sequence[StartRecord], waited: Container[str]) -> LoadResult:
+    """Say of requests that waited behind a Service for which kind of start: the last of their function before the answer.
+
+    Args:
+        result: of the run.
+        found: its starts.
+        waited: trace ids of requests that were not answered at once; those that were tried again are not among them.
+    """
     ready = [start for start in found if start.outcome == "ready"]
 
     def of(record: RequestRecord) -> RequestRecord:
-        if record.mode != driver.SERVICE:
+        if record.mode != driver.SERVICE and record.trace_id not in waited:
             return record
         before = [
             start for start in ready if start.function == record.function and record.intended_ns <= start.ended_ns <= record.response_ns

@@ -82,6 +82,6 @@ def test_what_waited_behind_a_service_waited_for_the_last_start_before_its_answe
         start(96, "cold", outcome="failed"),
         start(101, "cold"),
     ]
-    found = {item.number: (item.mode, item.instance) for item in with_modes(result, starts).records}
+    found = {item.number: (item.mode, item.instance) for item in with_modes(result, starts, set()).records}
     assert found == {0: ("restore", "i90"), 1: (WARM, ""), 2: ("restore", "i90"), 3: (WARM, "")}
-    assert with_modes(result, starts).latency["restore"].n == 2
+    assert with_modes(result, starts, set()).latency["restore"].n == 2
