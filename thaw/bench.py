@@ -201,7 +201,7 @@ def _pod_tables(result: dict[str, Any]) -> None:
     console = Console(width=130)
     shown = Table(title=f"{result['function']} in pods: ms from the demand record to the first response")
     for heading in ("", "n", "p50", "p90", "p99"):
-        shown.add_column(heading, justify="right" if heading else "left")  # type: ignore[arg-type]
+        shown.add_column(heading, justify="right" if heading else "left")
     for name, found in pods_bench.lines(result):
         shown.add_row(name, *(f"{found[field]:g}" for field in ("n", "p50_ms", "p90_ms", "p99_ms")))
     console.print(shown)

@@ -96,8 +96,8 @@ def _others(functions: Mapping[str, Any]) -> Iterator[Goal]:
             yield least(f"{name}: cold start / thaw, p50", _quotient(cold, thaw), _THAW_FACTOR, _note(thaw))
 
 
-def _most(what: str, found: Mapping[str, Any], field: str, limit: float) -> Goal:
-    return limit(what, found.get(field) if found.get("n") else None, limit, "ms", _note(found))
+def _most(what: str, found: Mapping[str, Any], field: str, most: float) -> Goal:
+    return limit(what, found.get(field) if found.get("n") else None, most, "ms", _note(found))
 
 
 def limit(what: str, figure: float | None, most: float, unit: str, note: str = "") -> Goal:

@@ -7,15 +7,17 @@ function's template, with the function's command and nothing of Thaw. Used by :m
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from collections.abc import Mapping
 from typing import Any
 
+from infra.errors import ApiMissing
 from infra.kubernetes.client import ApiServer, Object
 from loadgen.checks import Target
 from loadgen.errors import AttemptFailed, LoadImpossible
 
-_ADDRESS_POLL_S, _ANSWER_POLL_S = 0.01, 0.005
+_POLL_S, _GONE_POLL_S = 0.005, 0.1
 _LONGEST_S = 120.0
 
 
@@ -43,23 +45,31 @@ async def once(server: ApiServer, pod: Object, port: int, target: Target, row: i
     name = (await server.create(path, pod))["metadata"]["name"]
     try:
         async with asyncio.timeout(_LONGEST_S):
-            while not (address := ((await server.get(f"{path}/{name}")).get("status") or {}).get("podIP")):
-                await asyncio.sleep(_ADDRESS_POLL_S)
-            while True:
-                try:
-                    status, body = await target.ask(f"{address}:{port}", target.path(row), "")
-                except AttemptFailed:
-                    await asyncio.sleep(_ANSWER_POLL_S)
-                    continue
-                if status == 200:
-                    break
-                await asyncio.sleep(_ANSWER_POLL_S)
+            body = await _answer(server, f"{path}/{name}", port, target, row)
         took_ms = (time.monotonic() - began) * 1e3
     except TimeoutError as error:
         raise LoadImpossible(f"an ordinary pod of {target.function} did not answer within {_LONGEST_S:.0f} s") from error
     finally:
         await server.delete(f"{path}/{name}")
-    async with asyncio.timeout(_LONGEST_S):
-        while any(item["metadata"]["name"] == name for item in (await server.get(path)).get("items") or []):
-            await asyncio.sleep(0.1)
+    await _gone(server, f"{path}/{name}")
     return took_ms, target.inspect(body, row).problem
+
+
+async def _answer(server: ApiServer, path: str, port: int, target: Target, row: int) -> bytes:
+    address = ""
+    while True:
+        if not address:
+            address = ((await server.get(path)).get("status") or {}).get("podIP") or ""
+        if address:
+            with contextlib.suppress(AttemptFailed):
+                status, body = await target.ask(f"{address}:{port}", target.path(row), "")
+                if status == 200:
+                    return body
+        await asyncio.sleep(_POLL_S)
+
+
+async def _gone(server: ApiServer, path: str) -> None:
+    with contextlib.suppress(ApiMissing):
+        for _ in range(round(_LONGEST_S / _GONE_POLL_S)):
+            await server.get(path)
+            await asyncio.sleep(_GONE_POLL_S)

@@ -101,7 +101,7 @@ class Routes:
 def hops_ms(answered_ns: int, seen: Seen, taken_ns: int, response_ns: int) -> dict[str, float]:
     """How long each of :data:`HOPS` took; they add up to the time from the agent's first response to the client's.
 
-    A hop that was over before the one before it (the kernel has a connection, and this process learns of the EndpointSlice later) took none.
+    A hop that was over before the one before it took none: the kernel may have a connection before this process knows of the EndpointSlice.
 
     >>> hops_ms(1_000_000, Seen(3_000_000, 3_000_000, 9_000_000), 8_000_000, 10_000_000)
     {'condition': 2.0, 'ready': 0.0, 'slice': 5.0, 'rule': 0.0, 'answer': 2.0}
