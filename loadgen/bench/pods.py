@@ -142,12 +142,12 @@ class PodBench:
             async with client.connect(kubernetes) as server, open_producer(on.settings.kafka, _CONNECT_S) as producer:
                 run = _Run(on, sample, server, Routes(sample.name), producer, tracer, self._book, self._say)
                 await run.routes.follow(server, kubernetes, on.space, tasks)
-                work = asyncio.ensure_future(run.all(self._options.starts, self._options.others))
+                work = tasks.spawn(run.all(self._options.starts, self._options.others), "starts")
                 await asyncio.wait({work, tasks.failed}, return_when=asyncio.FIRST_COMPLETED)
                 if not work.done():
-                    work.cancel()
-                    await tasks.failed
+                    await tasks.failed  # raises what ended a watch
                 await work
+                await tasks.close()
         finally:
             await tasks.close()
             tracer.close()
