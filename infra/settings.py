@@ -221,6 +221,9 @@ class ScalerSettings:
     placeholders_ahead: int = 1
     #: Empty placeholders beyond that are removed after this long, s.
     placeholder_idle_s: float = 60.0
+    #: What a start has caused (another placeholder, greater requests) waits this long, s, unless a start waits for a pod: to make a pod
+    #: takes the node's cores for most of a second, and those are needed for the start and for the way to it through the Service.
+    placeholder_pause_s: float = 0.25
     group: str = "thaw-scaler"
     #: Age at which a source that sent nothing counts as zero, s, when its event names none.
     source_ttl_s: float = 10.0

@@ -163,6 +163,10 @@ class Pods:
         found = [item for item in self.get(name)["status"].get("conditions", []) if item["type"] == pods.GATE]
         return (found[0]["status"], found[0].get("reason", "")) if found else ("", "")
 
+    def ready(self, name: str) -> bool:
+        """Whether Services may route to it."""
+        return any(item["type"] == "Ready" and item["status"] == "True" for item in self.get(name)["status"].get("conditions", []))
+
     def logs(self, name: str) -> str:
         """What ``kubectl logs`` shows."""
         return self.cluster.kubectl("-n", self.namespace, "logs", name, "-c", "function")
