@@ -1,8 +1,8 @@
 """What safety costs: the way from the demand record to the first response with it and without it, in one run.
 
 In: two installations that differ in settings alone, each with a broker, a store, a scaler and an agent of its own. Out: figures of both
-and their difference. Both are up all the time and are asked in turns, a few starts at a time, so that the machine's moods hit both alike; the
-one that is not asked does nothing. Next: :mod:`loadgen.bench.demand` measures one turn.
+and their difference. Both are up all the time and are asked in turns, a few starts at a time, so that the moods of the machine hit both;
+the one that is not asked does nothing. Next: :mod:`loadgen.bench.demand` measures one turn.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from loadgen.installation import Installation, Say
 #: A start by the fastest way, and one from the node's cache: remote ones differ by more than safety costs.
 MODES = ("thaw", "restore")
 #: Of each mode before it is the other installation's turn.
-_TURN = 3
+_TURN = 6
 
 
 @dataclasses.dataclass(frozen=True)
