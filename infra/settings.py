@@ -12,7 +12,7 @@ import json
 import os
 import tomllib
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -327,6 +327,27 @@ def load(
     if given:
         raise SettingsError(f"unknown settings section {sorted(given)[0]!r}; known: {', '.join(_sections())}")
     return with_embedded_stack(settings)
+
+
+def with_assignments(settings: Settings, assignments: Iterable[str]) -> Settings:
+    """Other values for some settings.
+
+    Args:
+        settings: all others.
+        assignments: ``section.field=value``, as on the command line.
+
+    Raises:
+        SettingsError: one is not that, or there is no such setting.
+    """
+    for text in assignments:
+        name, separator, value = text.partition("=")
+        section, _, item = name.partition(".")
+        if not separator or section not in _sections() or item not in typing.get_type_hints(_sections()[section]):
+            raise SettingsError(f"{text!r} is not SECTION.FIELD=VALUE of a setting that there is")
+        kind = typing.get_type_hints(_sections()[section])[item]
+        changed = dataclasses.replace(getattr(settings, section), **{item: _convert(name, kind, value)})
+        settings = dataclasses.replace(settings, **{section: changed})
+    return settings
 
 
 def with_embedded_stack(settings: Settings) -> Settings:

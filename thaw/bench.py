@@ -18,11 +18,13 @@ import msgspec
 from rich.console import Console
 from rich.table import Table
 
+from infra import settings as settings_module
 from infra.settings import Settings
 from loadgen.bench import costs as bench_costs
 from loadgen.bench import goals, report
 from loadgen.bench import planner as planner_bench
 from loadgen.bench import pods as pods_bench
+from loadgen.bench import safety as bench_safety
 from loadgen.bench.figures import MODES, Measured
 from loadgen.bench.pods import PodBench, PodOptions
 from loadgen.bench.run import SUBJECT, Bench, BenchOptions
@@ -31,6 +33,8 @@ from thaw import isolated
 
 #: What ``thaw bench`` measures when it is told nothing.
 _FANOUT, _DENSITY = (1, 5, 25, 100), 200
+#: Images are always sealed: what that costs falls on the way from the store, not on starts from the node's cache.
+_SAFETY_OFF = ("tls.mode=off",)
 
 
 class _Numbers(click.ParamType):  # type: ignore[type-arg]
@@ -158,6 +162,48 @@ def planner(*, count: int, events: int, warm: int, cold: int, paced: int, memory
         return
     for what, figure in result.items():
         click.echo(f"{what:24} {figure}")
+
+
+@bench.command()
+@click.option("--sample", type=click.Choice(PROGRAMS), default=SUBJECT, show_default=True, help="Sample function.")
+@click.option("-n", "starts", type=click.IntRange(min=1), default=30, show_default=True, help="Starts of each mode with and without.")
+@click.option(
+    "--off",
+    "switches",
+    multiple=True,
+    metavar="SECTION.FIELD=VALUE",
+    default=_SAFETY_OFF,
+    show_default=True,
+    help="What the one without has set; may be repeated.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@click.pass_obj
+def safety(settings: Settings, *, sample: str, starts: int, switches: tuple[str, ...], as_json: bool) -> None:
+    """What safety costs: demand record to the first response, with it and without it, in turns; the target is 2 ms at p50."""
+    began = time.monotonic()
+
+    def say(line: str) -> None:
+        click.echo(f"[{time.monotonic() - began:6.1f} s] {line}", err=True)
+
+    with (
+        isolated.installation(settings, "safe", subnet="198.19.128.0/18") as (on, with_it),
+        isolated.installation(settings, "bare", subnet="198.19.192.0/18") as (off, without),
+    ):
+        for switch in switches:
+            without += ["--set", switch]
+        sides = [bench_safety.Side("on", on, with_it), bench_safety.Side("off", settings_module.with_assignments(off, switches), without)]
+        result = bench_safety.run(sides, sample, starts, Path("reports").resolve() / time.strftime("safety-%Y%m%d-%H%M%S"), say)
+    result["off_means"] = list(switches)
+    if as_json:
+        click.echo(json.dumps(result))
+    else:
+        for mode, cost_ms in result["cost_ms"].items():
+            p50 = {side: result[side][mode]["p50_ms"] for side in ("on", "off")}
+            click.echo(
+                f"{mode:8} p50 {p50['on']:.2f} ms with, {p50['off']:.2f} ms without: {cost_ms:+.2f} ms (n {result['on'][mode]['n']})"
+            )
+    if result["wrong"]:
+        sys.exit(1)
 
 
 @bench.command()
