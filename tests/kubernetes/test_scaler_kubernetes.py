@@ -104,7 +104,14 @@ async def test_a_function_gets_a_placeholder_and_a_status(world: ScalerWorld) ->
 
 async def test_demand_is_answered_where_placeholders_are(world: ScalerWorld) -> None:
     await world.scaler()
-    await world.apply("two", instances={"max": 3}, policy={"idleSeconds": 600})
+    spread = {
+        "maxSkew": 1,
+        "topologyKey": "kubernetes.io/hostname",
+        "whenUnsatisfiable": "DoNotSchedule",
+        "labelSelector": {"matchLabels": {"thaw.dev/function": "two"}},
+    }
+    template = {"topologySpreadConstraints": [spread]}
+    await world.apply("two", template=template, instances={"max": 3}, policy={"idleSeconds": 600})
     (pod,) = await world.running("two", 1)
     await world.demand("two", 1)
     node = pod["spec"]["nodeName"]
@@ -119,6 +126,7 @@ async def test_demand_is_answered_where_placeholders_are(world: ScalerWorld) -> 
 
     await world.eventually(full)
     by_node = [pod["spec"]["nodeName"] for pod in await world.pods("two")]
+    assert set(by_node) == {"node-1", "node-2"}
     assert world.instances("two") == {node: by_node.count(node) for node in set(by_node)}
     # The scripted agents make a checkpoint as they are asked: its donor took a placeholder of its own.
     assert (await world.condition("two", "Checkpointed"))[0] == "True"

@@ -300,6 +300,26 @@ def test_selectors_find_their_pods() -> None:
     assert policy["ingress"][0]["from"] == [{"podSelector": {"matchLabels": scaler}}]
 
 
+def test_network_policies_open_only_ports_that_are_there() -> None:
+    """The test cluster's network enforces no policy, so that what they say is all that a test can see."""
+    closed = named("NetworkPolicy", "thaw-closed")["spec"]
+    assert closed == {"podSelector": {}, "policyTypes": ["Ingress"]}, "whatever no other policy opens is closed, for every pod"
+    workloads = [item["spec"]["template"] for item in documents() if item["kind"] in ("DaemonSet", "Deployment")]
+    opened = [item["spec"] for item in documents() if item["kind"] == "NetworkPolicy" and item["spec"] != closed]
+    assert opened
+    for spec in opened:
+        assert spec["policyTypes"] == ["Ingress"]
+        wanted = spec["podSelector"]["matchLabels"].items()
+        [ports] = [
+            {port["containerPort"] for container in pod["spec"]["containers"] for port in container.get("ports", [])}
+            for pod in workloads
+            if wanted <= pod["metadata"]["labels"].items()
+        ]
+        for rule in spec["ingress"]:
+            assert rule["ports"] and {port["port"] for port in rule["ports"]} <= ports
+            assert rule["from"], "nothing is open to everybody"
+
+
 def test_pods_read_settings_that_thaw_knows(tmp_path: Path) -> None:
     text = named("ConfigMap", "thaw")["data"]["thaw.toml"]
     file = tmp_path / "thaw.toml"
