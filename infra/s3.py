@@ -6,6 +6,8 @@ come by :mod:`infra.s3get`, and by boto3 when that cannot have them. Next: :mod:
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import boto3
@@ -27,6 +29,15 @@ _CREDENTIALS = (NoCredentialsError, PartialCredentialsError, CredentialRetrieval
 _FAILURES = (BotoCoreError, ClientError, OSError, RuntimeError)
 #: Open connections of a process in which starts wait for GETs: pointer, then head and working set, of two starts at once.
 WARM_CONNECTIONS = 4
+
+
+@dataclass(frozen=True)
+class StoredObject:
+    """An object as a listing tells it: its key, bytes, and when it was written, s since 1970."""
+
+    key: str
+    size: int
+    written_at: float
 
 
 class ObjectStore:
@@ -154,6 +165,38 @@ class ObjectStore:
             return [item["Key"] for page in pages for item in page.get("Contents", [])]
         except _FAILURES as error:
             raise self._explain(error, prefix) from error
+
+    def objects(self, prefix: str) -> Sequence[StoredObject]:
+        """What begins with ``prefix``, with sizes and times."""
+        try:
+            pages = self._client.get_paginator("list_objects_v2").paginate(Bucket=self.bucket, Prefix=prefix)
+            return [
+                StoredObject(item["Key"], int(item["Size"]), item["LastModified"].timestamp())
+                for page in pages
+                for item in page.get("Contents", [])
+            ]
+        except (BotoCoreError, ClientError, OSError) as error:
+            raise self._explain(error, prefix) from error
+
+    def folders(self, prefix: str) -> Sequence[str]:
+        """What comes after ``prefix`` in keys, up to the next slash."""
+        try:
+            pages = self._client.get_paginator("list_objects_v2").paginate(Bucket=self.bucket, Prefix=prefix, Delimiter="/")
+            found = [item["Prefix"] for page in pages for item in page.get("CommonPrefixes", [])]
+        except (BotoCoreError, ClientError, OSError) as error:
+            raise self._explain(error, prefix) from error
+        return [key[len(prefix) : -1] for key in found]
+
+    def written_at(self, key: str) -> float | None:
+        """When an object was last written, s since 1970; None when there is none."""
+        try:
+            modified: float = self._client.head_object(Bucket=self.bucket, Key=key)["LastModified"].timestamp()
+        except (BotoCoreError, ClientError, OSError) as error:
+            explained = self._explain(error, key)
+            if isinstance(explained, ObjectMissing):
+                return None
+            raise explained from error
+        return modified
 
     def close(self) -> None:
         """Close connections."""

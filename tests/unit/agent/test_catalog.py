@@ -13,7 +13,7 @@ from typing import Any
 
 import msgspec
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from agent.api.function import Function, from_builtins
@@ -204,7 +204,7 @@ def objects_of(world: World, name: str) -> dict[str, str]:
     }
 
 
-@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, deadline=None)
 @given(kind=st.sampled_from(["pointer", "head", "working-set"]), position=st.integers(0, 1 << 20), bit=st.integers(0, 7))
 def test_any_flipped_bit_in_the_store_leaves_nothing(tmp_path_factory: pytest.TempPathFactory, kind: str, position: int, bit: int) -> None:
     async def flip() -> None:
