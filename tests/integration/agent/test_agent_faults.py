@@ -127,7 +127,7 @@ async def test_images_are_sealed_and_old_or_foreign_ones_refused(
 
         # Those before can go, after a while, and nothing of the third with them.
         said = collected(stack_settings, "sealed")
-        assert said == "sealed: 0 objects would go (0.0 MB), checkpoints kept: 3\n", said
+        assert said == "sealed: 0 objects would go (0.0 MB), checkpoints kept: 2\n", said  # the second was rolled back when the third came
         later_s = time.time() + 2 * garbage.GRACE_MIN_S
         found = garbage.find(store, sealer, "sealed", later_s, garbage.GRACE_MIN_S)
         assert found.kept == {third} and garbage.delete(store, found, 4) == len(found.objects) >= 4
