@@ -79,14 +79,13 @@ class Fetcher:
         key = manifest.pointer_key(function.name)
         try:
             async with asyncio.timeout(_POINTER_TIMEOUT_S):
-                data = await asyncio.wrap_future(self._get("fetch.pointer", key, pointer.BYTES_MAX, clock))
+                current, size = await self._blocking("fetch.pointer", clock, self._get_pointer, function.name)
         except ObjectMissing:
             return None
         except TimeoutError as error:
             text = f"the object store did not answer within {_POINTER_TIMEOUT_S:.0f} s"
             raise StoreUnavailable(text, bucket=self._store.bucket, key=key) from error
-        _count(fetched, data)
-        current = await asyncio.wrap_future(self._threads.submit(self._read_pointer, function.name, data))
+        _count(fetched, size)
         if current.function_digest != function.digest:
             return None  # of an earlier version of the function: a new checkpoint will be made
         image = self._cache.get(current.checkpoint)
@@ -101,10 +100,11 @@ class Fetcher:
             raise checked
         return image
 
-    def _read_pointer(self, function: str, data: bytes) -> Pointer:
+    def _get_pointer(self, function: str) -> tuple[Pointer, int]:
+        data = self._store.get(manifest.pointer_key(function), size_max=pointer.BYTES_MAX)
         found = pointer.read(self._sealer, function, data)
         self._generations.accept(found)
-        return found
+        return found, len(data)
 
     async def _fetch(
         self, current: Pointer, layers: asyncio.Future[RootLayers], clock: PhaseClock, fetched: Fetched
@@ -118,7 +118,7 @@ class Fetcher:
         working_set_key, head_key = manifest.working_set_key(function, checkpoint), manifest.head_key(function, checkpoint)
         working_set = self._get("fetch.working_set", working_set_key, _WORKING_SET_BYTES_MAX, clock)
         head = await asyncio.wrap_future(self._get("fetch.head", head_key, _HEAD_BYTES_MAX, clock))
-        _count(fetched, head)
+        _count(fetched, len(head))
         image = await self._blocking("unpack.head", clock, self._begin, head_key, head, current)
         # Page maps: nobody waits for them before CRIU has restored half of the process.
         image.opening = self._tasks.spawn(self._open(image), f"opening of checkpoint {checkpoint}")
@@ -129,7 +129,7 @@ class Fetcher:
             await self._abandon(image)
             raise failure
         self._cache.add(image)
-        _count(fetched, working_set.result())
+        _count(fetched, len(working_set.result()))
         return image, checked
 
     async def _abandon(self, image: CachedImage) -> None:
@@ -192,6 +192,6 @@ def _match(image: CachedImage, current: Pointer) -> None:
         raise ImageInvalid("the pointer names a checkpoint of something else", function=current.function)
 
 
-def _count(fetched: Fetched, data: bytes) -> None:
+def _count(fetched: Fetched, size: int) -> None:
     fetched.gets += 1
-    fetched.bytes += len(data)
+    fetched.bytes += size
