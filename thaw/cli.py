@@ -22,6 +22,7 @@ COMMANDS = {
     "agent": "thaw.agent:command",
     "apply": "thaw.functions:apply",
     "bench": "thaw.bench:bench",
+    "certificate": "thaw.certificate:command",
     "cluster": "thaw.cluster:cluster",
     "delete": "thaw.functions:delete",
     "demo": "thaw.demo:command",
