@@ -298,7 +298,10 @@ class Agent:
         while len(self._complaints) >= _COMPLAINTS_MAX:
             del self._complaints[next(iter(self._complaints))]
         self._complaints[about] = now
-        logger.warning("stream of %s is closed: %s", connection.peer if connection else "a peer", text)
+        if connection is None:
+            logger.warning("a stream is refused: %s", text)
+        else:
+            logger.warning("the stream of %s is closed: %s", connection.peer, text)
 
     async def _hang_up(self, accepting: asyncio.Task[None]) -> None:
         accepting.cancel()

@@ -22,6 +22,7 @@ COMMANDS = {
     "agent": "thaw.agent:command",
     "apply": "thaw.functions:apply",
     "bench": "thaw.bench:bench",
+    "certificate": "thaw.certificate:command",
     "checkpoints": "thaw.checkpoints:checkpoints",
     "cluster": "thaw.cluster:cluster",
     "delete": "thaw.functions:delete",
