@@ -282,7 +282,7 @@ def unpack_learned(learned: bytes, terms: tuple[ForecastConfig, RungCosts]) -> t
             raise ForecastInvalid(f"it is of format {number}, not {FORMAT}")
         forecast = FunctionForecast.unpack(packed, *terms)
         return forecast, Holding.unpack(holding, forecast) if holding else Holding(forecast)
-    except (msgspec.MsgspecError, ValueError, TypeError, LookupError, struct.error) as error:
+    except (msgspec.MsgspecError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError, struct.error) as error:
         raise ForecastInvalid(f"it is not a forecast: {error}") from error
 
 
