@@ -28,7 +28,7 @@ MANIFEST_BYTES_MAX = 16 << 20
 ARCHIVE_BYTES_MAX = 512 << 20
 WORKING_SET_BYTES_MAX = 4 << 30
 #: Pages files and pids, as text.
-_NUMBER = re.compile("[0-9]{1,9}")
+_NUMBER = re.compile("0|[1-9][0-9]{0,8}")
 PAGE = 4096
 
 Size = Annotated[int, msgspec.Meta(ge=0, le=1 << 44)]
