@@ -31,7 +31,7 @@ from scaler.forecast.slot import ForecastConfig
 from scaler.holding import Holding
 from scaler.ladder import RungCosts
 from scaler.levels import NS
-from scaler.packed import Packed
+from scaler.packed import Learned, Packed
 from scaler.placement import Node
 from scaler.state import FunctionState, Standby
 
@@ -277,10 +277,14 @@ def unpack_learned(learned: bytes, terms: tuple[ForecastConfig, RungCosts]) -> t
         ForecastInvalid: it is not that, or of another format.
     """
     try:
-        number, holding, packed = msgspec.msgpack.decode(learned)
-        if number != FORMAT:
-            raise ForecastInvalid(f"it is of format {number}, not {FORMAT}")
+        value = msgspec.msgpack.decode(learned)
+        if isinstance(value, list) and value and value[0] != FORMAT:
+            raise ForecastInvalid(f"it is of format {value[0]!r}, not {FORMAT}")
+        msgspec.convert(value, Learned)
+        _, holding, packed = value
         forecast = FunctionForecast.unpack(packed, *terms)
+        if not forecast.sound:
+            raise ForecastInvalid("its weights are no weights")
         return forecast, Holding.unpack(holding, forecast) if holding else Holding(forecast)
     except (msgspec.MsgspecError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError, struct.error) as error:
         raise ForecastInvalid(f"it is not a forecast: {error}") from error
