@@ -271,7 +271,7 @@ def from_builtins(value: Any) -> Function:
         text, _, path = str(error).partition(" - at `")
         field = path.rstrip("`").removeprefix("$").lstrip(".") or "document"
         raise FunctionInvalid(f"{field}: {text}") from error
-    _check(function)
+    check(function)
     return function
 
 
@@ -280,7 +280,12 @@ def to_builtins(function: Function) -> Any:
     return msgspec.to_builtins(function)
 
 
-def _check(function: Function) -> None:
+def check(function: Function) -> None:
+    """What types cannot say.
+
+    Raises:
+        FunctionInvalid: the message begins with the field's path.
+    """
     spec = function.spec
     _check_text(function)
     if not NAME.fullmatch(function.name):
@@ -325,7 +330,8 @@ def _check_template(pod: dict[str, Any]) -> None:
             for field in ("name", "image"):
                 if not isinstance(item.get(field), str) or not item[field]:
                     raise FunctionInvalid(f"spec.template.spec.{kind}[{index}].{field}: must be given")
-    _check_plain(pod, "spec.template.spec", 0)
+    if _check_plain(pod, "spec.template.spec", 0) > _NODES_MAX:
+        raise FunctionInvalid(f"spec.template.spec: more than {_NODES_MAX} values")
 
 
 def _check_text(function: Function) -> None:
@@ -354,22 +360,26 @@ def _sendable(text: str) -> bool:
     return True
 
 
-def _check_plain(value: Any, where: str, depth: int) -> None:
-    """Only what JSON has, and what can be sent: YAML has dates too, and numbers of any size."""
+def _check_plain(value: Any, where: str, depth: int) -> int:
+    """Only what JSON has, and what can be sent: YAML has dates too, and numbers of any size. Returns how many values there are."""
+    count = 1
+    if isinstance(value, (dict, list)) and len(value) > _NODES_MAX:
+        return len(value)
     if depth > DEPTH_MAX:
         raise FunctionInvalid(f"spec.template.spec: more than {DEPTH_MAX} levels")
     if isinstance(value, dict):
         for key, item in value.items():
             if not isinstance(key, str) or not _sendable(key):
                 raise FunctionInvalid(f"{where}: the name {key!r} must be a string")
-            _check_plain(item, f"{where}.{key}", depth + 1)
+            count += _check_plain(item, f"{where}.{key}", depth + 1)
     elif isinstance(value, list):
         for index, item in enumerate(value):
-            _check_plain(item, f"{where}[{index}]", depth + 1)
+            count += _check_plain(item, f"{where}[{index}]", depth + 1)
     elif isinstance(value, str) and not _sendable(value):
         raise FunctionInvalid(f"{where}: {value!r} is not text")
     elif value is not None and not isinstance(value, (str, bool, float)) and not (isinstance(value, int) and abs(value) < 1 << 63):
         raise FunctionInvalid(f"{where}: {value!r} must be a string, a number or true or false")
+    return count
 
 
 def _shape(pod: dict[str, Any]) -> Any:

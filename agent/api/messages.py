@@ -14,9 +14,9 @@ from typing import Literal
 
 import msgspec
 
-from agent.api.function import Function
+from agent.api.function import Function, check
 from agent.api.records import StartRecord
-from agent.errors import ProtocolError
+from agent.errors import FunctionInvalid, ProtocolError
 
 PROTOCOL_VERSION = 1
 
@@ -293,12 +293,14 @@ def decode(payload: bytes) -> AnyMessage:
     """One message from msgpack.
 
     Raises:
-        ProtocolError: not msgpack, an unknown type, a missing or wrong field.
+        ProtocolError: not msgpack, an unknown type, a missing or wrong field, a function that cannot be one.
     """
     try:
         # Into the types at once: what a frame of a few MB can hold as plain maps and lists takes a hundred times its size.
         message: AnyMessage = _DECODER.decode(payload)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        if isinstance(message, Fetch | Prepare | Start | MakeCheckpoint):
+            check(message.function)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError, FunctionInvalid) as error:
         raise ProtocolError(f"a frame is not an agent message: {error}") from error
     return message
 

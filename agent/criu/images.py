@@ -21,8 +21,8 @@ from agent.errors import ImageInvalid
 PAGE = 4096
 #: Most pages of one process that an image may map: 1 TiB.
 PAGES_MAX = 1 << 28
-#: Largest page map: two million runs. Ten times as much in memory.
-PAGE_MAP_BYTES_MAX = 16 << 20
+#: Largest page map: a quarter of a million runs, that is thirty times as much in memory.
+PAGE_MAP_BYTES_MAX = 4 << 20
 _PAGEMAP_NAME = re.compile(r"pagemap-(\d+)\.img")
 _LAZY, _PRESENT = 2, 4
 

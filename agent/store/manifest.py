@@ -23,7 +23,7 @@ FORMAT = 3
 CHUNK_BYTES = 1 << 20
 HEAD_MAGIC = b"THAWHEAD"
 #: What a manifest holds may take 30 times its size in memory.
-MANIFEST_BYTES_MAX = 16 << 20
+MANIFEST_BYTES_MAX = 8 << 20
 #: Of the archive unpacked, and of the working set both packed and unpacked.
 ARCHIVE_BYTES_MAX = 512 << 20
 WORKING_SET_BYTES_MAX = 4 << 30

@@ -403,7 +403,7 @@ def _archive() -> tuple[Decode, list[bytes]]:
 
 
 def _archive_bombs() -> list[bytes]:
-    size = 32 * MB
+    size = 8 * MB
     start = b"\x82\xa6images"
     return [
         _many(b"\x80", size),
@@ -515,8 +515,14 @@ def _page_map() -> tuple[Decode, list[bytes]]:
 
 def _page_map_bombs() -> list[bytes]:
     count = images.PAGE_MAP_BYTES_MAX // 6 - 8
+    header = _page_map_sample()[:14]
     entry = b"\x02\0\0\0\x28\x01"  # one page at address 0
-    return [_page_map_sample()[:18] + entry * count, bytes(8) + b"\0\0\0\0" * count, bytes(images.PAGE_MAP_BYTES_MAX + 1)]
+    return [
+        header + entry * count,
+        header + b"".join(len(item).to_bytes(4, "little") + item for item in (protobuf.encode({1: n << 13, 5: 1}) for n in range(250_000))),
+         bytes(8) + b"\0\0\0\0" * count,
+        bytes(images.PAGE_MAP_BYTES_MAX + 1),
+    ]
 
 
 def _files_image() -> tuple[Decode, list[bytes]]:
@@ -600,16 +606,16 @@ DECODERS: dict[str, Decoder] = {
         Decoder("function-yaml", "who calls thaw apply", (FunctionInvalid,), _yaml, "text", _yaml_bombs, 128, slow=True),
         Decoder("function-resource", "who may kubectl apply", (FunctionInvalid,), _resource, "json", slow=True),
         Decoder("pointer", "who may write the bucket", (ImageInvalid,), _pointer, "msgpack"),
-        Decoder("manifest", "who may write the bucket", (ImageInvalid,), _manifest, "msgpack", _manifest_bombs, 900),
+        Decoder("manifest", "who may write the bucket", (ImageInvalid,), _manifest, "msgpack", _manifest_bombs, 256),
         Decoder("head", "who may write the bucket", (ImageInvalid,), _head),
-        Decoder("archive", "who may write the bucket", (ImageInvalid,), _archive, "msgpack", _archive_bombs, 100, slow=True),
+        Decoder("archive", "who may write the bucket", (ImageInvalid,), _archive, "msgpack", _archive_bombs, 32, slow=True),
         Decoder("layer", "who may write the bucket", (ImageInvalid,), _layer, bombs=_layer_bombs, slow=True),
         Decoder("chunk", "who may write the bucket", (ImageInvalid,), _chunk, bombs=_chunk_bombs),
         Decoder("working-set", "who may write the bucket", (ImageInvalid,), _working_set),
         Decoder(
             "working-set-size", "who may write the bucket", (ImageInvalid,), _working_set_claims, bombs=lambda: [b"\0\0\1\0" + bytes(4) + b"x" * 99]
         ),
-        Decoder("page-map", "who may write the bucket", (ImageInvalid,), _page_map, bombs=_page_map_bombs, memory_mb=900),
+        Decoder("page-map", "who may write the bucket", (ImageInvalid,), _page_map, bombs=_page_map_bombs, memory_mb=400),
         Decoder("files-image", "CRIU", (ImageInvalid,), _files_image),
         Decoder("protobuf", "CRIU", (ValueError,), _protobuf),
         Decoder("response", "the function", (ValueError,), _response, bombs=lambda: [b"HTTP/1.1 200 OK\r\n\r\n" + bytes(4 * MB), b"x" * 4 * MB]),
