@@ -338,8 +338,7 @@ def kernel_settings() -> str:
         return f"wrote {path}"
 
     paths = ["/proc/sys/kernel/core_pattern", "/proc/sys/net/ipv4/ip_forward", "/proc/sys/vm/overcommit_memory", "/proc/sysrq-trigger"]
-    paths += ["/proc/sys/kernel/ns_last_pid", "/proc/self/oom_score_adj", "/proc/1/oom_score_adj", "/proc/self/loginuid"]
-    paths = [path for path in paths if path != "/proc/self/oom_score_adj"]  # may be raised by everybody
+    paths += ["/proc/sys/kernel/ns_last_pid", "/proc/1/oom_score_adj"]
     return any_of([lambda path=path: write(path) for path in paths])
 
 
