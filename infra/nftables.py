@@ -1,9 +1,9 @@
 """Keeps a bridge's ports from beginning anything: two chains of nf_tables, made once for a bridge.
 
-In: the bridge's name. Out: packets that come in by it are dropped, whether they are for this node or for somebody behind it, but for TCP that
-belongs to a connection which was begun from here (ACK or RST is set, and who has no raw socket cannot send such a packet out of the blue).
-So a function answers, and asks nobody: not the agent, not a broker or store that listens on all addresses. No connection is tracked. Used by
-:mod:`agent.sandbox.network`. Numbers are of linux/netfilter/nf_tables.h and linux/netfilter/nfnetlink.h.
+In: the bridge's name. Out: packets that come in by it are dropped, whether they are for this node or for somebody behind it, but for TCP
+that belongs to a connection which was begun from here (ACK or RST is set, and who has no raw socket cannot send such a packet out of the
+blue). So a function answers, and asks nobody: not the agent, not a broker or store that listens on all addresses. No connection is tracked.
+Used by :mod:`agent.sandbox.network`. Numbers are of linux/netfilter/nf_tables.h and linux/netfilter/nfnetlink.h.
 """
 
 from __future__ import annotations

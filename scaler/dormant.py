@@ -286,7 +286,16 @@ def unpack_learned(learned: bytes, terms: tuple[ForecastConfig, RungCosts]) -> t
         if not forecast.sound:
             raise ForecastInvalid("its weights are no weights")
         return forecast, Holding.unpack(holding, forecast) if holding else Holding(forecast)
-    except (msgspec.MsgspecError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError, struct.error) as error:
+    except (
+        msgspec.MsgspecError,
+        ValueError,
+        TypeError,
+        LookupError,
+        AttributeError,
+        ArithmeticError,
+        RecursionError,
+        struct.error,
+    ) as error:
         raise ForecastInvalid(f"it is not a forecast: {error}") from error
 
 

@@ -232,6 +232,7 @@ def _documents(text: str) -> Iterator[tuple[yaml.Node, Any]]:
     try:
         while loader.check_node():
             node = loader.get_node()
+            assert node is not None  # there is one, as it said
             _measure(node, {}, 0)
             yield node, loader.construct_document(node)
     finally:

@@ -105,11 +105,10 @@ def privileges(pid: int, init_pid: int, user: int) -> list[str]:
         OSError: it is gone.
     """
     found = []
-    for task in os.listdir(f"/proc/{pid}/task"):
-        with open(f"/proc/{pid}/task/{task}/status", "rb") as file:  # a start waits for dozens of these: pathlib takes as long as the read
-            found += unexpected(file.read(), user)
+    for task in Path(f"/proc/{pid}/task").iterdir():
+        found += unexpected((task / "status").read_bytes(), user)
     for name in _NAMESPACES:
-        own, others = os.readlink(f"/proc/{init_pid}/ns/{name}"), os.readlink(f"/proc/{pid}/ns/{name}")
+        own, others = (os.readlink(f"/proc/{one}/ns/{name}") for one in (init_pid, pid))  # noqa: PTH115 (pid:[1] is no path)
         if own != others:
             found.append(f"namespace {others}")
     return found
@@ -121,8 +120,7 @@ def pid_inside(pid: int) -> int:
     Raises:
         OSError: it is gone.
     """
-    with open(f"/proc/{pid}/status", "rb") as file:
-        found = re.search(rb"^NSpid:.*\s(\d+)$", file.read(), re.MULTILINE)
+    found = re.search(rb"^NSpid:.*\s(\d+)$", Path(f"/proc/{pid}/status").read_bytes(), re.MULTILINE)
     return int(found[1]) if found else 0
 
 

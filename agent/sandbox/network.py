@@ -142,7 +142,8 @@ class Network:
             nftables.close(self._bridge)
         except OSError as error:
             logger.warning(
-                "functions can reach what listens on all addresses of this node: %s; load nf_tables, or have services listen elsewhere", error
+                "functions can reach what listens on all addresses of this node: %s; load nf_tables, or have services listen elsewhere",
+                error,
             )
 
     def _sweep(self) -> None:

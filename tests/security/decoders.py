@@ -1,8 +1,8 @@
 """Every decoder of bytes that come from outside of the process that reads them: a new one is one entry of :data:`DECODERS`.
 
-In: nothing. Out: :class:`Decoder`: a function of bytes, valid samples, what it may raise, and inputs that ask for the most memory. It is used by
-:mod:`tests.security.fuzz` and by the tests of this folder. A decoder here goes as far as the product does with the bytes before it trusts them:
-what follows at once from a value (a digest, a time) is part of it.
+In: nothing. Out: :class:`Decoder`: a function of bytes, valid samples, what it may raise, and inputs that ask for the most memory. Used by
+:mod:`tests.security.fuzz` and the tests of this folder. A decoder here goes as far as the product does with the bytes before it trusts
+them: what follows at once from a value (a digest, a time) is part of it.
 """
 
 from __future__ import annotations
@@ -101,7 +101,9 @@ def _function(**more: Any) -> Function:
 
 def _pod_function() -> Function:
     container = {"name": "function", "image": "index:1", "env": [{"name": "A", "value": "b"}], "resources": {"limits": {"memory": "512Mi"}}}
-    return _function(template={"metadata": {"labels": {"a": "b"}}, "spec": {"containers": [container], "volumes": [{"name": "v", "emptyDir": {}}]}})
+    return _function(
+        template={"metadata": {"labels": {"a": "b"}}, "spec": {"containers": [container], "volumes": [{"name": "v", "emptyDir": {}}]}}
+    )
 
 
 def _many(value: bytes, size: int) -> bytes:
@@ -125,11 +127,21 @@ def _with(sample: bytes, old: bytes, new: bytes) -> bytes:
 
 
 def _messages() -> list[bytes]:
-    record = StartRecord(command_id="c", function="index", phases=[Phase("sandbox", 1, 2)], bytes_by_tier={"disk": 1}, criu={"restore_us": 5})
-    instance = messages.InstanceInfo(
-        instance="i-1", function="index", function_digest="ab" * 32, address="198.18.0.2:8080", start_mode="restore", started_ns=1, command_id="c"
+    record = StartRecord(
+        command_id="c", function="index", phases=[Phase("sandbox", 1, 2)], bytes_by_tier={"disk": 1}, criu={"restore_us": 5}
     )
-    checkpoint = messages.CheckpointInfo(function="index", function_digest="ab" * 32, checkpoint="cd" * 16, image_bytes=1 << 29, complete=True)
+    instance = messages.InstanceInfo(
+        instance="i-1",
+        function="index",
+        function_digest="ab" * 32,
+        address="198.18.0.2:8080",
+        start_mode="restore",
+        started_ns=1,
+        command_id="c",
+    )
+    checkpoint = messages.CheckpointInfo(
+        function="index", function_digest="ab" * 32, checkpoint="cd" * 16, image_bytes=1 << 29, complete=True
+    )
     standby = messages.StandbyInfo(
         standby="s", function="index", function_digest="ab" * 32, checkpoint="cd" * 16, pss_bytes=1 << 22, made_ns=1, command_id="c"
     )
@@ -160,7 +172,9 @@ def _message_bombs() -> list[bytes]:
     size = FRAME_BYTES_MAX - 4096
     prepare = messages.encode(messages.Prepare(id="c", deadline_ns=1, function=_pod_function()))
     hello = messages.encode(messages.Hello(identity="x", role="scaler", capabilities=["thaw"]))
-    done = messages.encode(messages.StartDone(command_id="c", instance=msgspec.msgpack.decode(_messages()[5])["instance"], record=StartRecord(command_id="c", function="f", criu={"a": 1})))  # fmt: skip
+    instance = msgspec.msgpack.decode(_messages()[5])["instance"]
+    record = StartRecord(command_id="c", function="f", criu={"a": 1})
+    done = messages.encode(messages.StartDone(command_id="c", instance=instance, record=record))
     return [
         _many(b"\x80", FRAME_BYTES_MAX),
         _many(b"\x90", FRAME_BYTES_MAX),
@@ -254,7 +268,9 @@ def _state_topic() -> tuple[Decode, list[bytes]]:
 
 
 def _restores_topic() -> tuple[Decode, list[bytes]]:
-    record = StartRecord(command_id="c", function="index", phases=[Phase("sandbox", 1, 2)], bytes_by_tier={"disk": 1}, criu={"restore_us": 5})
+    record = StartRecord(
+        command_id="c", function="index", phases=[Phase("sandbox", 1, 2)], bytes_by_tier={"disk": 1}, criu={"restore_us": 5}
+    )
     return starts._decode, [msgspec.msgpack.encode(record)]
 
 
@@ -330,11 +346,13 @@ def _resource() -> tuple[Decode, list[bytes]]:
 
 def _manifest_sample(**changes: Any) -> Manifest:
     values: dict[str, Any] = {
-        "function": "index", "function_digest": "ab" * 32, "files_digest": "cd" * 32, "created_ns": 1, "criu": "4.2.1", "kernel": "6.1",
-        "machine": "x86_64", "cpu_flags": ["fpu", "sse"], "root_pid": 1000, "outputs": ["pipe:[1]"],
-        "mapped_files": [MappedFile("/usr/lib/x.so", 10, bytes(32))], "archive": Blob(100, bytes(32), 200), "working_set": Blob(50, bytes(32), 8192),
+        "function": "index", "function_digest": "ab" * 32, "files_digest": "cd" * 32, "created_ns": 1, "criu": "4.2.1",
+        "kernel": "6.1", "machine": "x86_64", "cpu_flags": ["fpu", "sse"], "root_pid": 1000, "outputs": ["pipe:[1]"],
+        "mapped_files": [MappedFile("/usr/lib/x.so", 10, bytes(32))],
+        "archive": Blob(100, bytes(32), 200), "working_set": Blob(50, bytes(32), 8192),
         "extents": [Extent(1, 0, 4096), Extent(1, 8192, 4096)], "fresh": {"1000": [Fresh(4096, 8192)]},
-        "pages": {"1": Pages(3 * MB + 4096, [bytes(32), None, bytes(32), None], [Span(MB, MB)], [Span(0, 8192)])}, "image_bytes": 3 * MB + 4096,
+        "pages": {"1": Pages(3 * MB + 4096, [bytes(32), None, bytes(32), None], [Span(MB, MB)], [Span(0, 8192)])},
+        "image_bytes": 3 * MB + 4096,
     }  # fmt: skip
     return Manifest(**(values | changes))
 
@@ -386,7 +404,7 @@ class _Scratch:
             if entry.is_dir(follow_symlinks=False):
                 shutil.rmtree(entry.path)
             else:
-                os.unlink(entry.path)
+                Path(entry.path).unlink()
         for name in names:
             (self.path / name).mkdir()
 
@@ -446,7 +464,12 @@ def _layer() -> tuple[Decode, list[bytes]]:
         return data
 
     return decode, [
-        packed(("tmp", "directory", "", b""), ("tmp/a", "file", "", b"x" * 40), ("tmp/b", "hard link", "tmp/a", b""), ("tmp/p", "pipe", "", b"")),
+        packed(
+            ("tmp", "directory", "", b""),
+            ("tmp/a", "file", "", b"x" * 40),
+            ("tmp/b", "hard link", "tmp/a", b""),
+            ("tmp/p", "pipe", "", b""),
+        ),
         packed(("upper/d", "directory", "", b""), ("upper/d/l", "link", "../../..", b""), ("upper/d/l/x", "file", "", b"y")),
         packed(("upper/e", "link", str(outside.parent), b""), (f"upper/e/{outside.name}", "file", "", b""), ("shm/g", "gone", "", b"")),
         packed(("run/../x", "file", "", b""), ("tmp/h", "hard link", "tmp/../../layer", b"")),
@@ -520,7 +543,7 @@ def _page_map_bombs() -> list[bytes]:
     return [
         header + entry * count,
         header + b"".join(len(item).to_bytes(4, "little") + item for item in (protobuf.encode({1: n << 13, 5: 1}) for n in range(250_000))),
-         bytes(8) + b"\0\0\0\0" * count,
+        bytes(8) + b"\0\0\0\0" * count,
         bytes(images.PAGE_MAP_BYTES_MAX + 1),
     ]
 
@@ -548,11 +571,18 @@ def _response() -> tuple[Decode, list[bytes]]:
                 break
         return response.status
 
-    return decode, [b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\nX: y\r\n\r\nhello", b"HTTP/1.0 503 no\r\n\r\nabc", b"HTTP/1.1 204 x\r\ncontent-length: 0\r\n\r\n"]
+    return decode, [
+        b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\nX: y\r\n\r\nhello",
+        b"HTTP/1.0 503 no\r\n\r\nabc",
+        b"HTTP/1.1 204 x\r\ncontent-length: 0\r\n\r\n",
+    ]
 
 
 def _order() -> tuple[Decode, list[bytes]]:
-    orders = [{"op": "serve", "n": 4, "restore": "r", "image": "i", "record": False, "prefetch": True}, {"op": "stats", "n": 5, "restore": "r"}]
+    orders = [
+        {"op": "serve", "n": 4, "restore": "r", "image": "i", "record": False, "prefetch": True},
+        {"op": "stats", "n": 5, "restore": "r"},
+    ]
     return worker.decode_order, [msgpack.packb(order) for order in orders]
 
 
@@ -591,9 +621,7 @@ def _events() -> tuple[Decode, list[bytes]]:
 DECODERS: dict[str, Decoder] = {
     decoder.name: decoder
     for decoder in (
-        Decoder(
-            "message", "scaler or agent", (ProtocolError,), lambda: (_use_message, _messages()), "msgpack", _message_bombs, 400
-        ),
+        Decoder("message", "scaler or agent", (ProtocolError,), lambda: (_use_message, _messages()), "msgpack", _message_bombs, 400),
         Decoder("stream", "whoever connects", (ProtocolError,), _stream),
         Decoder("demand", "producer", (DemandInvalid,), _demand, "msgpack", lambda: [_many(b"\x80", 1 * MB), b"\xdf\xff\xff\xff\xff"]),
         Decoder("traceparent", "producer", (), _traceparent),
@@ -613,12 +641,18 @@ DECODERS: dict[str, Decoder] = {
         Decoder("chunk", "who may write the bucket", (ImageInvalid,), _chunk, bombs=_chunk_bombs),
         Decoder("working-set", "who may write the bucket", (ImageInvalid,), _working_set),
         Decoder(
-            "working-set-size", "who may write the bucket", (ImageInvalid,), _working_set_claims, bombs=lambda: [b"\0\0\1\0" + bytes(4) + b"x" * 99]
+            "working-set-size",
+            "who may write the bucket",
+            (ImageInvalid,),
+            _working_set_claims,
+            bombs=lambda: [b"\0\0\1\0" + bytes(4) + b"x" * 99],
         ),
         Decoder("page-map", "who may write the bucket", (ImageInvalid,), _page_map, bombs=_page_map_bombs, memory_mb=400),
         Decoder("files-image", "CRIU", (ImageInvalid,), _files_image),
         Decoder("protobuf", "CRIU", (ValueError,), _protobuf),
-        Decoder("response", "the function", (ValueError,), _response, bombs=lambda: [b"HTTP/1.1 200 OK\r\n\r\n" + bytes(4 * MB), b"x" * 4 * MB]),
+        Decoder(
+            "response", "the function", (ValueError,), _response, bombs=lambda: [b"HTTP/1.1 200 OK\r\n\r\n" + bytes(4 * MB), b"x" * 4 * MB]
+        ),
         Decoder("pager-order", "the agent", (PagerError,), _order, "msgpack", lambda: [_many(b"\x80", worker.ORDER_BYTES_MAX)], 128),
         Decoder("pager-journal", "a pager that was killed", (), _journal),
         Decoder("pager-events", "the kernel", (), _events),

@@ -180,20 +180,17 @@ def files_of_the_node() -> str:
 
 @attack
 def environment_of_others() -> str:
-    found = []
-    for name in os.listdir("/proc"):
-        if name.isdigit() and int(name) not in (os.getpid(), os.getppid()):
-            for file in ("environ", "mem", "maps", "root/etc/hostname", "cwd/.", "fd", "ns/net"):
-                path = f"/proc/{name}/{file}"
-                try:
-                    if os.stat(f"/proc/{name}").st_uid == os.getuid():
-                        continue  # of this instance
-                    found.append(f"{path}: {os.listdir(path) if file == 'fd' else os.readlink(path) if '/' in file and 'ns' in file else open(path, 'rb').read(20)!r}")
-                except OSError as error:
-                    last = error
-    if found:
-        return "; ".join(found)
-    raise last
+    def look(path: str) -> str:
+        if path.endswith("/fd"):
+            return f"{path}: {os.listdir(path)}"
+        if "/ns/" in path:
+            return f"{path}: {os.readlink(path)}"
+        with open(path, "rb") as file:
+            return f"{path}: {file.read(20)!r}"
+
+    others = [name for name in os.listdir("/proc") if name.isdigit() and os.stat(f"/proc/{name}").st_uid != os.getuid()]
+    files = ("environ", "mem", "maps", "root/etc/hostname", "cwd/etc/hostname", "fd", "ns/net")
+    return any_of([lambda path=f"/proc/{name}/{file}": look(path) for name in others for file in files])
 
 
 @attack
@@ -212,7 +209,16 @@ def write_to_the_root_below() -> str:
             file.write(b"hostile")
         return f"wrote {path}"
 
-    paths = ["/etc/passwd", "/srv/hostile.py", "/run/thaw/instance.json", "/usr/bin/hostile", "/sbin/init", "/dev/sda", "/dev/mem", "/run/x"]
+    paths = [
+        "/etc/passwd",
+        "/srv/hostile.py",
+        "/run/thaw/instance.json",
+        "/usr/bin/hostile",
+        "/sbin/init",
+        "/dev/sda",
+        "/dev/mem",
+        "/run/x",
+    ]
     return any_of([lambda path=path: write(path) for path in paths])
 
 
@@ -294,7 +300,12 @@ def clone3_user() -> str:
 
 @attack
 def join_a_namespace() -> str:
-    return any_of([lambda name=name: f"{name}: {checked(libc.setns(os.open(f'/proc/1/ns/{name}', os.O_RDONLY), 0))}" for name in ("net", "mnt", "pid")])
+    return any_of(
+        [
+            lambda name=name: f"{name}: {checked(libc.setns(os.open(f'/proc/1/ns/{name}', os.O_RDONLY), 0))}"
+            for name in ("net", "mnt", "pid")
+        ]
+    )
 
 
 @attack
@@ -363,7 +374,9 @@ def cgroup_files() -> str:
         path.write_text("max")
         return f"wrote {path}"
 
-    found = [path for root in ("/sys/fs/cgroup", "/proc/1/root/sys/fs/cgroup") for path in Path(root).glob("*/thaw-*/*/memory.limit_in_bytes")]
+    found = [
+        path for root in ("/sys/fs/cgroup", "/proc/1/root/sys/fs/cgroup") for path in Path(root).glob("*/thaw-*/*/memory.limit_in_bytes")
+    ]
     return any_of([lambda path=path: write(path) for path in [*found, Path("/sys/fs/cgroup/memory/memory.limit_in_bytes")]])
 
 
@@ -480,7 +493,9 @@ class Handler(BaseHTTPRequestHandler):
         elif url.path == "/log":
             body = json.dumps(log(int(dict(parse_qsl(url.query))["mb"])))
         else:
-            body = json.dumps({"files": sorted(str(path) for path in Path("/tmp").rglob("*")), "limits": resource.getrlimit(resource.RLIMIT_FSIZE)})
+            body = json.dumps(
+                {"files": sorted(str(path) for path in Path("/tmp").rglob("*")), "limits": resource.getrlimit(resource.RLIMIT_FSIZE)}
+            )
         self.send_response(200)
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()

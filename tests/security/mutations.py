@@ -1,7 +1,7 @@
 """Makes hostile inputs of valid ones. Pure but for the generator of random numbers that is given.
 
-In: samples of one decoder and their form. Out: bytes: a sample with a few bits, lengths or pieces changed; the same values packed again with
-one of them replaced by something that no sender means (negative, huge, of another kind, deep, not text); or nothing but random bytes.
+In: samples of one decoder and their form. Out: bytes: a sample with a few bits, lengths or pieces changed; the same values packed again
+with one of them replaced by something that no sender means (negative, huge, of another kind, deep, not text); or just random bytes.
 """
 
 from __future__ import annotations
@@ -19,13 +19,80 @@ import msgpack
 Form = Literal["bytes", "msgpack", "json", "text"]
 
 _SIZES = (0, 1, 2, 7, 8, 127, 128, 255, 256, 4095, 4096, 65535, 65536, (1 << 20) + 1, 1 << 24, (1 << 31) - 1, 1 << 31, (1 << 32) - 1)
-_NUMBERS = (0, 1, -1, 2, 255, 4096, 4097, -4096, 1 << 31, -(1 << 31), (1 << 32) - 1, 1 << 44, (1 << 44) + 1, 1 << 52, (1 << 62), (1 << 63) - 1, -(1 << 63), (1 << 64) - 1)  # fmt: skip
+_NUMBERS = (
+    0,
+    1,
+    -1,
+    2,
+    255,
+    4096,
+    4097,
+    -4096,
+    1 << 31,
+    -(1 << 31),
+    (1 << 32) - 1,
+    1 << 44,
+    (1 << 44) + 1,
+    1 << 52,
+    (1 << 62),
+    (1 << 63) - 1,
+    -(1 << 63),
+    (1 << 64) - 1,
+)
 _PIECES = (
-    b"", b"\0", b"\xff", b"\x80", b"\x7f", b"\xc1", b"\xdc\xff\xff", b"\xdd\xff\xff\xff\xff", b"\xdf\xff\xff\xff\xff", b"\xc6\xff\xff\xff\xff",
-    b"\xdb\xff\xff\xff\xff", b"\xc9\xff\xff\xff\xff\x01", b"\x91" * 64, b"\x81\xa0" * 64, b"\xff" * 10, b"\x28\xb5\x2f\xfd", b"../", b"/", b"\r\n\r\n",
-    b"-1", b"99999999999999999999", b"\xc2\xb2", b"\xed\xa0\x80", b"NaN", b"1e999", b"[" * 40, b"{" * 40, b"&a ", b"*a", b"<<: ", b"!!int ", b"!!binary ", b"? ",
-)  # fmt: skip
-_TEXTS = ("", "\0", "..", "/", "a" * 300, "²", "1" * 5000, "01", "-1", "é", "\U0001f600", "../../etc/passwd", "/proc/self/environ", "a/b", "NaN", " ", "\n")
+    b"",
+    b"\0",
+    b"\xff",
+    b"\x80",
+    b"\x7f",
+    b"\xc1",
+    b"\xdc\xff\xff",
+    b"\xdd\xff\xff\xff\xff",
+    b"\xdf\xff\xff\xff\xff",
+    b"\xc6\xff\xff\xff\xff",
+    b"\xdb\xff\xff\xff\xff",
+    b"\xc9\xff\xff\xff\xff\x01",
+    b"\x91" * 64,
+    b"\x81\xa0" * 64,
+    b"\xff" * 10,
+    b"\x28\xb5\x2f\xfd",
+    b"../",
+    b"/",
+    b"\r\n\r\n",
+    b"-1",
+    b"99999999999999999999",
+    b"\xc2\xb2",
+    b"\xed\xa0\x80",
+    b"NaN",
+    b"1e999",
+    b"[" * 40,
+    b"{" * 40,
+    b"&a ",
+    b"*a",
+    b"<<: ",
+    b"!!int ",
+    b"!!binary ",
+    b"? ",
+)
+_TEXTS = (
+    "",
+    "\0",
+    "..",
+    "/",
+    "a" * 300,
+    "²",
+    "1" * 5000,
+    "01",
+    "-1",
+    "é",
+    "\U0001f600",
+    "../../etc/passwd",
+    "/proc/self/environ",
+    "a/b",
+    "NaN",
+    " ",
+    "\n",
+)
 
 
 def mutate(rng: random.Random, samples: Sequence[bytes], form: Form, values: Sequence[Any]) -> bytes:

@@ -101,7 +101,9 @@ def known_to_the_attacker(agent: AgentUnderTest, settings: Settings, services: d
     private = [*runtime.rglob("*"), *(path for path in (agent.state / "agent").rglob("*")), *(agent.state / "logs" / "instances").glob("*")]
     files = [agent.state / "agent", runtime, *private, settings.paths.state_dir / "stack.json", Path("/root"), Path("/etc/shadow")]
     abstract = {
-        line.split()[-1][1:] for line in Path("/proc/net/unix").read_text().splitlines()[1:] if len(line.split()) == 8 and line.split()[-1][0] == "@"
+        line.split()[-1][1:]
+        for line in Path("/proc/net/unix").read_text().splitlines()[1:]
+        if len(line.split()) == 8 and line.split()[-1][0] == "@"
     }
     sockets = [path for path in private if path.is_socket()]
     assert sockets and abstract and len(files) > 10

@@ -1,4 +1,4 @@
-"""Decoders of what comes from outside refuse anything with their own exception, soon, and in bounded memory. For millions: tests.security.fuzz."""
+"""Decoders of what comes from outside refuse with their own exception, soon, in bounded memory. For millions: tests.security.fuzz."""
 
 from __future__ import annotations
 
@@ -56,7 +56,10 @@ def test_any_bytes(decoder: Decoder) -> None:
 
     @settings(max_examples=60, deadline=None, database=None, suppress_health_check=list(HealthCheck))
     @example(b"")
-    @given(st.binary(max_size=400) | st.sampled_from(samples).flatmap(lambda sample: st.binary(max_size=8).map(lambda more: sample[: -len(more) or None] + more)))
+    @given(
+        st.binary(max_size=400)
+        | st.sampled_from(samples).flatmap(lambda sample: st.binary(max_size=8).map(lambda more: sample[: -len(more) or None] + more))
+    )
     def check(data: bytes) -> None:
         with contextlib.suppress(*decoder.refusals):
             decode(data)

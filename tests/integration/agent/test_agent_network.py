@@ -140,7 +140,9 @@ async def test_nobody_asks_for_a_hardware_address(network: Network, tmp_path: Pa
             with socket.create_server((network.gateway, 0)) as listener:
                 where = (network.gateway, listener.getsockname()[1])
                 script = f"import socket; socket.create_connection({where}, 0.5)"
-                tried = subprocess.run(["nsenter", "-t", str(one.init_pid), "-n", "python3", "-c", script], capture_output=True, check=False)
+                tried = subprocess.run(
+                    ["nsenter", "-t", str(one.init_pid), "-n", "python3", "-c", script], capture_output=True, check=False
+                )
                 assert b"TimeoutError" in tried.stderr, "what a sandbox begins is dropped"
             assert asked(arp) == 0
             assert not refused("198.19.200.200", 0.2)
