@@ -21,7 +21,6 @@ from agent.pager.client import PagerClient
 from agent.sandbox.rootfs import RootLayers
 from agent.store.cache import CachedImage, ImageCache
 from infra.errors import StoreError
-from infra.s3 import ObjectStore
 from infra.settings import AgentSettings
 from infra.tasks import TaskGroup
 
@@ -51,25 +50,23 @@ class Catalog:
         self,
         settings: AgentSettings,
         cache: ImageCache,
-        store: ObjectStore,
+        fetcher: Fetcher,
         pager: Callable[[], PagerClient],
         tasks: TaskGroup,
         layers: Callable[[Function], RootLayers],
-        criu_version: str,
     ) -> None:
         """Begin with nothing known.
 
         Args:
-            settings, cache, store, pager, tasks: what the node works with.
+            settings, cache, fetcher, pager, tasks: what the node works with.
             layers: finds a function's root files; may block, and raises FunctionInvalid or NoRoom.
-            criu_version: of this node.
         """
         self._settings = settings
         self._cache = cache
         self._pager = pager
         self._tasks = tasks
         self._layers = layers
-        self._fetcher = Fetcher(cache, store, pager, tasks, criu_version, settings.store_parallel)
+        self._fetcher = fetcher
         self._known: dict[str, Resolution] = {}
         self._resolving: dict[tuple[str, str], asyncio.Task[Resolution | AgentError]] = {}
 

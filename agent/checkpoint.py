@@ -2,7 +2,7 @@
 
 In: a function and its layers. Out: an image in the node's cache, its objects in S3, and the pointer moved last. Steps: start a donor,
 warm it up, freeze and dump it, restore the dump a few times with an empty working set to see which pages the first requests touch and
-which the next ones, pack, upload. Each step is timed; a failure leaves nothing on the node, and in S3 at most chunks that no manifest
+which the next ones, pack, seal, upload. Each step is timed; a failure leaves nothing on the node, and in S3 at most chunks that no manifest
 names.
 """
 
@@ -20,24 +20,24 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import msgpack
 import msgspec
 
 from agent.api.function import Function
 from agent.api.records import PhaseClock
 from agent.cold import start_cold
 from agent.criu import freezable, images, tool
-from agent.errors import ImageInvalid
 from agent.instance import Workshop
 from agent.pager.client import PagerClient
 from agent.ready import warm_up
 from agent.restore import Restoration, start_restored
 from agent.sandbox.rootfs import RootLayers
-from agent.store import archive, chunks, host, manifest, workingset
+from agent.store import archive, chunks, host, manifest, pointer, workingset
 from agent.store.cache import ARCHIVE, IMAGES, LAYER, MANIFEST, CachedImage, ImageCache
+from agent.store.chunks import ChunkStore
 from agent.store.manifest import Blob, Manifest, Pages, Span
+from agent.store.pointer import Generations
+from agent.store.seal import Sealer
 from agent.store.workingset import Recording
-from infra.errors import ObjectConflict, ObjectMissing
 from infra.s3 import ObjectStore
 
 logger = logging.getLogger(__name__)
@@ -56,12 +56,16 @@ class Checkpointer:
         workshop: Workshop,
         cache: ImageCache,
         store: ObjectStore,
+        sealer: Sealer,
+        generations: Generations,
         pager: Callable[[], PagerClient],
         criu_version: str,
     ) -> None:
         self._workshop = workshop
         self._cache = cache
         self._store = store
+        self._sealer = sealer
+        self._generations = generations
         self._pager = pager
         self._criu_version = criu_version
 
@@ -94,7 +98,7 @@ class Checkpointer:
             with clock.phase("upload"):
                 await asyncio.to_thread(self._upload, building, finished, encoded, working_set, heal)
             with clock.phase("publish"):
-                await asyncio.to_thread(self._publish, finished, manifest.name(encoded))
+                await asyncio.to_thread(pointer.publish, self._store, self._sealer, self._generations, finished, manifest.name(encoded))
             image = await asyncio.to_thread(self._cache.insert, building, encoded, complete=True)
         except BaseException:
             await asyncio.to_thread(shutil.rmtree, building, True)
@@ -145,6 +149,7 @@ class Checkpointer:
             fresh={},
             pages=pages,
             image_bytes=sum(item.size for item in pages.values()),
+            key=await asyncio.to_thread(self._newest_key),
         )
 
     async def _record(
@@ -183,9 +188,14 @@ class Checkpointer:
                 await pager.close_image(image.checkpoint)
         return Recording(trials, used)
 
+    def _newest_key(self) -> str:
+        self._sealer.read()
+        return self._sealer.newest()
+
     def _upload(self, building: Path, finished: Manifest, encoded: bytes, working_set: bytes, heal: bool) -> None:
-        suspects = chunks.suspects(self._store)
-        own = frozenset(digest.hex() for pages in finished.pages.values() for digest in pages.chunks if digest is not None)
+        place = ChunkStore(self._store, self._sealer, finished.function, finished.key)
+        suspects = place.suspects()
+        own = frozenset(place.key(digest) for pages in finished.pages.values() for digest in pages.chunks if digest is not None)
         if heal or suspects & own:
             suspects = own  # where one chunk went bad others may have: not all of them need have been read
         with ThreadPoolExecutor(self._workshop.settings.store_parallel, thread_name_prefix="upload") as pool:
@@ -195,7 +205,7 @@ class Checkpointer:
                 for index, digest in enumerate(pages.chunks):
                     if digest is not None:
                         offset = index * finished.chunk_bytes
-                        jobs.append(pool.submit(self._upload_chunk, path, offset, finished.chunk_bytes, digest, suspects))
+                        jobs.append(pool.submit(_upload_chunk, place, path, offset, finished.chunk_bytes, digest, suspects))
             try:
                 for job in jobs:
                     job.result()
@@ -203,27 +213,18 @@ class Checkpointer:
                 pool.shutdown(cancel_futures=True)
                 raise
         name = manifest.name(encoded)
-        self._store.put(manifest.working_set_key(finished.function, name), working_set)
-        packed = (building / ARCHIVE).read_bytes()
-        self._store.put(manifest.head_key(finished.function, name), manifest.pack_head(encoded, packed))
+        head = manifest.pack_head(encoded, (building / ARCHIVE).read_bytes())
+        self._put(manifest.working_set_key(finished.function, name), working_set, finished.key)
+        self._put(manifest.head_key(finished.function, name), head, finished.key)
 
-    def _upload_chunk(self, path: Path, offset: int, size: int, digest: bytes, suspects: frozenset[str]) -> None:
-        with path.open("rb") as source:
-            source.seek(offset)
-            chunks.upload(self._store, digest, source.read(size), suspects)
+    def _put(self, key: str, plain: bytes, key_id: str) -> None:
+        self._store.put(key, self._sealer.seal(key, plain, key_id))
 
-    def _publish(self, finished: Manifest, name: str) -> None:
-        """Move the pointer; of two nodes that publish at once one wins, and the other's image stays unused."""
-        key = manifest.pointer_key(finished.function)
-        pointer: bytes = msgpack.packb(msgspec.to_builtins(host.pointer(finished, name)))
-        try:
-            _, tag = self._store.get_with_tag(key, size_max=4096)
-        except ObjectMissing:
-            tag = ""
-        try:
-            self._store.put(key, pointer, only_if_absent=not tag, only_if_tag=tag)
-        except ObjectConflict as error:
-            raise ImageInvalid("another node published a checkpoint of this function first", function=finished.function) from error
+
+def _upload_chunk(place: ChunkStore, path: Path, offset: int, size: int, digest: bytes, suspects: frozenset[str]) -> None:
+    with path.open("rb") as source:
+        source.seek(offset)
+        place.upload(digest, source.read(size), suspects)
 
 
 def _pack(building: Path, draft: Manifest, recording: Recording) -> tuple[Manifest, bytes]:

@@ -3,12 +3,15 @@
 AgentError
 ├── FunctionInvalid          a Function document is wrong; names line and field
 ├── ProtocolError            a peer broke the agent protocol
+│   └── PeerUntrusted        its certificate is not trusted, or does not let it do this
 ├── Refused                  the agent will not do it (room, epoch, quarantine); another node may
 ├── SandboxError             namespaces, mounts, network or cgroup of an instance
 ├── CriuError                CRIU failed; carries its own words
 │   └── NotFreezable         the function holds something CRIU cannot freeze
 ├── PagerError               the pager failed or is gone
 ├── ImageInvalid             a checkpoint is corrupt, incompatible or hostile
+│   ├── ImageRolledBack      the pointer is older than one that was seen
+│   └── KeyUnknown           it was sealed or signed with a key that this agent lacks
 ├── NotReady                 the instance did not answer in time
 └── InstanceGone             the instance ended while it was needed
 
@@ -51,10 +54,22 @@ class PeerSilent(ProtocolError):
     """A peer went without a word, as probes do that only look whether a port is open."""
 
 
+class PeerUntrusted(ProtocolError):
+    """A peer is not who it must be: its certificate is not trusted, or is for another role or node."""
+
+    reason = "untrusted"
+
+
 class Refused(AgentError):
     """The agent will not carry out a command; the planner may try another node."""
 
     reason = "refused"
+
+
+class NotAllowed(Refused):
+    """The sender may not do this to this function."""
+
+    reason = "not_allowed"
 
 
 class NoRoom(Refused):
@@ -91,6 +106,18 @@ class ImageInvalid(AgentError):
     """A checkpoint is corrupt, incompatible with this node or function, or hostile."""
 
     reason = "image_invalid"
+
+
+class ImageRolledBack(ImageInvalid):
+    """The pointer to the current checkpoint is older than one that this node has seen."""
+
+    reason = "image_rolled_back"
+
+
+class KeyUnknown(ImageInvalid):
+    """A checkpoint was sealed or signed with a key that this agent does not have, or its keys cannot be used."""
+
+    reason = "key_unknown"
 
 
 class NotReady(AgentError):

@@ -1,8 +1,8 @@
 """From the object store to the node's cache: the pointer, then head and working set, everything at once that can be.
 
-In: a function, its root layers (perhaps still being made). Out: a :class:`~agent.store.cache.CachedImage` that is verified, in place, known
-to the pager and right for this host. Blocking work runs in threads of its own, so that a slow store holds up nothing else of the node.
-Used by :mod:`agent.catalog`.
+In: a function, its root layers (perhaps still being made). Out: a :class:`~agent.store.cache.CachedImage` that is authentic, in place,
+known to the pager and right for this host. Blocking work runs in threads of its own, so that a slow store holds up nothing else of the
+node. Used by :mod:`agent.catalog`.
 """
 
 from __future__ import annotations
@@ -19,8 +19,10 @@ from agent.api.records import PhaseClock
 from agent.errors import AgentError, ImageInvalid
 from agent.pager.client import PagerClient
 from agent.sandbox.rootfs import RootLayers
-from agent.store import host, manifest
+from agent.store import host, manifest, pointer
 from agent.store.cache import CachedImage, ImageCache
+from agent.store.pointer import Generations, Pointer
+from agent.store.seal import OVERHEAD_BYTES_MAX, Sealer
 from infra.errors import ObjectMissing, StoreUnavailable
 from infra.s3 import ObjectStore
 from infra.tasks import TaskGroup
@@ -28,8 +30,9 @@ from infra.tasks import TaskGroup
 logger = logging.getLogger(__name__)
 #: Longest wait for the pointer, s: a start goes on without the checkpoint when the store is that slow.
 _POINTER_TIMEOUT_S = 2.0
-_POINTER_BYTES_MAX = 4096
-_HEAD_BYTES_MAX = manifest.ARCHIVE_BYTES_MAX + manifest.MANIFEST_BYTES_MAX
+#: Sealed: one tag more for each 16 MiB.
+_HEAD_BYTES_MAX = (manifest.ARCHIVE_BYTES_MAX + manifest.MANIFEST_BYTES_MAX) * 1001 // 1000 + OVERHEAD_BYTES_MAX
+_WORKING_SET_BYTES_MAX = manifest.WORKING_SET_BYTES_MAX * 1001 // 1000 + OVERHEAD_BYTES_MAX
 P = ParamSpec("P")
 T = TypeVar("T")
 
@@ -49,6 +52,8 @@ class Fetcher:
         self,
         cache: ImageCache,
         store: ObjectStore,
+        sealer: Sealer,
+        generations: Generations,
         pager: Callable[[], PagerClient],
         tasks: TaskGroup,
         criu_version: str,
@@ -56,6 +61,8 @@ class Fetcher:
     ) -> None:
         self._cache = cache
         self._store = store
+        self._sealer = sealer
+        self._generations = generations
         self._pager = pager
         self._tasks = tasks
         self._criu_version = criu_version
@@ -72,47 +79,51 @@ class Fetcher:
         key = manifest.pointer_key(function.name)
         try:
             async with asyncio.timeout(_POINTER_TIMEOUT_S):
-                data = await asyncio.wrap_future(self._get("fetch.pointer", key, _POINTER_BYTES_MAX, clock))
+                data = await asyncio.wrap_future(self._get("fetch.pointer", key, pointer.BYTES_MAX, clock))
         except ObjectMissing:
             return None
         except TimeoutError as error:
             text = f"the object store did not answer within {_POINTER_TIMEOUT_S:.0f} s"
             raise StoreUnavailable(text, bucket=self._store.bucket, key=key) from error
         _count(fetched, data)
-        pointer = host.read_pointer(data)
-        if pointer.function_digest != function.digest:
+        current = await asyncio.wrap_future(self._threads.submit(self._read_pointer, function.name, data))
+        if current.function_digest != function.digest:
             return None  # of an earlier version of the function: a new checkpoint will be made
-        image = self._cache.get(pointer.checkpoint)
+        image = self._cache.get(current.checkpoint)
         if image is None:
-            image, checked = await self._fetch(function, pointer.checkpoint, layers, clock, fetched)
+            image, checked = await self._fetch(current, layers, clock, fetched)
         else:
             (checked,) = await asyncio.gather(self._check(image, layers, clock), return_exceptions=True)
-        if pointer.files_digest != (await layers).files_digest:
+        if current.files_digest != (await layers).files_digest:
             return None
-        if (image.manifest.function_digest, image.manifest.files_digest) != (pointer.function_digest, pointer.files_digest):
-            raise ImageInvalid("the pointer names a checkpoint of something else", function=function.name)
+        _match(image, current)
         if checked is not None:
             raise checked
         return image
 
+    def _read_pointer(self, function: str, data: bytes) -> Pointer:
+        found = pointer.read(self._sealer, function, data)
+        self._generations.accept(found)
+        return found
+
     async def _fetch(
-        self, function: Function, checkpoint: str, layers: asyncio.Future[RootLayers], clock: PhaseClock, fetched: Fetched
+        self, current: Pointer, layers: asyncio.Future[RootLayers], clock: PhaseClock, fetched: Fetched
     ) -> tuple[CachedImage, BaseException | None]:
         """Head and working set side by side; while the second is on its way the first is unpacked, opened by the pager, and checked.
 
         Returns:
             The image, now in the cache, and what is wrong with it on this host.
         """
-        working_set = self._get(
-            "fetch.working_set", manifest.working_set_key(function.name, checkpoint), manifest.WORKING_SET_BYTES_MAX, clock
-        )
-        head = await asyncio.wrap_future(self._get("fetch.head", manifest.head_key(function.name, checkpoint), _HEAD_BYTES_MAX, clock))
+        function, checkpoint = current.function, current.checkpoint
+        working_set_key, head_key = manifest.working_set_key(function, checkpoint), manifest.head_key(function, checkpoint)
+        working_set = self._get("fetch.working_set", working_set_key, _WORKING_SET_BYTES_MAX, clock)
+        head = await asyncio.wrap_future(self._get("fetch.head", head_key, _HEAD_BYTES_MAX, clock))
         _count(fetched, head)
-        image = await self._blocking("unpack.head", clock, self._cache.begin, head, checkpoint)
+        image = await self._blocking("unpack.head", clock, self._begin, head_key, head, current)
         # Page maps: nobody waits for them before CRIU has restored half of the process.
         image.opening = self._tasks.spawn(self._open(image), f"opening of checkpoint {checkpoint}")
         # The thread waits for the working set, not the loop: that is one change of threads less.
-        filled = asyncio.wrap_future(self._threads.submit(self._fill, image, working_set, clock))
+        filled = asyncio.wrap_future(self._threads.submit(self._fill, image, working_set_key, working_set, clock))
         failure, checked = await asyncio.gather(filled, self._check(image, layers, clock), return_exceptions=True)
         if failure is not None:
             await self._abandon(image)
@@ -128,10 +139,19 @@ class Fetcher:
             await self._pager().close_image(image.checkpoint)
         await asyncio.wrap_future(self._threads.submit(self._cache.abandon, image))
 
-    def _fill(self, image: CachedImage, working_set: Future[bytes], clock: PhaseClock) -> None:
-        packed = working_set.result()
+    def _begin(self, key: str, head: bytes, current: Pointer) -> CachedImage:
+        image = self._cache.begin(self._sealer.open(key, head), current.checkpoint)
+        try:
+            _match(image, current)
+        except ImageInvalid:
+            self._cache.abandon(image)
+            raise
+        return image
+
+    def _fill(self, image: CachedImage, key: str, working_set: Future[bytes], clock: PhaseClock) -> None:
+        sealed = working_set.result()
         with clock.phase("unpack"):
-            self._cache.fill(image, packed)
+            self._cache.fill(image, self._sealer.open(key, sealed))
 
     async def _check(self, image: CachedImage, layers: asyncio.Future[RootLayers], clock: PhaseClock) -> None:
         search = (await layers).search
@@ -159,6 +179,17 @@ class Fetcher:
                 return work(*args, **kwargs)
 
         return await asyncio.wrap_future(self._threads.submit(timed))
+
+
+def _match(image: CachedImage, current: Pointer) -> None:
+    """Whether the checkpoint is of what its pointer says.
+
+    Raises:
+        ImageInvalid: it is not.
+    """
+    found = image.manifest
+    if (found.function, found.function_digest, found.files_digest) != (current.function, current.function_digest, current.files_digest):
+        raise ImageInvalid("the pointer names a checkpoint of something else", function=current.function)
 
 
 def _count(fetched: Fetched, data: bytes) -> None:

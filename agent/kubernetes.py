@@ -25,6 +25,8 @@ from infra.tasks import TaskGroup
 logger = logging.getLogger(__name__)
 #: Reasons of the condition. The scaler's words (:mod:`scaler.edges.kubernetes.pods`).
 ANSWERS, STANDBY, FREEZING, WAITS, ENDED = "Answers", "Standby", "Freezing", "Waiting", "Ended"
+#: The kubelet's condition, by which EndpointSlices and Services go.
+READY = "Ready"
 
 
 class PodGate:
@@ -120,6 +122,7 @@ def living(value: Mapping[str, Any]) -> Pod | None:
         container=str(own["containerID"]).rpartition("/")[2],
         image=str(own.get("imageID") or own.get("image") or ""),
         shared=_shared(value.get("spec") or {}),
+        alone=_alone(value.get("spec") or {}),
     )
 
 
@@ -132,6 +135,13 @@ def _shared(spec: Mapping[str, Any]) -> tuple[str, ...]:
     return tuple(str(mount.get("mountPath")).rstrip("/") for mount in own.get("volumeMounts") or [] if mount.get("name") in names)
 
 
+def _alone(spec: Mapping[str, Any]) -> bool:
+    """Whether nothing but our condition keeps the pod from being ready: its function's container, which runs, has no probes."""
+    gates = [item.get("conditionType") for item in spec.get("readinessGates") or []]
+    beside = [item for item in spec.get("initContainers") or [] if item.get("restartPolicy") == "Always"]
+    return gates == [GATE] and len(spec.get("containers") or []) == 1 and not beside
+
+
 def is_free(value: Mapping[str, Any]) -> bool:
     """Whether its condition says that nothing is or was in it."""
     conditions = (value.get("status") or {}).get("conditions") or []
@@ -140,5 +150,10 @@ def is_free(value: Mapping[str, Any]) -> bool:
 
 def _condition(pod: Pod, reason: str) -> Object:
     now = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
-    condition = {"type": GATE, "status": "True" if reason == ANSWERS else "False", "reason": reason, "lastTransitionTime": now}
-    return {"metadata": {"uid": pod.uid}, "status": {"conditions": [condition]}}
+    conditions = [{"type": GATE, "status": "True" if reason == ANSWERS else "False", "reason": reason, "lastTransitionTime": now}]
+    # Services go by Ready, which the kubelet sets once it has seen ours. Where it can only come to the same result, that is said at once.
+    if pod.alone and reason == ANSWERS:
+        conditions.append({"type": READY, "status": "True", "lastTransitionTime": now})
+    elif reason == ENDED:
+        conditions.append({"type": READY, "status": "False", "reason": "ReadinessGatesNotReady", "lastTransitionTime": now})
+    return {"metadata": {"uid": pod.uid}, "status": {"conditions": conditions}}

@@ -13,16 +13,18 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Literal
 
 import msgspec
 
 from agent.adoption import write_down
-from agent.api.function import Function
 from agent.api.messages import (
     AgentCommand,
     CheckpointInfo,
     CheckpointPublished,
+    Command,
     CommandFailed,
+    CommandTaken,
     Endpoint,
     EndpointDown,
     EndpointUp,
@@ -48,9 +50,10 @@ from agent.catalog import Catalog
 from agent.checkpoint import Checkpointer
 from agent.drain import Drainer
 from agent.epochs import Epochs
-from agent.errors import AgentError, Refused
+from agent.errors import AgentError, NotReady, Refused
 from agent.furnish import last_output
 from agent.instance import Instance, Workshop
+from agent.lease import Scalers
 from agent.room import memory_mb
 from agent.standbys import Standbys
 from agent.starts import Starter, StartFailure, instance_id
@@ -65,6 +68,11 @@ _ANSWERS_MAX = 4096
 _RELEASE_GRACE_S = 2.0
 #: What is left of a Release's time when its wait for requests is over, s: for SIGTERM, and for the removal of everything.
 _RELEASE_RESERVE_S = _RELEASE_GRACE_S + 3.0
+_KINDS: dict[type[Command], Literal["start", "prepare", "checkpoint"]] = {
+    Start: "start",
+    Prepare: "prepare",
+    MakeCheckpoint: "checkpoint",
+}
 #: Output files of ended instances that are kept.
 _LOGS_MAX = 200
 
@@ -82,6 +90,7 @@ class Node:
         checkpointer: Checkpointer,
         drainer: Drainer,
         epochs: Epochs,
+        lease: Scalers,
         report: Callable[[Message], None],
     ) -> None:
         self.name = name
@@ -99,7 +108,10 @@ class Node:
         self._leaving: dict[str, Instance] = {}
         self._answers: OrderedDict[str, Message | None] = OrderedDict()
         self._epochs = epochs
+        self._lease = lease
         self._checkpointing: set[str] = set()
+        #: Commands that take a while and are not answered yet.
+        self._underway: dict[str, CommandTaken] = {}
 
     def inventory(self) -> Inventory:
         """Everything that is here now."""
@@ -111,7 +123,19 @@ class Node:
             instances=[_instance_info(instance) for instance in self.instances.values() if not instance.standby],
             standbys=[_standby_info(instance) for instance in self.instances.values() if instance.standby],
             checkpoints=[_checkpoint_info(image) for image in self._catalog.images()],
+            underway=list(self._underway.values()),
         )
+
+    def function_of(self, command: AgentCommand) -> str:
+        """Name of the function that a command is about; empty when it is about nothing that is here."""
+        match command:
+            case Evict():
+                return command.function_name
+            case Release():
+                instance = self.instances.get(command.instance) or self._leaving.get(command.instance)
+                return instance.function.name if instance else ""
+            case _:
+                return command.function.name
 
     def handle(self, command: AgentCommand) -> None:
         """Begin a command; its report comes through the callback. A repeated command is answered from memory."""
@@ -150,35 +174,46 @@ class Node:
         await asyncio.to_thread(_trim_logs, self._workshop.furnisher.logs, live, self._workshop.settings.log_mb << 20)
 
     async def _carry_out(self, command: AgentCommand, received_ns: int) -> None:
-        function = getattr(command, "function", None)
-        name = function.name if isinstance(function, Function) else getattr(command, "function_name", "")
+        name = self.function_of(command)
         with log_context(node=self.name, command=command.id, function=name, trace=trace_id(command.traceparent)):
             try:
                 self._epochs.check(command.shard, command.epoch)
                 answer = await self._dispatch(command, received_ns)
             except (AgentError, InfraError, OSError, TimeoutError) as error:
                 logger.warning("%s failed: %s", type(command).__name__, error)
-                answer = CommandFailed(
-                    command_id=command.id,
-                    function=name,
-                    command=type(command).__name__,
-                    reason=getattr(error, "reason", "host"),
-                    message=str(error) or type(error).__name__,
-                    refused=isinstance(error, Refused),
-                )
-                if isinstance(command, Start):
-                    answer = StartFailed(
-                        command_id=command.id, function=name, reason=answer.reason, message=answer.message, refused=answer.refused
-                    )
+                answer = failed(command, name, error)
         if command.id in self._answers:
             self._answers[command.id] = answer
         if answer is not None:
             self._report(answer)
 
     async def _dispatch(self, command: AgentCommand, received_ns: int) -> Message | None:
+        if isinstance(command, Start | Prepare | MakeCheckpoint):
+            self._underway[command.id] = taken = CommandTaken(
+                id=command.id, kind=_KINDS[type(command)], function=command.function.name,
+                function_digest=command.function.digest, until_ns=command.deadline_ns,
+            )  # fmt: skip
+            self._report(taken)
+        try:
+            match command:
+                case Start():
+                    return await self._start(command, received_ns)  # which has the deadline itself, for the record of what was tried
+                case Release():
+                    return await self._release(command)
+                case _:
+                    left_s = (command.deadline_ns - time.time_ns()) / 1e9
+                    # Those before it may hang for as long as their own deadlines, and so may the store.
+                    async with asyncio.timeout(max(0.0, left_s)):
+                        return await self._in_background(command)
+        except TimeoutError as error:
+            if time.time_ns() < command.deadline_ns:
+                raise
+            raise NotReady("it did not end by its deadline") from error
+        finally:
+            self._underway.pop(command.id, None)
+
+    async def _in_background(self, command: Prepare | Fetch | MakeCheckpoint | Evict) -> Message:
         match command:
-            case Start():
-                return await self._start(command, received_ns)
             case Prepare():
                 return await self._prepare(command)
             case Fetch():
@@ -188,8 +223,6 @@ class Node:
             case Evict():
                 await self._catalog.evict(command.function_name)
                 return Evicted(command_id=command.id, function=command.function_name)
-            case Release():
-                return await self._release(command)
 
     async def _start(self, command: Start, received_ns: int) -> Message:
         try:
@@ -244,10 +277,7 @@ class Node:
 
     async def _prepare(self, command: Prepare) -> Message:
         self._workshop.pool.check_room(command.function, 0)
-        left_s = (command.deadline_ns - time.time_ns()) / 1e9
-        # Those before it may hang for as long as their own deadlines.
-        async with asyncio.timeout(max(0.0, left_s)):
-            instance, seconds = await self._standbys.make(command, instance_id(command.function))
+        instance, seconds = await self._standbys.make(command, instance_id(command.function))
         self._hold(instance)
         self._settle(instance)
         logger.info("instance %s is on standby with %d KiB: %s", instance.id, instance.pss_bytes >> 10, seconds)
@@ -273,12 +303,11 @@ class Node:
         self._checkpointing.add(function.name)
         try:
             resolution = await self._catalog.resolve(function)
-            left_s = (command.deadline_ns - time.time_ns()) / 1e9
-            async with asyncio.timeout(max(0.0, left_s)):
-                image, seconds = await self._checkpointer.make(
-                    function, resolution.layers, f"{function.name}-{time.time_ns():x}", command.deadline_ns,
-                    heal=resolution.image is not None and bool(resolution.image.unusable),
-                )  # fmt: skip
+            self._lease.check()
+            image, seconds = await self._checkpointer.make(
+                function, resolution.layers, f"{function.name}-{time.time_ns():x}", command.deadline_ns,
+                heal=resolution.image is not None and bool(resolution.image.unusable),
+            )  # fmt: skip
             self._catalog.made(function, resolution.layers, image)
             await self._catalog.open(image)
         finally:
@@ -308,7 +337,8 @@ class Node:
     async def _release(self, command: Release) -> Message:
         gone = InstanceExited(instance=command.instance, function="", reason="released", command_id=command.id)
         if (leaving := self._leaving.get(command.instance)) is not None:
-            await leaving.stopped.wait()
+            async with asyncio.timeout(max(0.0, (command.deadline_ns - time.time_ns()) / 1e9)):
+                await leaving.stopped.wait()
             return gone
         instance = self.instances.get(command.instance)
         if instance is None:
@@ -356,6 +386,16 @@ class Node:
         if drain_s > 0 and not await self._drainer.drain(instance, drain_s):
             return 0
         return pss_bytes
+
+
+def failed(command: AgentCommand, function: str, error: Exception) -> StartFailed | CommandFailed:
+    """The report of a command that failed, or that the agent will not carry out."""
+    reason, message, refused = getattr(error, "reason", "host"), str(error) or type(error).__name__, isinstance(error, Refused)
+    if isinstance(command, Start):
+        return StartFailed(command_id=command.id, function=function, reason=reason, message=message, refused=refused)
+    return CommandFailed(
+        command_id=command.id, function=function, command=type(command).__name__, reason=reason, message=message, refused=refused
+    )
 
 
 def endpoint(instance: Instance) -> Endpoint:

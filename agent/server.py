@@ -8,18 +8,24 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import ipaddress
 import json
 import logging
 import os
+import re
 import shutil
 import signal
 import socket
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
 from agent.adoption import adopt
-from agent.api.connection import Connection
+from agent.allowed import Allowed
+from agent.api.connection import Connection, accept
 from agent.api.messages import (
+    AgentCommand,
+    CommandTaken,
     EndpointDown,
     Endpoints,
     EndpointUp,
@@ -31,21 +37,35 @@ from agent.checkpoint import Checkpointer
 from agent.criu import tool
 from agent.drain import Drainer
 from agent.epochs import Epochs
-from agent.errors import AgentError, CriuError, PagerError, PeerSilent, ProtocolError, SandboxError
+from agent.errors import AgentError, CriuError, NotAllowed, PagerError, PeerSilent, ProtocolError, SandboxError
+from agent.fetch import Fetcher
 from agent.furnish import Furnisher
 from agent.instance import Workshop
-from agent.node import Node, endpoint
+from agent.lease import Scalers
+from agent.leftovers import claim_name
+from agent.node import Node, endpoint, failed
 from agent.pager.client import PagerClient
 from agent.sandbox import mounts
 from agent.sites import LocalSite, PodSite, Site
 from agent.standbys import Standbys
 from agent.starts import Starter
 from agent.store.cache import ImageCache
+from agent.store.pointer import Generations
+from agent.store.seal import Sealer
+from infra import imagekeys, tls
+from infra.errors import InfraError
 from infra.s3 import WARM_CONNECTIONS, ObjectStore
 from infra.settings import AgentSettings, Settings
 from infra.tasks import TaskGroup
 
 logger = logging.getLogger(__name__)
+#: Handshakes at once; the next peers wait. Each ends within seconds.
+_HANDSHAKES_MAX = 256
+#: Pause when no stream can be accepted (no descriptors left), s.
+_ACCEPT_PAUSE_S = 0.2
+#: The same complaint about the same peer is not repeated for so long, s: a peer that is refused tries again and again.
+_COMPLAIN_S = 60.0
+_COMPLAINTS_MAX = 256
 
 
 @dataclass(frozen=True)
@@ -67,8 +87,12 @@ class Agent:
         self._settings = settings
         self._tools = tools
         self._state = settings.paths.state_dir / "agent"
-        self._scalers: set[Connection] = set()
+        self._scalers = Scalers(settings.agent.lease_s)
         self._watchers: set[Connection] = set()
+        self._allowed = Allowed(settings.agent.allowed)
+        self._credentials: tls.Credentials | None = None
+        #: When what was last said of a peer.
+        self._complaints: dict[str, float] = {}
         #: Whether what runs here must go on when this agent ends: until it serves itself that is what an agent before has left.
         self._inherits = True
         self._keeping: asyncio.Task[None] | None = None
@@ -82,11 +106,14 @@ class Agent:
         self._tasks = TaskGroup("agent")
         async with contextlib.AsyncExitStack() as stack:
             stack.push_async_callback(self._tasks.close)
+            self._credentials = await asyncio.to_thread(tls.credentials, self._settings, "agent", self._settings.agent.node_name)
             listener = stack.enter_context(_listen(self._settings.agent))
+            self._check_exposure(listener)
             node = await self._open(stack)
-            server = await self._accept(node, listener)
+            accepting = self._tasks.spawn(self._accept(node, listener), "accept", essential=True)
+            self._publish(listener)
             self._inherits = self._site.outlives
-            stack.push_async_callback(self._hang_up, server)
+            stack.push_async_callback(self._hang_up, accepting)
             stopping = self._tasks.spawn(stop.wait(), "wait for the end")
             await asyncio.wait([stopping, self._tasks.failed], return_when=asyncio.FIRST_COMPLETED)
             if self._tasks.failed.done():
@@ -109,6 +136,7 @@ class Agent:
         self._site = self._choose_site()
         await self._site.open(stack)
         self._inherits = bool(self._site.keeper.left())
+        sealer, generations = await asyncio.to_thread(self._open_keys), Generations(state / "generations")
         store = ObjectStore(self._settings.s3, settings.store_parallel, warm=WARM_CONNECTIONS)
         stack.callback(store.close)
         self._pager = await self._start_pager()
@@ -126,16 +154,18 @@ class Agent:
         stack.callback(os.close, features)
         await asyncio.to_thread(tool.probe, self._tools.criu, features)
         furnisher = Furnisher(criu_fd, features, state / "images", logs)
-        catalog = Catalog(settings, cache, store, lambda: self._pager, self._tasks, self._site.layers, self._tools.criu_version)
+        criu_version = self._tools.criu_version
+        fetcher = Fetcher(cache, store, sealer, generations, lambda: self._pager, self._tasks, criu_version, settings.store_parallel)
+        catalog = Catalog(settings, cache, fetcher, lambda: self._pager, self._tasks, self._site.layers)
         workshop = Workshop(settings, furnisher, self._site.begin(stack, furnisher, catalog.forget), self._tasks)
         quiet = asyncio.Event()
-        standbys = Standbys(workshop, catalog, lambda: self._pager, quiet)
-        starter = Starter(settings.node_name, workshop, catalog, standbys, lambda: self._pager, quiet)
-        checkpointer = Checkpointer(workshop, cache, store, lambda: self._pager, self._tools.criu_version)
+        standbys = Standbys(workshop, catalog, lambda: self._pager, quiet, self._scalers)
+        starter = Starter(settings.node_name, workshop, catalog, standbys, lambda: self._pager, quiet, self._scalers)
+        checkpointer = Checkpointer(workshop, cache, store, sealer, generations, lambda: self._pager, criu_version)
         drainer = Drainer()
         stack.callback(drainer.close)
         epochs = Epochs(runtime / "epochs.json")
-        node = Node(settings.node_name, workshop, catalog, starter, standbys, checkpointer, drainer, epochs, self._report)
+        node = Node(settings.node_name, workshop, catalog, starter, standbys, checkpointer, drainer, epochs, self._scalers, self._report)
         node.adopt(instances)
         stack.push_async_callback(self._release_all, node)
         self._keeping = self._tasks.spawn(self._keep_pager(node), "watch of the pager", essential=True)
@@ -145,7 +175,20 @@ class Agent:
     async def _start_pager(self) -> PagerClient:
         log = self._settings.paths.state_dir / "logs" / "pager.log"
         log.parent.mkdir(parents=True, exist_ok=True)
-        return await PagerClient.start(self._settings.s3, self._settings.agent, self._settings.runtime_folder / "pager.sock", log)
+        socket_path = self._settings.runtime_folder / "pager.sock"
+        return await PagerClient.start(self._settings.s3, self._settings.image_keys, self._settings.agent, socket_path, log)
+
+    def _open_keys(self) -> Sealer:
+        """The keys of images. Sandboxes of its own are local use, where new keys do; agents of a cluster must have the same.
+
+        Raises:
+            KeysInvalid: they are missing or not as they should be.
+        """
+        folder = self._settings.image_keys
+        if not self._settings.images.keys and self._settings.agent.sandboxes == "local" and imagekeys.make(folder):
+            logger.info("new keys for checkpoint images in %s", folder)
+        imagekeys.load(folder)
+        return Sealer(folder)
 
     def _choose_site(self) -> Site:
         """Sandboxes of its own, or the node's placeholder pods.
@@ -187,37 +230,82 @@ class Agent:
         while True:
             await asyncio.sleep(self._settings.agent.reconcile_s)
             await node.reconcile()
+            await self._site.reconcile()
 
-    async def _accept(self, node: Node, listener: socket.socket) -> asyncio.Server:
+    def _check_exposure(self, listener: socket.socket) -> None:
+        """Say what it means when TLS is off.
+
+        Raises:
+            AgentError: rules by identity are set, and without TLS nobody has one.
+        """
+        if self._credentials is not None:
+            return
+        if self._allowed.limits:
+            raise AgentError("agent.allowed names scalers by their certificates, and tls.mode is off: turn it on, or remove agent.allowed")
+        host, port = listener.getsockname()[:2]
+        if not ipaddress.ip_address(host).is_loopback:
+            logger.warning(
+                "tls.mode is off and the agent listens on %s:%d: whoever reaches that port runs what they like as root", host, port
+            )
+
+    def _publish(self, listener: socket.socket) -> None:
         settings = self._settings.agent
-
-        async def connected(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-            connection = Connection(reader, writer)
-            try:
-                await self._serve(node, connection)
-            except PeerSilent:
-                pass  # the kubelet's probe of the port, every few seconds
-            except (ProtocolError, ConnectionError) as error:
-                logger.warning("stream of %s is closed: %s", connection.peer, error)
-            finally:
-                self._scalers.discard(connection)
-                self._watchers.discard(connection)
-                await connection.close()
-
-        def accept(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-            self._tasks.spawn(connected(reader, writer), "stream")
-
-        server = await asyncio.start_server(accept, sock=listener)
         port = listener.getsockname()[1]
         where = {"host": settings.listen_host, "port": port, "pid": os.getpid(), "node": settings.node_name}
         temporary = self._settings.agent_file.with_suffix(".new")
         temporary.write_text(json.dumps(where) + "\n")
         temporary.rename(self._settings.agent_file)
-        logger.info("node %s listens on %s:%d", settings.node_name, settings.listen_host, port)
-        return server
+        how = "with TLS" if self._credentials else "without TLS"
+        logger.info("node %s listens on %s:%d, %s", settings.node_name, settings.listen_host, port, how)
 
-    async def _hang_up(self, server: asyncio.Server) -> None:
-        server.close()
+    async def _accept(self, node: Node, listener: socket.socket) -> None:
+        loop = asyncio.get_running_loop()
+        handshakes = asyncio.Semaphore(_HANDSHAKES_MAX)
+        listener.setblocking(False)
+        while True:
+            await handshakes.acquire()
+            try:
+                raw, _ = await loop.sock_accept(listener)
+            except OSError as error:
+                handshakes.release()
+                logger.warning("a stream cannot be accepted: %s", error)
+                await asyncio.sleep(_ACCEPT_PAUSE_S)
+                continue
+            self._tasks.spawn(self._connected(node, raw, handshakes), "stream")
+
+    async def _connected(self, node: Node, raw: socket.socket, handshakes: asyncio.Semaphore) -> None:
+        connection = None
+        try:
+            try:
+                connection = await accept(raw, self._credentials)
+            finally:
+                handshakes.release()
+            await self._serve(node, connection)
+        except PeerSilent:
+            pass  # the kubelet's probe of the port, every few seconds
+        except (ProtocolError, ConnectionError, InfraError) as error:
+            self._complain(connection, error)
+        finally:
+            if connection is not None:
+                self._scalers.discard(connection)
+                self._watchers.discard(connection)
+                await connection.close()
+
+    def _complain(self, connection: Connection | None, error: Exception) -> None:
+        text = str(error)
+        # Every attempt comes from another port.
+        about = re.sub(r", \d+\)", ")", text)
+        now = time.monotonic()
+        if now - self._complaints.get(about, -_COMPLAIN_S) < _COMPLAIN_S:
+            return
+        while len(self._complaints) >= _COMPLAINTS_MAX:
+            del self._complaints[next(iter(self._complaints))]
+        self._complaints[about] = now
+        logger.warning("stream of %s is closed: %s", connection.peer if connection else "a peer", text)
+
+    async def _hang_up(self, accepting: asyncio.Task[None]) -> None:
+        accepting.cancel()
+        await asyncio.wait([accepting])
         self._settings.agent_file.unlink(missing_ok=True)
         for connection in [*self._scalers, *self._watchers]:
             await connection.close()
@@ -225,6 +313,9 @@ class Agent:
     async def _serve(self, node: Node, connection: Connection) -> None:
         mine = Hello(identity=node.name, role="agent", capabilities=["thaw", "restore", "remote", "cold", "checkpoint"])
         theirs = await connection.shake_hands(mine)
+        if theirs.role not in ("scaler", "watcher"):
+            raise ProtocolError(f"an agent has nothing to tell to a {theirs.role}")
+        identity = connection.certified(theirs.role)
         if theirs.role == "watcher":
             endpoints = [endpoint(instance) for instance in node.instances.values() if not instance.standby]
             connection.send(Endpoints(node=node.name, endpoints=endpoints))
@@ -235,10 +326,19 @@ class Agent:
         while (message := await connection.receive()) is not None:
             if theirs.role != "scaler" or not hasattr(message, "deadline_ns"):
                 raise ProtocolError(f"a {theirs.role} may not send {type(message).__name__}")
-            node.handle(message)  # type: ignore[arg-type]
+            command: AgentCommand = message  # type: ignore[assignment]
+            try:
+                self._allowed.check(identity, node.function_of(command))
+            except NotAllowed as error:
+                logger.warning("%s of %s: %s", type(command).__name__, connection.peer, error)
+                connection.send(failed(command, node.function_of(command), error))
+                continue
+            node.handle(command)
 
     def _report(self, message: Message) -> None:
         """Pass a report on: endpoints to watchers, everything else to scalers."""
+        if isinstance(message, CommandTaken) and len(self._scalers) < 2:
+            return  # who has sent the command knows
         self._send(self._watchers if isinstance(message, EndpointUp | EndpointDown) else self._scalers, message)
 
     def _send(self, connections: set[Connection], message: Message) -> None:
@@ -272,7 +372,7 @@ def _claim(what: str, name: str) -> socket.socket:
     """
     claim = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
     try:
-        claim.bind(f"\0thaw-agent-{what}-{name}")
+        claim.bind(f"\0{claim_name(what, name)}")
     except OSError as error:
         claim.close()
         raise AgentError(f"another agent of this machine has agent.{what}={name}; stop it or set another one") from error

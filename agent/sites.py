@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Protocol
@@ -16,6 +17,7 @@ from agent.api.function import Function
 from agent.errors import AgentError
 from agent.furnish import Furnisher
 from agent.kubernetes import PodGate, follow_pods
+from agent.leftovers import Sweeper
 from agent.sandbox import rootfs
 from agent.sandbox.cgroup import CgroupTree
 from agent.sandbox.factory import SandboxFactory
@@ -28,6 +30,8 @@ from infra.errors import InfraError
 from infra.kubernetes import client
 from infra.settings import Settings
 from infra.tasks import TaskGroup
+
+logger = logging.getLogger(__name__)
 
 
 class Site(Protocol):
@@ -45,6 +49,9 @@ class Site(Protocol):
 
     async def tidy(self, kept: Collection[str]) -> None:
         """Remove what an earlier agent left but for the sandboxes ``kept``, which were taken over."""
+
+    async def reconcile(self) -> None:
+        """Remove what has come to have no owner since; called now and then."""
 
     def begin(self, stack: contextlib.AsyncExitStack, furnisher: Furnisher, moved: Callable[[str], None]) -> Sandboxes:
         """Keep sandboxes ready from now on; ``moved`` is told of functions whose root has changed."""
@@ -76,6 +83,7 @@ class LocalSite:
         self._keeps = keeps
         self._network, self._cgroups = Network(agent.bridge, agent.subnet), CgroupTree(f"thaw-{agent.node_name}")
         folders = settings.runtime_folder / "sandboxes"
+        self._sweeper = Sweeper(settings, logger.warning)
         self._factory = SandboxFactory(init, folders, self._cgroups, self._network, agent.orphan_s, agent.run_as)
 
     @property
@@ -98,6 +106,10 @@ class LocalSite:
         for name in self._cgroups.left() - set(kept):
             await asyncio.to_thread(self._cgroups.existing(name).remove)
         await self._network.sweep()
+
+    async def reconcile(self) -> None:
+        """What two calls in a row have found without an owner goes."""
+        await asyncio.to_thread(self._sweeper.sweep)
 
     def begin(self, stack: contextlib.AsyncExitStack, furnisher: Furnisher, moved: Callable[[str], None]) -> Sandboxes:
         """Fill the pool."""
@@ -144,6 +156,9 @@ class PodSite:
 
     async def tidy(self, kept: Collection[str]) -> None:
         """Nothing: what is not taken over was ended."""
+
+    async def reconcile(self) -> None:
+        """Nothing: what is in pods is Kubernetes' to remove."""
 
     def begin(self, stack: contextlib.AsyncExitStack, furnisher: Furnisher, moved: Callable[[str], None]) -> Sandboxes:
         """Look for pods, and prepare them."""

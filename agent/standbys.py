@@ -17,6 +17,7 @@ from agent.api.records import PhaseClock
 from agent.catalog import Catalog
 from agent.errors import Refused
 from agent.instance import Instance, Workshop
+from agent.lease import Scalers
 from agent.pager.client import PagerClient
 from agent.restore import Restoration, restore
 from agent.store.cache import CachedImage
@@ -28,13 +29,17 @@ _PREFETCH_TIMEOUT_S = 10.0
 class Standbys:
     """The standbys of one node."""
 
-    def __init__(self, workshop: Workshop, catalog: Catalog, pager: Callable[[], PagerClient], quiet: asyncio.Event) -> None:
+    def __init__(
+        self, workshop: Workshop, catalog: Catalog, pager: Callable[[], PagerClient], quiet: asyncio.Event, lease: Scalers
+    ) -> None:
         """Prepare.
 
         Args:
             workshop, catalog, pager: what the node works with.
             quiet: set while no start is in progress.
+            lease: ends when no scaler is heard any more.
         """
+        self._lease = lease
         self._workshop = workshop
         self._catalog = catalog
         self._pager = pager
@@ -56,6 +61,7 @@ class Standbys:
         async with self._one:
             with clock.phase("wait"):
                 await self._quiet.wait()
+            self._lease.check()
             what = Restoration(
                 image, function, resolution.layers, instance_id, command.deadline_ns, functools.partial(self._catalog.open, image),
                 background=True,

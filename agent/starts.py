@@ -8,10 +8,11 @@ Next: :mod:`agent.node` keeps and reports it.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import functools
 import logging
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,6 +25,7 @@ from agent.cold import start_cold
 from agent.errors import AgentError, CriuError, ImageInvalid, InstanceGone, NotReady, PagerError
 from agent.fetch import Fetched
 from agent.instance import Instance, Workshop
+from agent.lease import Scalers
 from agent.pager.client import PagerClient
 from agent.restore import Restoration, RestoreEvidence, evidence_of, resume, start_restored
 from agent.sandbox.rootfs import RootLayers
@@ -62,6 +64,7 @@ class Starter:
         standbys: Standbys,
         pager: Callable[[], PagerClient],
         quiet: asyncio.Event,
+        lease: Scalers,
     ) -> None:
         self._node = node
         self._workshop = workshop
@@ -69,6 +72,7 @@ class Starter:
         self._standbys = standbys
         self._pager = pager
         self._quiet = quiet
+        self._lease = lease
         self._quiet.set()
         self._active = 0
         # Apart, so that restores of 10 ms do not queue behind cold starts of seconds. A thaw takes no place: it is over too soon.
@@ -140,7 +144,7 @@ class Starter:
             restored = await self._tried(attempt, image, self._restored(attempt, image, resolution.layers))
             if restored is not None:
                 return restored
-        async with self._colds.place(function.name):
+        async with self._turn(self._colds, function):
             clock.add("agent.queue", attempt.waiting_since_ns, time.time_ns())
             return await start_cold(self._workshop, function, resolution.layers, instance_id(function), command.deadline_ns, clock)
 
@@ -177,8 +181,15 @@ class Starter:
         what = Restoration(
             image, function, layers, instance_id(function), attempt.restore_deadline_ns, functools.partial(self._catalog.open, image)
         )
-        instance = await start_restored(self._workshop, self._pager(), what, clock, place=self._restores.place(function.name))
+        instance = await start_restored(self._workshop, self._pager(), what, clock, place=self._turn(self._restores, function))
         return instance, clock
+
+    @contextlib.asynccontextmanager
+    async def _turn(self, places: Admission, function: Function) -> AsyncIterator[None]:
+        """Wait for a place; by then the scaler that asked may have asked another node."""
+        async with places.place(function.name):
+            self._lease.check()
+            yield
 
     def _record(self, attempt: _Attempt, instance: Instance | None, error: AgentError | None) -> StartRecord:
         command, evidence, fetched = attempt.command, attempt.evidence, attempt.fetched

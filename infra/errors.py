@@ -2,6 +2,7 @@
 
 InfraError
 ├── SettingsError
+├── KeysInvalid              keys of checkpoint images are missing, malformed or open to others
 ├── InstallError
 ├── StackError
 ├── ClusterError
@@ -16,6 +17,7 @@ InfraError
 │   └── ApiInvalid
 ├── PodTemplateInvalid
 ├── KafkaUnavailable
+├── TlsError
 └── StoreError
     ├── StoreUnavailable
     ├── ObjectMissing
@@ -31,6 +33,10 @@ class InfraError(Exception):
 
 class SettingsError(InfraError):
     """A setting is unknown or has a wrong value."""
+
+
+class KeysInvalid(InfraError):
+    """The keys of checkpoint images are missing, malformed, or can be read by others."""
 
 
 class InstallError(InfraError):
@@ -105,6 +111,10 @@ class PodTemplateInvalid(InfraError):
 
 class KafkaUnavailable(InfraError):
     """The broker cannot be reached."""
+
+
+class TlsError(InfraError):
+    """Certificates or keys cannot be read, or are not what they must be."""
 
 
 class StoreError(InfraError):

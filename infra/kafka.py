@@ -9,21 +9,25 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import ssl
 from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, ConsumerRecord, TopicPartition
 from aiokafka.admin import AIOKafkaAdminClient, NewTopic
+from aiokafka.client import create_conn
+from aiokafka.conn import collect_hosts
 from aiokafka.errors import KafkaConnectionError, KafkaError, TopicAlreadyExistsError, for_code
 
 from infra.aiokafka_repairs import check_alive
-from infra.errors import KafkaUnavailable
+from infra.errors import KafkaUnavailable, SettingsError
 from infra.settings import KafkaSettings
 
 logger = logging.getLogger(__name__)
 #: Longest wait for a client to say goodbye, s.
 _CLOSE_S = 3.0
+_MECHANISMS = ("PLAIN", "SCRAM-SHA-256", "SCRAM-SHA-512")
 
 
 @dataclass(frozen=True)
@@ -41,10 +45,12 @@ class Topic:
     config: Mapping[str, str] = field(default_factory=dict)
 
 
-def unavailable(settings: KafkaSettings, error: BaseException) -> KafkaUnavailable:
-    """The readable form of any failure to talk to the broker."""
+def unavailable(settings: KafkaSettings, error: BaseException, refusal: str = "") -> KafkaUnavailable:
+    """The readable form of any failure to talk to the broker; ``refusal``: why, if it is known better than by the error."""
     where = settings.bootstrap_servers
-    if isinstance(error, TimeoutError):
+    if refusal:
+        reason = refusal
+    elif isinstance(error, TimeoutError):
         reason = f"no answer within {settings.request_timeout_ms / 1000:g} s"
     elif isinstance(error, KafkaConnectionError):
         reason = "nothing answers there"
@@ -54,6 +60,75 @@ def unavailable(settings: KafkaSettings, error: BaseException) -> KafkaUnavailab
         f"cannot reach the Kafka broker at {where}: {reason}. Check that it runs (`thaw stack status` for the embedded one) "
         "and the setting kafka.bootstrap_servers (THAW_KAFKA_BOOTSTRAP_SERVERS)"
     )
+
+
+def security(settings: KafkaSettings) -> dict[str, Any]:
+    """Options of every aiokafka client: TLS and login. Files are read now; a client that is made later sees them replaced.
+
+    Raises:
+        SettingsError: the settings contradict each other, or a file of theirs cannot be used.
+    """
+    protocol, mechanism = settings.security_protocol.upper(), settings.sasl_mechanism.upper()
+    if protocol not in ("PLAINTEXT", "SSL", "SASL_PLAINTEXT", "SASL_SSL"):
+        raise SettingsError(f"setting kafka.security_protocol: {protocol!r} is none of PLAINTEXT, SSL, SASL_PLAINTEXT, SASL_SSL")
+    given = {name: getattr(settings, name) for name in ("username", "password", "ca", "certificate", "key")}
+    useless = [name for name in ("username", "password") if given[name] and not protocol.startswith("SASL")]
+    useless += [name for name in ("ca", "certificate", "key") if given[name] and not protocol.endswith("SSL")]
+    if useless:
+        raise SettingsError(f"kafka.{useless[0]} is set and kafka.security_protocol is {protocol}, which does not use it")
+    if protocol == "PLAINTEXT":
+        return {}
+    options: dict[str, Any] = {"security_protocol": protocol}
+    if protocol.startswith("SASL"):
+        if mechanism not in _MECHANISMS:
+            raise SettingsError(f"setting kafka.sasl_mechanism: {mechanism!r} is none of {', '.join(_MECHANISMS)}")
+        if not settings.username or not settings.password:
+            raise SettingsError(f"kafka.security_protocol is {protocol}: set kafka.username and kafka.password (THAW_KAFKA_PASSWORD)")
+        options |= {
+            "sasl_mechanism": mechanism,
+            "sasl_plain_username": settings.username,
+            "sasl_plain_password": settings.password,
+        }
+    if protocol.endswith("SSL"):
+        options["ssl_context"] = _context(settings)
+    return options
+
+
+def _context(settings: KafkaSettings) -> ssl.SSLContext:
+    try:
+        context = ssl.create_default_context(cafile=settings.ca or None)
+    except (OSError, ssl.SSLError) as error:
+        raise SettingsError(f"kafka.ca: {settings.ca} holds no certificate of an authority: {error}") from error
+    if settings.certificate:
+        try:
+            context.load_cert_chain(settings.certificate, settings.key or None)
+        except (OSError, ssl.SSLError) as error:
+            raise SettingsError(
+                f"kafka.certificate {settings.certificate} and kafka.key {settings.key} are no certificate and its key: {error}"
+            ) from error
+    return context
+
+
+async def refusal_of(settings: KafkaSettings) -> str:
+    """Why no broker is reached over TLS or as a user: clients keep that to their log. Empty: unknown."""
+    options = security(settings)
+    for host, port, _ in collect_hosts(settings.bootstrap_servers):
+        try:
+            connection = await create_conn(
+                host, port, client_id="thaw-probe", request_timeout_ms=min(2000, settings.request_timeout_ms), **options
+            )
+            connection.close()
+        except ssl.SSLCertVerificationError as error:
+            return f"its certificate is not accepted ({error.verify_message}); check kafka.ca"
+        except ssl.SSLError as error:
+            return f"no TLS with it ({error.reason or error}); check kafka.security_protocol and kafka.certificate"
+        except KafkaConnectionError:
+            continue  # nothing answers, or it hangs up: there may be others
+        except KafkaError as error:
+            return f"it refuses the login ({error}); check kafka.username, kafka.password and kafka.sasl_mechanism"
+        except (OSError, TimeoutError):
+            continue
+    return ""
 
 
 def producer(settings: KafkaSettings, client_id: str) -> AIOKafkaProducer:
@@ -67,6 +142,7 @@ def producer(settings: KafkaSettings, client_id: str) -> AIOKafkaProducer:
         linger_ms=0,
         request_timeout_ms=settings.request_timeout_ms,
         metadata_max_age_ms=30_000,
+        **security(settings),
     )
 
 
@@ -94,6 +170,7 @@ def consumer(
         # Also how soon a member notices that another has left and its shards are free.
         heartbeat_interval_ms=min(500, settings.session_timeout_ms // 6),
         metadata_max_age_ms=30_000,
+        **security(settings),
     )
 
 
@@ -122,7 +199,8 @@ async def start(client: Any, settings: KafkaSettings) -> None:
             await client.start()
     except (KafkaError, OSError, ValueError) as error:
         await close(client)
-        raise unavailable(settings, error) from error
+        refusal = await refusal_of(settings) if settings.security_protocol != "PLAINTEXT" else ""
+        raise unavailable(settings, error, refusal) from error
     except BaseException:
         await close(client)
         raise
@@ -166,7 +244,10 @@ async def ensure_topics(settings: KafkaSettings, topics: Iterable[Topic]) -> Non
         for topic in topics
     ]
     admin = AIOKafkaAdminClient(
-        bootstrap_servers=_address(settings), client_id="thaw-topics", request_timeout_ms=settings.request_timeout_ms
+        bootstrap_servers=_address(settings),
+        client_id="thaw-topics",
+        request_timeout_ms=settings.request_timeout_ms,
+        **security(settings),
     )
     async with started(admin, settings):
         try:

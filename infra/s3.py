@@ -11,16 +11,20 @@ from typing import Any
 import boto3
 import botocore.session
 from botocore.config import Config
-from botocore.exceptions import BotoCoreError, ClientError
+from botocore.exceptions import BotoCoreError, ClientError, CredentialRetrievalError, NoCredentialsError, PartialCredentialsError
 from botocore.httpsession import get_cert_path
 
-from infra.errors import ObjectConflict, ObjectMissing, StoreError, StoreUnavailable
+from infra.errors import ObjectConflict, ObjectMissing, SettingsError, StoreError, StoreUnavailable
 from infra.s3get import SignedGet
 from infra.settings import S3Settings
 
 _MISSING = {"404", "NoSuchKey", "NoSuchBucket", "NotFound"}
 _CONFLICT = {"412", "PreconditionFailed", "409", "ConditionalRequestConflict"}
-_DENIED = {"403", "AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMatch", "401"}
+_DENIED = {"403", "AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMatch", "401", "InvalidToken"}
+_EXPIRED = {"ExpiredToken", "ExpiredTokenException", "TokenRefreshRequired"}
+#: What botocore raises where it looks for credentials, or renews them; a provider that gives expired ones is a RuntimeError.
+_CREDENTIALS = (NoCredentialsError, PartialCredentialsError, CredentialRetrievalError, RuntimeError)
+_FAILURES = (BotoCoreError, ClientError, OSError, RuntimeError)
 #: Open connections of a process in which starts wait for GETs: pointer, then head and working set, of two starts at once.
 WARM_CONNECTIONS = 4
 
@@ -38,6 +42,7 @@ class ObjectStore:
         """
         self.bucket = settings.bucket
         self._endpoint = settings.endpoint_url or "AWS"
+        self._sealed_by_store = _server_side_encryption(settings)
         config = Config(
             signature_version="s3v4",
             connect_timeout=settings.connect_timeout_s,
@@ -54,9 +59,13 @@ class ObjectStore:
         session = boto3.session.Session(
             aws_access_key_id=settings.access_key or None,
             aws_secret_access_key=settings.secret_key or None,
+            aws_session_token=settings.session_token or None,
             botocore_session=core,
         )
-        self._client: Any = session.client("s3", endpoint_url=settings.endpoint_url or None, region_name=settings.region, config=config)
+        trusted = settings.ca or core.get_config_variable("ca_bundle") or get_cert_path(True)
+        self._client: Any = session.client(
+            "s3", endpoint_url=settings.endpoint_url or None, region_name=settings.region, config=config, verify=trusted
+        )
         credentials = session.get_credentials()
         self._get: SignedGet | None = None
         if credentials is not None:  # else boto3 says what is missing
@@ -65,7 +74,7 @@ class ObjectStore:
                 self._client.meta.endpoint_url,
                 settings.region,
                 credentials,
-                core.get_config_variable("ca_bundle") or get_cert_path(True),
+                trusted,
                 warm=warm,
                 most=max(parallel, warm),
                 connect_timeout_s=settings.connect_timeout_s,
@@ -87,7 +96,7 @@ class ObjectStore:
             if size > size_max:
                 raise StoreError(f"the object has {size} bytes, {size_max} at most were expected", bucket=self.bucket, key=key)
             data = bytes(answer["Body"].read())
-        except (BotoCoreError, ClientError, OSError) as error:
+        except _FAILURES as error:
             raise self._explain(error, key) from error
         if len(data) != size:
             raise StoreUnavailable(f"the object was cut short: {len(data)} of {size} bytes", bucket=self.bucket, key=key)
@@ -98,7 +107,7 @@ class ObjectStore:
         try:
             answer = self._client.get_object(Bucket=self.bucket, Key=key)
             return answer["Body"].read(size_max), str(answer["ETag"])
-        except (BotoCoreError, ClientError, OSError) as error:
+        except _FAILURES as error:
             raise self._explain(error, key) from error
 
     def put(self, key: str, body: bytes, *, only_if_absent: bool = False, only_if_tag: str = "") -> None:
@@ -110,21 +119,21 @@ class ObjectStore:
             only_if_absent: fail with ObjectConflict when it exists.
             only_if_tag: fail with ObjectConflict unless it exists with this ETag.
         """
-        condition: dict[str, str] = {}
+        condition = dict(self._sealed_by_store)
         if only_if_absent:
             condition["IfNoneMatch"] = "*"
         if only_if_tag:
             condition["IfMatch"] = only_if_tag
         try:
             self._client.put_object(Bucket=self.bucket, Key=key, Body=body, **condition)
-        except (BotoCoreError, ClientError, OSError) as error:
+        except _FAILURES as error:
             raise self._explain(error, key) from error
 
     def exists(self, key: str) -> bool:
         """Whether there is such an object."""
         try:
             self._client.head_object(Bucket=self.bucket, Key=key)
-        except (BotoCoreError, ClientError, OSError) as error:
+        except _FAILURES as error:
             explained = self._explain(error, key)
             if isinstance(explained, ObjectMissing):
                 return False
@@ -135,7 +144,7 @@ class ObjectStore:
         """Remove one object; no error when it is not there."""
         try:
             self._client.delete_object(Bucket=self.bucket, Key=key)
-        except (BotoCoreError, ClientError, OSError) as error:
+        except _FAILURES as error:
             raise self._explain(error, key) from error
 
     def list(self, prefix: str) -> list[str]:
@@ -143,7 +152,7 @@ class ObjectStore:
         try:
             pages = self._client.get_paginator("list_objects_v2").paginate(Bucket=self.bucket, Prefix=prefix)
             return [item["Key"] for page in pages for item in page.get("Contents", [])]
-        except (BotoCoreError, ClientError, OSError) as error:
+        except _FAILURES as error:
             raise self._explain(error, prefix) from error
 
     def close(self) -> None:
@@ -159,9 +168,35 @@ class ObjectStore:
                 return ObjectMissing("there is no such object", bucket=self.bucket, key=key)
             if code in _CONFLICT:
                 return ObjectConflict("another writer was first", bucket=self.bucket, key=key)
+            if code in _EXPIRED:
+                text = (
+                    f"the credentials for the object store at {self._endpoint} have expired ({code}); set new ones (s3.access_key, "
+                    "s3.secret_key, s3.session_token), or leave s3.access_key empty and let the environment or the instance renew them"
+                )
+                return StoreError(text, bucket=self.bucket, key=key)
             if code in _DENIED:
                 text = f"the object store at {self._endpoint} refuses the credentials ({code}); check settings s3.access_key"
                 return StoreError(text, bucket=self.bucket, key=key)
             return StoreUnavailable(f"the object store at {self._endpoint} answered {code}: {error}", bucket=self.bucket, key=key)
+        if isinstance(error, _CREDENTIALS):
+            text = (
+                f"no credentials for the object store at {self._endpoint}: {error}; set s3.access_key and s3.secret_key, or check what the "
+                "environment, the service account or the instance provides"
+            )
+            return StoreUnavailable(text, bucket=self.bucket, key=key)
         text = f"the object store at {self._endpoint} does not answer: {error}; check settings s3.endpoint_url and that it runs"
         return StoreUnavailable(text, bucket=self.bucket, key=key)
+
+
+def _server_side_encryption(settings: S3Settings) -> dict[str, str]:
+    """What every PUT says of it.
+
+    Raises:
+        SettingsError: unknown, or a key without ``aws:kms``.
+    """
+    if settings.sse not in ("", "AES256", "aws:kms"):
+        raise SettingsError(f"setting s3.sse: {settings.sse!r} is neither empty nor AES256 nor aws:kms")
+    if settings.sse_kms_key_id and settings.sse != "aws:kms":
+        raise SettingsError("setting s3.sse_kms_key_id needs s3.sse=aws:kms")
+    said = {"ServerSideEncryption": settings.sse, "SSEKMSKeyId": settings.sse_kms_key_id}
+    return {name: value for name, value in said.items() if value}

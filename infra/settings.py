@@ -12,7 +12,7 @@ import json
 import os
 import tomllib
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -46,6 +46,17 @@ class KafkaSettings:
     #: A consumer that is silent this long loses its partitions, ms. Also how long a killed scaler's shard is unowned.
     session_timeout_ms: int = 6000
     request_timeout_ms: int = 10000
+    #: As in Kafka: PLAINTEXT, SSL, SASL_PLAINTEXT or SASL_SSL.
+    security_protocol: str = "PLAINTEXT"
+    #: With SASL: PLAIN, SCRAM-SHA-256 or SCRAM-SHA-512.
+    sasl_mechanism: str = "PLAIN"
+    username: str = ""
+    password: str = field(default="", repr=False)
+    #: With SSL: PEM file of the authorities that are trusted. Empty: those of the machine.
+    ca: str = ""
+    #: PEM files of a client's certificate and its key, where the broker wants one.
+    certificate: str = ""
+    key: str = ""
 
 
 @dataclass(frozen=True)
@@ -55,12 +66,30 @@ class S3Settings:
     endpoint_url: str = ""
     bucket: str = "thaw"
     region: str = "us-east-1"
+    #: Empty: botocore's chain (environment, shared files, web identity, instance profile), which renews what expires.
     access_key: str = ""
-    secret_key: str = ""
+    secret_key: str = field(default="", repr=False)
+    #: With credentials that are given for a time only.
+    session_token: str = field(default="", repr=False)
+    #: PEM file of the authorities that are trusted with https. Empty: $AWS_CA_BUNDLE, else botocore's own.
+    ca: str = ""
     connect_timeout_s: float = 2.0
     read_timeout_s: float = 10.0
     #: Attempts of one request, the first included.
     attempts: int = 4
+    #: Encryption by the store itself, asked for with every PUT: ``AES256``, ``aws:kms``, or empty for what the bucket does by default.
+    sse: str = ""
+    #: With ``aws:kms``: the key; empty for the account's own.
+    sse_kms_key_id: str = ""
+
+
+@dataclass(frozen=True)
+class ImageSettings:
+    """How checkpoint images are encrypted and signed (docs/images.md)."""
+
+    #: Folder with the files ``ring``, ``signing`` and ``trusted``, as ``thaw keys make`` writes them. Empty: ``state_dir/image-keys``,
+    #: which an agent with local sandboxes makes by itself. Agents that share checkpoints have the same keys.
+    keys: str = ""
 
 
 @dataclass(frozen=True)
@@ -113,6 +142,24 @@ class KubernetesSettings:
 
 
 @dataclass(frozen=True)
+class TlsSettings:
+    """Mutual TLS between scalers, watchers and agents. Without files: certificates of this machine's own, in state_dir/tls."""
+
+    #: ``on`` or ``off``; off only where nobody else reaches the agent's port.
+    mode: str = "on"
+    #: PEM file of the authorities that are trusted (cert-manager: ca.crt).
+    ca: str = ""
+    #: PEM file of this side's certificate (tls.crt), with the SAN URI thaw://agent/NODE, thaw://scaler/NAME or thaw://watcher/NAME.
+    certificate: str = ""
+    #: PEM file of its key (tls.key).
+    key: str = ""
+
+
+#: Of the setting ``agent.allowed``.
+ALL_ALLOWED = "thaw://scaler/*=*"
+
+
+@dataclass(frozen=True)
 class AgentSettings:
     """One node agent."""
 
@@ -142,6 +189,9 @@ class AgentSettings:
     fill_mb_per_s: float = 64.0
     #: Instances outlive an agent that dies, for the next one to adopt; without one they end after this long, s.
     orphan_s: float = 30.0
+    #: Starts that wait for their turn are refused when no scaler has been heard for so long, s: they have been started elsewhere. Longer
+    #: than a scaler takes to be there again.
+    lease_s: float = 15.0
     #: A released instance answers the requests in progress for so long at most, s, and no longer than the command's deadline allows; 0:
     #: it is ended at once. As terminationGracePeriodSeconds of Kubernetes.
     drain_timeout_s: float = 30.0
@@ -153,6 +203,9 @@ class AgentSettings:
     log_mb: int = 16
     #: Reconciliation of leaks, s.
     reconcile_s: float = 30.0
+    #: Which scaler may command which functions: comma-separated ``IDENTITY=FUNCTION``, both with ``*`` and ``?``, the identity as in the
+    #: scaler's certificate, such as ``thaw://scaler/blue=blue-*,thaw://scaler/main=*``.
+    allowed: str = ALL_ALLOWED
 
 
 @dataclass(frozen=True)
@@ -168,6 +221,9 @@ class ScalerSettings:
     placeholders_ahead: int = 1
     #: Empty placeholders beyond that are removed after this long, s.
     placeholder_idle_s: float = 60.0
+    #: What a start has caused (another placeholder, greater requests) waits this long, s, unless a start waits for a pod: to make a pod
+    #: takes the node's cores for most of a second, and those are needed for the start and for the way to it through the Service.
+    placeholder_pause_s: float = 0.25
     group: str = "thaw-scaler"
     #: Age at which a source that sent nothing counts as zero, s, when its event names none.
     source_ttl_s: float = 10.0
@@ -201,9 +257,11 @@ class Settings:
     paths: PathSettings = field(default_factory=PathSettings)
     kafka: KafkaSettings = field(default_factory=KafkaSettings)
     s3: S3Settings = field(default_factory=S3Settings)
+    images: ImageSettings = field(default_factory=ImageSettings)
     stack: StackSettings = field(default_factory=StackSettings)
     cluster: ClusterSettings = field(default_factory=ClusterSettings)
     kubernetes: KubernetesSettings = field(default_factory=KubernetesSettings)
+    tls: TlsSettings = field(default_factory=TlsSettings)
     agent: AgentSettings = field(default_factory=AgentSettings)
     scaler: ScalerSettings = field(default_factory=ScalerSettings)
     telemetry: TelemetrySettings = field(default_factory=TelemetrySettings)
@@ -217,6 +275,11 @@ class Settings:
     def runtime_folder(self) -> Path:
         """What the agent of this machine keeps in ``paths.runtime_dir``."""
         return self.paths.runtime_dir / f"thaw-{self.agent.node_name}"
+
+    @property
+    def image_keys(self) -> Path:
+        """Folder of the keys that seal checkpoint images."""
+        return (Path(self.images.keys).expanduser() if self.images.keys else self.paths.state_dir / "image-keys").absolute()
 
     @property
     def agent_file(self) -> Path:
@@ -264,6 +327,27 @@ def load(
     if given:
         raise SettingsError(f"unknown settings section {sorted(given)[0]!r}; known: {', '.join(_sections())}")
     return with_embedded_stack(settings)
+
+
+def with_assignments(settings: Settings, assignments: Iterable[str]) -> Settings:
+    """Other values for some settings.
+
+    Args:
+        settings: all others.
+        assignments: ``section.field=value``, as on the command line.
+
+    Raises:
+        SettingsError: one is not that, or there is no such setting.
+    """
+    for text in assignments:
+        name, separator, value = text.partition("=")
+        section, _, item = name.partition(".")
+        if not separator or section not in _sections() or item not in typing.get_type_hints(_sections()[section]):
+            raise SettingsError(f"{text!r} is not SECTION.FIELD=VALUE of a setting that there is")
+        kind = typing.get_type_hints(_sections()[section])[item]
+        changed = dataclasses.replace(getattr(settings, section), **{item: _convert(name, kind, value)})
+        settings = dataclasses.replace(settings, **{section: changed})
+    return settings
 
 
 def with_embedded_stack(settings: Settings) -> Settings:

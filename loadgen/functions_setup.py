@@ -218,7 +218,8 @@ def _install(
         return files
 
     final = cache_dir / "functions" / f"{name}-{digest.hexdigest()[:16]}"
-    return install_folder(final, build_readable, report, title=f"sample function {name}")
+    # Documents that were applied name files of older ones.
+    return install_folder(final, build_readable, report, title=f"sample function {name}", keep_old=True)
 
 
 def _publish(name: str, folder: Path, programs: dict[str, str]) -> Path:

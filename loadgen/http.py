@@ -37,9 +37,6 @@ async def get(address: str, path: str, traceparent: str = "", *, connect_timeout
     """
     host, _, port = address.rpartition(":")
     host = host.strip("[]")
-    head = f"GET {path} HTTP/1.1\r\nHost: {address}\r\nConnection: close\r\n"
-    if traceparent:
-        head += f"traceparent: {traceparent}\r\n"
     loop = asyncio.get_running_loop()
     with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM) as connection:
         connection.setblocking(False)
@@ -49,11 +46,20 @@ async def get(address: str, path: str, traceparent: str = "", *, connect_timeout
         except OSError as error:
             reason = error.strerror or str(error) or f"nobody answered within {connect_timeout_s} s"
             raise AttemptFailed(f"no connection to {address}: {reason}") from error
-        try:
-            await loop.sock_sendall(connection, head.encode() + b"\r\n")
-            return await _read_answer(loop, connection, address)
-        except OSError as error:
-            raise AttemptFailed(f"the connection to {address} ended inside the answer: {error}") from error
+        return await ask(connection, address, path, traceparent)
+
+
+async def ask(connection: socket.socket, address: str, path: str, traceparent: str = "") -> tuple[int, bytes]:
+    """Send one GET over a connection that stands, and read the whole answer; see :func:`get`."""
+    head = f"GET {path} HTTP/1.1\r\nHost: {address}\r\nConnection: close\r\n"
+    if traceparent:
+        head += f"traceparent: {traceparent}\r\n"
+    loop = asyncio.get_running_loop()
+    try:
+        await loop.sock_sendall(connection, head.encode() + b"\r\n")
+        return await _read_answer(loop, connection, address)
+    except OSError as error:
+        raise AttemptFailed(f"the connection to {address} ended inside the answer: {error}") from error
 
 
 async def _read_answer(loop: asyncio.AbstractEventLoop, connection: socket.socket, address: str) -> tuple[int, bytes]:

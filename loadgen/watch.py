@@ -2,7 +2,7 @@
 
 In: the agents' endpoint reports, on one stream per agent. Out: calls to :class:`loadgen.endpoints.EndpointPool`. A
 stream that ends is opened again until the run is over; meanwhile the instances known last are still used, because
-instances outlive their agent. No broker is on this path.
+instances outlive their agent. No broker is on this path. In a cluster the API server tells which agents there are, now and later.
 """
 
 from __future__ import annotations
@@ -10,15 +10,17 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from agent.api.connection import Connection, connect
 from agent.api.messages import EndpointDown, Endpoints, EndpointUp
 from agent.errors import ProtocolError
+from infra import tls
 from infra.settings import Settings
 from infra.tasks import TaskGroup
 from loadgen.endpoints import EndpointPool
 from loadgen.errors import LoadImpossible
+from scaler.edges.agents import DISCOVER
 
 logger = logging.getLogger(__name__)
 
@@ -36,16 +38,71 @@ class AgentWatcher:
         self._pool = pool
         self._tasks = tasks
         self._identity = identity
+        self._credentials: tls.Credentials | None = None
+        #: Agents of a cluster, by node; None: it has not said yet.
+        self._found: Mapping[str, _Address] | None = None
+        self._news = asyncio.Event()
 
     async def start(self, timeout_s: float) -> None:
         """Connect to every agent, then follow each in a task.
 
         Raises:
             LoadImpossible: an agent cannot be reached within ``timeout_s``, or none is known; the message says which.
+            TlsError: certificates are missing or wrong.
         """
-        for name, find in agents(self._settings).items():
+        self._credentials = await asyncio.to_thread(tls.credentials, self._settings, "watcher")
+        known = await self._discover(timeout_s) if self._settings.scaler.agents == DISCOVER else agents(self._settings)
+        for name, find in known.items():
             connection = await self._first(name, find, timeout_s)
             self._tasks.spawn(self._follow(name, find, connection), f"watch {name}", essential=True)
+
+    async def _discover(self, timeout_s: float) -> dict[str, Callable[[], _Address]]:
+        """The agents' pods that there are now; later ones are followed as they come."""
+        self._tasks.spawn(self._follow_cluster(), "watch of agents", essential=True)
+        namespace = self._settings.kubernetes.agents_namespace
+        try:
+            async with asyncio.timeout(timeout_s):
+                while not self._found:
+                    self._news.clear()
+                    await self._news.wait()
+        except TimeoutError as error:
+            said = "has no agent that runs" if self._found is not None else "is not told of by the API server"
+            raise LoadImpossible(f"scaler.agents is {DISCOVER}, and the namespace {namespace} {said}") from error
+        known = {node: self._at(node) for node in self._found}
+        self._tasks.spawn(self._follow_more(set(known)), "new agents", essential=True)
+        return known
+
+    async def _follow_cluster(self) -> None:
+        # Here, because the import takes 0.7 s.
+        from infra.kubernetes.client import connect
+        from scaler.edges.kubernetes.agents import SELECTOR, AgentTable
+        from scaler.edges.kubernetes.operator import follow_agents
+
+        def take(addresses: Mapping[str, _Address]) -> None:
+            self._found = addresses
+            self._news.set()
+
+        async with connect(self._settings.kubernetes) as server:
+            table = AgentTable(self._settings.agent.listen_port, take)
+            await follow_agents(server, self._settings, table.take, SELECTOR)
+
+    async def _follow_more(self, known: set[str]) -> None:
+        """Follow agents of nodes that were not there at the start."""
+        while True:
+            self._news.clear()
+            for node in set(self._found or ()) - known:
+                known.add(node)
+                self._tasks.spawn(self._follow(node, self._at(node), None), f"watch {node}", essential=True)
+            await self._news.wait()
+
+    def _at(self, node: str) -> Callable[[], _Address]:
+        def find() -> _Address:
+            if node not in (self._found or {}):
+                raise LoadImpossible(f"no agent runs on node {node} now")
+            assert self._found is not None
+            return self._found[node]
+
+        return find
 
     async def _first(self, name: str, find: Callable[[], _Address], timeout_s: float) -> Connection:
         loop = asyncio.get_running_loop()
@@ -61,7 +118,7 @@ class AgentWatcher:
     async def _connect(self, name: str, find: Callable[[], _Address], timeout_s: float) -> Connection:
         """Open a stream and take the agent's list, so that known instances are there before the first request."""
         host, port = find()
-        connection, _ = await connect(host, port, self._identity, "watcher", timeout_s=timeout_s)
+        connection, _ = await connect(host, port, self._identity, "watcher", self._credentials, timeout_s=timeout_s)
         try:
             async with asyncio.timeout(timeout_s):
                 message = await connection.receive()

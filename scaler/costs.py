@@ -58,6 +58,18 @@ class CostBook:
         for means in (own, self.by_size.setdefault(image_mb.bit_length(), Means()), self.everywhere):
             means.add(what, value)
 
+    def load(self, own: Means, measured: Means, image_mb: int) -> None:
+        """Go on with what another planner has measured of a function: what this one has measured itself counts more.
+
+        Args:
+            own: the function's means.
+            measured: the other's.
+            image_mb: as in :meth:`add`.
+        """
+        for what, value in measured.of.items():
+            for means in (own, self.by_size.setdefault(image_mb.bit_length(), Means()), self.everywhere):
+                means.of.setdefault(what, value)
+
     def of(self, own: Means, image_mb: int, limit_mb: int) -> RungCosts:
         """The rungs of a function, with start delays in order: none is dearer than the one below it."""
         alike = self.by_size.get(image_mb.bit_length(), _NO_MEANS).of

@@ -19,7 +19,8 @@ from __future__ import annotations
 import struct
 import zlib
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from typing import NamedTuple
 
 import msgspec
 
@@ -31,14 +32,14 @@ from scaler.forecast.slot import ForecastConfig
 from scaler.holding import Holding
 from scaler.ladder import RungCosts
 from scaler.levels import NS
-from scaler.packed import Learned, Packed
+from scaler.packed import LearnedRecord, Packed
 from scaler.placement import Node
 from scaler.state import FunctionState, Standby
 
 #: Given a state with its document, what its forecast is priced with: :func:`scaler.forecasts.terms`.
 Terms = Callable[[FunctionState], tuple[ForecastConfig, RungCosts]]
 #: Of what :meth:`Functions.learned` gives; another one is not read.
-FORMAT = 1
+FORMAT = 2
 #: A function with standbys sleeps when it was not looked at for this long: most that are asked often are asked before.
 PAUSE_NS = 60 * NS
 
@@ -142,14 +143,27 @@ class Functions:
         return [state for name in woken if (state := self._awake.get(name)) is not None]
 
     def learned(self, name: str) -> bytes | None:
-        """The forecast of a function, and what its slots hold unless it is busy, for :func:`unpack_learned`; None: it has none."""
+        """What was learned of a function, for :func:`unpack_learned`; None: nothing.
+
+        Its forecast, and what its slots hold unless it is busy; what it was measured to cost; and that it can't be frozen, if so.
+        """
         if (packed := self._asleep.get(name)) is not None:
             was = _STATES.decode(packed)
-            return msgspec.msgpack.encode([FORMAT, was.holding, was.forecast]) if was.forecast else None
+            if not (was.forecast or was.measured or was.given_up):
+                return None
+            digest = _DOCUMENTS.decode(_inflate(was.document, name)).digest if was.given_up else ""
+            return msgspec.msgpack.encode([FORMAT, was.holding, was.forecast, was.measured, was.given_up, digest])
         state = self._awake.get(name)
-        if state is None or state.forecast is None or state.holding is None:
+        if state is None:
             return None
-        return msgspec.msgpack.encode([FORMAT, [] if state.holding.need else state.holding.pack(), state.forecast.pack()])
+        predicted = state.forecast is not None and state.holding is not None
+        if not (predicted or state.measured.of or state.checkpoint.given_up):
+            return None
+        holding = state.holding.pack() if state.holding is not None and not state.holding.need else []
+        forecast = state.forecast.pack() if predicted and state.forecast is not None else []
+        given_up = state.checkpoint.given_up
+        measured = _placed(state.measured)
+        return msgspec.msgpack.encode([FORMAT, holding, forecast, measured, given_up, state.digest if given_up else ""])
 
     def rest(self, now_ns: int) -> None:
         """Let those sleep that have nothing going on, of those that were looked at and of those that were left alone since."""
@@ -231,7 +245,7 @@ def pack(state: FunctionState, epoch: int, connections: list[int]) -> bytes:
             cold_on=checkpoint.cold_on,
             given_up=checkpoint.given_up,
             attempts=attempts if any(attempts) else [],
-            measured={_PLACES.get(what, what): value for what, value in state.measured.of.items()},
+            measured=_placed(state.measured),
             start_ms=state.last_start_ms or None,
             start_mode=state.last_start_mode,
             error=state.last_error,
@@ -259,7 +273,7 @@ def unpack(name: str, packed: bytes, terms: Terms) -> tuple[FunctionState, int, 
     if was.attempts:
         state.failures, state.retry_ns, standbys.failures, standbys.retry_ns = was.attempts[:4]
         checkpoint.failures, checkpoint.retry_ns, checkpoint.fetch_failures, checkpoint.fetch_retry_ns = was.attempts[4:]
-    state.measured = Means({_MEASURED[what] if isinstance(what, int) else what: value for what, value in was.measured.items()})
+    state.measured = _means(was.measured)
     state.last_start_ms, state.last_start_mode, state.last_error = was.start_ms or 0.0, was.start_mode, was.error
     for standby, node, pss_mb, made_ns, attempt in was.standbys:
         standbys.add(Standby(standby, node, state.digest, checkpoint.id, pss_mb, made_ns, attempt))
@@ -270,7 +284,23 @@ def unpack(name: str, packed: bytes, terms: Terms) -> tuple[FunctionState, int, 
     return state, was.epoch, was.connections
 
 
-def unpack_learned(learned: bytes, terms: tuple[ForecastConfig, RungCosts]) -> tuple[FunctionForecast, Holding]:
+class Learned(NamedTuple):
+    """What was known of a function by whoever decided for it before.
+
+    Attributes:
+        forecast, holding: of its requests; None: it had none.
+        measured: what it was measured to cost.
+        given_up: why no checkpoint of it can be made, and of which digest that was; empty: nobody has found that.
+    """
+
+    forecast: FunctionForecast | None
+    holding: Holding | None
+    measured: Means
+    given_up: str
+    digest: str
+
+
+def unpack_learned(learned: bytes, terms: tuple[ForecastConfig, RungCosts]) -> Learned:
     """What :meth:`Functions.learned` gave.
 
     Raises:
@@ -280,12 +310,16 @@ def unpack_learned(learned: bytes, terms: tuple[ForecastConfig, RungCosts]) -> t
         value = msgspec.msgpack.decode(learned)
         if isinstance(value, list) and value and value[0] != FORMAT:
             raise ForecastInvalid(f"it is of format {value[0]!r}, not {FORMAT}")
-        msgspec.convert(value, Learned)
-        _, holding, packed = value
+        msgspec.convert(value, LearnedRecord)
+        _, holding, packed, measured, given_up, digest = value
+        means = _means(measured)
+        if not packed:
+            return Learned(None, None, means, given_up, digest)
         forecast = FunctionForecast.unpack(packed, *terms)
         if not forecast.sound:
             raise ForecastInvalid("its weights are no weights")
-        return forecast, Holding.unpack(holding, forecast) if holding else Holding(forecast)
+        held = Holding.unpack(holding, forecast) if holding else Holding(forecast)
+        return Learned(forecast, held, means, given_up, digest)
     except (
         msgspec.MsgspecError,
         ValueError,
@@ -297,6 +331,14 @@ def unpack_learned(learned: bytes, terms: tuple[ForecastConfig, RungCosts]) -> t
         struct.error,
     ) as error:
         raise ForecastInvalid(f"it is not a forecast: {error}") from error
+
+
+def _placed(means: Means) -> dict[int | str, float]:
+    return {_PLACES.get(what, what): value for what, value in means.of.items()}
+
+
+def _means(placed: Mapping[int | str, float]) -> Means:
+    return Means({_MEASURED[what] if isinstance(what, int) else what: value for what, value in placed.items()})
 
 
 def _number(name: str) -> bytes:

@@ -15,6 +15,7 @@ from agent.api.function import Function
 from agent.api.messages import (
     CheckpointPublished,
     CommandFailed,
+    CommandTaken,
     Evicted,
     FetchDone,
     InstanceExited,
@@ -119,7 +120,16 @@ class Stalled(msgspec.Struct, frozen=True, kw_only=True):
 
 #: Reports that mean something to the planner; endpoints are for watchers.
 PlannerReport = (
-    Inventory | StartDone | StartFailed | PrepareDone | InstanceExited | FetchDone | CheckpointPublished | Evicted | CommandFailed
+    Inventory
+    | CommandTaken
+    | StartDone
+    | StartFailed
+    | PrepareDone
+    | InstanceExited
+    | FetchDone
+    | CheckpointPublished
+    | Evicted
+    | CommandFailed
 )
 
 

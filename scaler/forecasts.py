@@ -114,10 +114,19 @@ def load(world: World, state: FunctionState, learned: bytes, now_ns: int) -> Non
     Raises:
         ForecastInvalid: it is not a forecast; nothing has changed.
     """
+    function = state.function
+    if function is None:
+        return
+    found = dormant.unpack_learned(learned, terms(world, state))
+    world.costs.load(state.measured, found.measured, state.checkpoint.image_mb or function.spec.limits.memory_mb)
+    if found.given_up and found.digest == state.digest and not state.checkpoint.id:
+        state.checkpoint.given_up = found.given_up
     if not predicted(state):
         return
-    forecast, holding = dormant.unpack_learned(learned, terms(world, state))
-    state.forecast, state.holding, state.forecast_due_ns = forecast, holding, None
+    if found.forecast is not None:
+        state.forecast, state.holding, state.forecast_due_ns = found.forecast, found.holding, None
+    if state.forecast is not None:
+        state.forecast.terms.costs = costs(world, state)
     follow(world, state, now_ns)
 
 

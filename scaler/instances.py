@@ -115,6 +115,16 @@ def release(world: World, state: FunctionState, instance: Instance, now_ns: int)
     world.send(Pending("release", state.name, instance.node, instance.id), Release(**header, instance=instance.id))
 
 
+def known_start(world: World, state: FunctionState, node: str, command_id: str, digest: str, now_ns: int) -> None:
+    """Put a start into the books that another scaler has asked for."""
+    thaws = node in state.free_standbys()
+    state.starts[command_id] = Starting(command_id, node, digest, Need(None, now_ns), 0, thaws, now_ns)
+    state.starting += digest == state.digest
+    if (where := world.nodes.get(node)) is not None and state.function is not None:
+        where.begin(command_id, forecasts.costs(world, state).delay_s[Rung.STANDBY if thaws else Rung.CACHED])
+        where.book(command_id, forecasts.expected_mb(world, state))
+
+
 def forget_start(world: World, state: FunctionState, command_id: str) -> Starting | None:
     """Take a start out of the books; None when it is not (or no longer) in them."""
     start = state.starts.pop(command_id, None)

@@ -95,5 +95,10 @@ class _Held(msgspec.Struct, array_like=True, forbid_unknown_fields=True):
     slots: Annotated[list[_HeldSlot], msgspec.Meta(max_length=_SLOTS_MAX)] = []
 
 
-#: Format, what the slots hold (or an empty list), the forecast.
-Learned = tuple[int, _Held, tuple[_IdleTimes, Annotated[list[_Slot], msgspec.Meta(max_length=_SLOTS_MAX)]]]
+class _Forecast(msgspec.Struct, array_like=True, forbid_unknown_fields=True):
+    rises: _IdleTimes = (0, b"", b"")
+    slots: Annotated[list[_Slot], msgspec.Meta(max_length=_SLOTS_MAX)] = []
+
+
+#: Format, what the slots hold (or an empty list), the forecast (or an empty list), what was measured, why it was given up, of which digest.
+LearnedRecord = tuple[int, _Held, _Forecast, dict[int | str, _Amount], str, str]

@@ -329,15 +329,17 @@ class Planner:
         if world.owned.pop(event.shard, None) is None:
             return
         for state in world.functions.of_shard(event.shard):
-            for command_id in list(state.starts):
-                instances.forget_start(world, state, command_id)
             state.disown()
             world.unknown.pop(state.name, None)
             world.waiting.pop(state.name, None)
             world.short.pop(state.name, None)
             world.forget_if_empty(state)
         for command_id, pending in list(world.pending.items()):
-            if world.shard_of(pending.function) == event.shard:
+            if world.shard_of(pending.function) != event.shard:
+                continue
+            if pending.kind in ("start", "prepare", "checkpoint"):
+                pending.foreign = True  # it is being made all the same
+            else:
                 world.answered(command_id)
 
 

@@ -15,6 +15,7 @@ import itertools
 from agent.api.messages import (
     CheckpointPublished,
     CommandFailed,
+    CommandTaken,
     Evicted,
     FetchDone,
     InstanceExited,
@@ -28,7 +29,7 @@ from scaler import checkpoints, forecasts, instances, pressure, standbys
 from scaler.commands import Need
 from scaler.events import PlannerReport
 from scaler.placement import Node
-from scaler.state import FunctionState, Instance
+from scaler.state import FunctionState, Instance, Preparing
 from scaler.world import Pending, World, backoff_ns
 
 #: Reason of a failed release that means: it is gone already.
@@ -45,6 +46,8 @@ def handle(world: World, node: str, report: PlannerReport, now_ns: int, connecte
     """Take in one report of one node."""
     if isinstance(report, Inventory):
         inventory(world, node, report, now_ns, connected)
+    elif isinstance(report, CommandTaken):
+        taken(world, node, report, now_ns)
     elif isinstance(report, StartDone):
         start_done(world, node, report, now_ns)
     elif isinstance(report, StartFailed):
@@ -55,6 +58,23 @@ def handle(world: World, node: str, report: PlannerReport, now_ns: int, connecte
         instance_exited(world, node, report, now_ns)
     else:
         _command_answered(world, node, report, now_ns)
+
+
+def taken(world: World, node: str, report: CommandTaken, now_ns: int) -> None:
+    """A node begins what another scaler has asked for: who decides next must not ask for it again."""
+    if report.id in world.pending or report.until_ns + world.config.answer_grace_ns <= now_ns:
+        return
+    state = world.function(report.function)
+    if report.kind == "checkpoint":
+        if state.checkpoint.making:
+            return
+        state.checkpoint.making = report.id
+    elif report.kind == "prepare":
+        state.standbys.making[report.id] = Preparing(node, 0)
+    else:
+        instances.known_start(world, state, node, report.id, report.function_digest, now_ns)
+    world.expect(report.id, Pending(report.kind, state.name, node, foreign=True), report.until_ns)
+    world.touched[state.name] = None
 
 
 def start_done(world: World, node: str, report: StartDone, now_ns: int) -> None:
@@ -160,6 +180,7 @@ def inventory(world: World, name: str, report: Inventory, now_ns: int, connected
                 changed[function] = None
             known.checkpoint.checked = True
     changed.update(_standbys_of(world, name, report))
+    changed.update(_underway_of(world, name, report, now_ns))
     node.memory_free_mb = report.memory_free_mb
     for state in world.functions.awake():
         if name in state.checkpoint.cached and state.name not in held:
@@ -188,6 +209,27 @@ def _standbys_of(world: World, name: str, report: Inventory) -> dict[str, None]:
         making = state.standbys.making.pop(info.command_id, None)
         if standbys.adopt(world, state, name, info) or making is not None:
             changed[info.function] = None
+    return changed
+
+
+def _underway_of(world: World, name: str, report: Inventory, now_ns: int) -> dict[str, None]:
+    """Take over what is being made on a node, and drop what others have asked for and is not; returns the functions that are concerned."""
+    changed = dict[str, None]()
+    underway = {item.id: item for item in report.underway}
+    for command_id, pending in [item for item in world.pending.items() if item[1].foreign and item[1].node == name]:
+        if command_id in underway or (state := world.functions.get(pending.function)) is None:
+            continue
+        world.answered(command_id)
+        instances.forget_start(world, state, command_id)
+        state.standbys.making.pop(command_id, None)
+        if state.checkpoint.making == command_id:
+            state.checkpoint.making = ""
+        changed[state.name] = None
+    done = {info.command_id for info in report.instances} | {info.command_id for info in report.standbys}
+    for command_id, item in underway.items():
+        if command_id not in done:
+            taken(world, name, item, now_ns)
+            changed[item.function] = None
     return changed
 
 

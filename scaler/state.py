@@ -329,7 +329,7 @@ class FunctionState:
         self.retire_standbys()
 
     def disown(self) -> None:
-        """Another scaler decides from now on: keep only what this one may need to take over again."""
+        """Another scaler decides from now on: keep only what exists or is being made, which this one needs when it takes over again."""
         self.levels.clear()
         self.holding = self.forecast = None
         self.newest = None
@@ -341,8 +341,8 @@ class FunctionState:
             self.add(instance)
         self.releasing.clear()
         checkpoint = self.checkpoint
-        self.checkpoint = CheckpointState(id=checkpoint.id, checked=checkpoint.checked, cached=checkpoint.cached)
-        before, self.standbys = self.standbys, StandbyState()
+        self.checkpoint = CheckpointState(id=checkpoint.id, checked=checkpoint.checked, cached=checkpoint.cached, making=checkpoint.making)
+        before, self.standbys = self.standbys, StandbyState(making=self.standbys.making)
         for standby in [item for held in before.held.values() for item in held.values()]:
             self.standbys.add(standby)
         for item in before.leaving.values():

@@ -85,6 +85,8 @@ class Pending:
     node: str
     #: The instance or standby, for a release.
     instance: str = ""
+    #: Sent by another scaler, or before the shard was lost: it is known, and not waited for by whoever decides.
+    foreign: bool = False
 
 
 class Header(TypedDict):
@@ -167,12 +169,16 @@ class World:
 
     def send(self, pending: Pending, message: AgentCommand, need: Need | None = None) -> None:
         """Give out one command and expect its answer."""
-        if message.id in self.pending:
-            raise InvalidTransition(f"command id {message.id} is in use for {self.pending[message.id]}")
-        self.pending[message.id] = pending
-        self.timers.arm(TimerKey("answer", message.id), message.deadline_ns + self.config.answer_grace_ns)
+        self.expect(message.id, pending, message.deadline_ns)
         self.out.append(NodeCommand(node=pending.node, message=message, need=need))
         self.touched[pending.function] = None
+
+    def expect(self, command_id: str, pending: Pending, deadline_ns: int) -> None:
+        """Expect the answer to a command."""
+        if command_id in self.pending:
+            raise InvalidTransition(f"command id {command_id} is in use for {self.pending[command_id]}")
+        self.pending[command_id] = pending
+        self.timers.arm(TimerKey("answer", command_id), deadline_ns + self.config.answer_grace_ns)
 
     def answered(self, command_id: str) -> Pending | None:
         """Stop waiting for a command; None when it was not (or no longer) waited for."""

@@ -11,6 +11,26 @@ from infra.local import stack, terraform
 from infra.local.terraform import Terraform
 from infra.settings import Settings
 
+#: What a test with one of these marks meets — processes, disks and clocks of a machine that others use too — may fail it once.
+_REAL = ("root", "stack", "cluster")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """A test on real parts that fails is run once more. That it was is told at the end, with the failure: see docs/decisions.md."""
+    for item in items:
+        if any(item.get_closest_marker(name) for name in _REAL):
+            item.add_marker(pytest.mark.flaky(reruns=1))
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Failures of tests that passed, or failed again, when they were run once more."""
+    failures = terminalreporter.stats.get("rerun", [])
+    if failures:
+        terminalreporter.section("RUN TWICE: the first run failed")
+        for report in failures:
+            terminalreporter.section(report.nodeid, "_")
+            terminalreporter.line(report.longreprtext)
+
 
 @pytest.fixture(scope="session")
 def stack_settings(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Settings]:

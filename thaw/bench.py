@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,17 +18,23 @@ import msgspec
 from rich.console import Console
 from rich.table import Table
 
+from infra import settings as settings_module
 from infra.settings import Settings
 from loadgen.bench import costs as bench_costs
 from loadgen.bench import goals, report
 from loadgen.bench import planner as planner_bench
+from loadgen.bench import pods as pods_bench
+from loadgen.bench import safety as bench_safety
 from loadgen.bench.figures import MODES, Measured
+from loadgen.bench.pods import PodBench, PodOptions
 from loadgen.bench.run import SUBJECT, Bench, BenchOptions
 from loadgen.checks import PROGRAMS
 from thaw import isolated
 
 #: What ``thaw bench`` measures when it is told nothing.
 _FANOUT, _DENSITY = (1, 5, 25, 100), 200
+#: Images are always sealed: what that costs falls on the way from the store, not on starts from the node's cache.
+_SAFETY_OFF = ("tls.mode=off",)
 
 
 class _Numbers(click.ParamType):  # type: ignore[type-arg]
@@ -113,6 +120,32 @@ def restore(
 
 
 @bench.command()
+@click.option("-n", "starts", type=click.IntRange(min=1), default=30, show_default=True, help="Starts of each mode, at each address.")
+@click.option("--others", type=click.IntRange(min=1), default=10, show_default=True, help="Cold starts, and ordinary pods.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of tables.")
+@click.option("--out", type=click.Path(file_okay=False, path_type=Path), help="Folder of the result; default: reports/bench-TIME here.")
+@click.pass_obj
+def pods(settings: Settings, *, starts: int, others: int, as_json: bool, out: Path | None) -> None:
+    """The same in pods of a Kubernetes cluster that is made for it, asked directly and through a Service; function index."""
+    began = time.monotonic()
+    folder = (out or Path("reports") / time.strftime("bench-pods-%Y%m%d-%H%M%S")).resolve()
+
+    def say(line: str) -> None:
+        click.echo(f"[{time.monotonic() - began:6.1f} s] {line}", err=True)
+
+    with isolated.installation(settings, "bench-pods") as (own, arguments):
+        options = PodOptions(folder, f"thaw bench pods -n {starts} --others {others}", starts, others)
+        result = PodBench(own, arguments, options, say).run()
+    if as_json:
+        click.echo(json.dumps(result))
+    else:
+        _pod_tables(result)
+    say(f"result: {folder / pods_bench.RESULT_FILE}")
+    if result["wrong"]:
+        sys.exit(1)
+
+
+@bench.command()
 @click.option("--functions", "count", type=click.IntRange(min=1), default=100_000, show_default=True, help="Known in the first part.")
 @click.option("--events", type=click.IntRange(min=100), default=300_000, show_default=True, help="Demand events that are counted.")
 @click.option("--warm-events", "warm", type=click.IntRange(min=100), default=300_000, show_default=True, help="Demand events before these.")
@@ -129,6 +162,48 @@ def planner(*, count: int, events: int, warm: int, cold: int, paced: int, memory
         return
     for what, figure in result.items():
         click.echo(f"{what:24} {figure}")
+
+
+@bench.command()
+@click.option("--sample", type=click.Choice(PROGRAMS), default=SUBJECT, show_default=True, help="Sample function.")
+@click.option("-n", "starts", type=click.IntRange(min=1), default=30, show_default=True, help="Starts of each mode with and without.")
+@click.option(
+    "--off",
+    "switches",
+    multiple=True,
+    metavar="SECTION.FIELD=VALUE",
+    default=_SAFETY_OFF,
+    show_default=True,
+    help="What the one without has set; may be repeated.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@click.pass_obj
+def safety(settings: Settings, *, sample: str, starts: int, switches: tuple[str, ...], as_json: bool) -> None:
+    """What safety costs: demand record to the first response, with it and without it, in turns; the target is 2 ms at p50."""
+    began = time.monotonic()
+
+    def say(line: str) -> None:
+        click.echo(f"[{time.monotonic() - began:6.1f} s] {line}", err=True)
+
+    with (
+        isolated.installation(settings, "safe", subnet="198.19.128.0/18") as (on, with_it),
+        isolated.installation(settings, "bare", subnet="198.19.192.0/18") as (off, without),
+    ):
+        for switch in switches:
+            without += ["--set", switch]
+        sides = [bench_safety.Side("on", on, with_it), bench_safety.Side("off", settings_module.with_assignments(off, switches), without)]
+        result = bench_safety.run(sides, sample, starts, Path("reports").resolve() / time.strftime("safety-%Y%m%d-%H%M%S"), say)
+    result["off_means"] = list(switches)
+    if as_json:
+        click.echo(json.dumps(result))
+    else:
+        for mode, cost_ms in result["cost_ms"].items():
+            p50 = {side: result[side][mode]["p50_ms"] for side in ("on", "off")}
+            click.echo(
+                f"{mode:8} p50 {p50['on']:.2f} ms with, {p50['off']:.2f} ms without: {cost_ms:+.2f} ms (n {result['on'][mode]['n']})"
+            )
+    if result["wrong"]:
+        sys.exit(1)
 
 
 @bench.command()
@@ -168,11 +243,28 @@ def _tables(result: dict[str, Any], check: bool) -> None:
         _goals(result, console)
 
 
+def _pod_tables(result: dict[str, Any]) -> None:
+    console = Console(width=130)
+    shown = Table(title=f"{result['function']} in pods: ms from the demand record to the first response")
+    for heading in ("", "n", "p50", "p90", "p99"):
+        shown.add_column(heading, justify="right" if heading else "left")
+    for name, found in pods_bench.lines(result):
+        shown.add_row(name, *(f"{found[field]:g}" for field in ("n", "p50_ms", "p90_ms", "p99_ms")))
+    console.print(shown)
+    for name, value in result["ratios"].items():
+        console.print(f"{name}: {value:g}x")
+    _show(pods_bench.judge(result), console)
+
+
 def _goals(result: dict[str, Any], console: Console) -> None:
+    _show(goals.judge(result), console)
+
+
+def _show(judged: Sequence[goals.Goal], console: Console) -> None:
     shown = Table(title="targets (two shared cores, quiet machine)")
     for heading, side in (("what", "left"), ("target", "right"), ("figure", "right"), ("", "left"), ("", "left")):
         shown.add_column(heading, justify=side)  # type: ignore[arg-type]
     styles = {"met": "green", "not met": "red", "not measured": "dim"}
-    for goal in goals.judge(result):
+    for goal in judged:
         shown.add_row(goal.what, goal.target, goal.shown, f"[{styles[goal.verdict]}]{goal.verdict}", goal.note)
     console.print(shown)

@@ -1,6 +1,6 @@
 """``thaw explain``: why a function holds what it holds, in numbers.
 
-In: what its scaler publishes to ``thaw.state`` (:mod:`scaler.explain`). Out: text on standard output.
+In: the document and what its scaler publishes to ``thaw.state`` (:mod:`scaler.explain`). Out: text on standard output.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from rich.table import Table
 from infra.settings import Settings
 from scaler.explain import Explanation, IdleSlot
 from scaler.snapshots import FunctionSnapshot
-from thaw.functions import read_functions
+from thaw.functions import known_functions
 
 
 @click.command()
@@ -23,7 +23,7 @@ from thaw.functions import read_functions
 @click.pass_obj
 def command(settings: Settings, name: str) -> None:
     """Say why FUNCTION holds what it holds: demand, prices of the rungs, and what is expected next."""
-    known = asyncio.run(read_functions(settings.kafka))
+    known = asyncio.run(known_functions(settings))
     if name not in known:
         raise click.ClickException(f"there is no function {name}; `thaw get functions` lists them")
     state = known[name].state

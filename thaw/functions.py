@@ -1,5 +1,8 @@
 """``thaw apply``, ``thaw get`` and ``thaw delete``: the table of functions.
 
+Where functions are resources of a cluster (``scaler.functions = "kubernetes"``), ``get`` reads them there (:mod:`thaw.resources`), and the
+other two say which ``kubectl`` command does it.
+
 In: YAML documents and names. Out: records of the compacted topic ``thaw.functions``, which every scaler follows; tables or documents on
 standard output, with the state that scalers publish to ``thaw.state``. Exit code 2: the call or a document is wrong; 1: it failed.
 """
@@ -10,7 +13,7 @@ import asyncio
 import json
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -18,6 +21,7 @@ from typing import Any, NoReturn
 import click
 import msgspec
 import yaml
+from aiokafka import ConsumerRecord
 from aiokafka.errors import KafkaError
 from rich.console import Console
 from rich.table import Table
@@ -32,6 +36,7 @@ from scaler.edges import statefeed
 from scaler.edges.topics import TOPICS
 from scaler.events import FunctionApplied
 from scaler.snapshots import FunctionSnapshot
+from thaw import resources
 
 _CLIENT = "thaw-cli"
 
@@ -50,22 +55,28 @@ class Known:
     state: FunctionSnapshot | None = None
 
 
+async def known_functions(settings: Settings) -> dict[str, Known]:
+    """Every function with its state, by name, from where these settings say that functions are.
+
+    Raises:
+        KafkaUnavailable: the broker cannot be reached.
+        ApiError, SettingsError: the API server cannot be asked.
+    """
+    if settings.scaler.functions != "kubernetes":
+        return await read_functions(settings.kafka)
+    states = _states((await kafka.read_table(settings.kafka, [STATE_TOPIC], _CLIENT))[STATE_TOPIC])
+    found = await resources.read_resources(settings)
+    return {name: Known(function, made_ns, states.get(name)) for name, (function, made_ns) in sorted(found.items())}
+
+
 async def read_functions(settings: KafkaSettings) -> dict[str, Known]:
-    """Every function with its state, by name.
+    """Every function of the topic with its state, by name.
 
     Raises:
         KafkaUnavailable: the broker cannot be reached.
     """
     records = await kafka.read_table(settings, [FUNCTIONS_TOPIC, STATE_TOPIC], _CLIENT)
-    states: dict[str, FunctionSnapshot] = {}
-    for record in records[STATE_TOPIC]:
-        name = (record.key or b"").decode(errors="replace")
-        states.pop(name, None)
-        if record.value is not None:
-            try:
-                states[name] = statefeed.decode(record.value)
-            except ValueError:
-                continue  # of another version of Thaw; the next change replaces it
+    states = _states(records[STATE_TOPIC])
     known: dict[str, Known] = {}
     for record in records[FUNCTIONS_TOPIC]:
         event = table.event_of(record)
@@ -74,6 +85,20 @@ async def read_functions(settings: KafkaSettings) -> dict[str, Known]:
         elif event is not None:
             known.pop(event.name, None)
     return dict(sorted(known.items()))
+
+
+def _states(records: Iterable[ConsumerRecord]) -> dict[str, FunctionSnapshot]:
+    """What scalers have published last, by function."""
+    states: dict[str, FunctionSnapshot] = {}
+    for record in records:
+        name = (record.key or b"").decode(errors="replace")
+        states.pop(name, None)
+        if record.value is not None:
+            try:
+                states[name] = statefeed.decode(record.value)
+            except ValueError:
+                continue  # of another version of Thaw; the next change replaces it
+    return states
 
 
 async def write_functions(settings: KafkaSettings, functions: Mapping[str, Function | None]) -> None:
@@ -118,6 +143,7 @@ async def apply_functions(settings: KafkaSettings, functions: Sequence[Function]
 @click.pass_obj
 def apply(settings: Settings, files: Sequence[Path]) -> None:
     """Create or change functions from YAML documents of kind Function."""
+    resources.instead(settings, f"kubectl apply {' '.join(f'-f {path}' for path in files)}")
     functions: dict[str, Function] = {}
     for path in files:
         for function in _read(path):
@@ -133,6 +159,7 @@ def apply(settings: Settings, files: Sequence[Path]) -> None:
 @click.pass_obj
 def delete(settings: Settings, name: str) -> None:
     """Delete a function: its instances are released and its image leaves the nodes' caches."""
+    resources.instead(settings, f"kubectl delete function {name}")
 
     async def run() -> bool:
         if name not in await read_functions(settings.kafka):
@@ -156,14 +183,15 @@ def get() -> None:
 @click.pass_obj
 def get_functions(settings: Settings, name: str | None, output: str) -> None:
     """Show functions and their state: all, or the one with this NAME."""
-    known = asyncio.run(read_functions(settings.kafka))
+    known = asyncio.run(known_functions(settings))
     if name is not None:
         if name not in known:
             raise click.ClickException(f"there is no function {name}; `thaw get functions` lists them")
         known = {name: known[name]}
     if output == "table":
         if not known:
-            click.echo("no functions; `thaw apply -f FILE` applies one")
+            tool = "kubectl" if settings.scaler.functions == "kubernetes" else "thaw"
+            click.echo(f"no functions; `{tool} apply -f FILE` applies one")
         else:
             Console(width=None if sys.stdout.isatty() else 160).print(_table(known))
         return

@@ -15,12 +15,13 @@ from thaw import invocation
 
 
 @contextlib.contextmanager
-def installation(settings: Settings, name: str) -> Iterator[tuple[Settings, list[str]]]:
+def installation(settings: Settings, name: str, *, subnet: str = "198.19.128.0/17") -> Iterator[tuple[Settings, list[str]]]:
     """A state folder, node name and bridge of its own, for one process at a time.
 
     Args:
         settings: everything else.
         name: of the folder below the state folder, and of the node.
+        subnet: addresses of its instances; different ones where two are up at the same time.
 
     Yields:
         The settings, and the command line of ``thaw`` with them.
@@ -32,7 +33,7 @@ def installation(settings: Settings, name: str) -> Iterator[tuple[Settings, list
         raise SettingsError(f"the {name} makes namespaces and restores processes with CRIU, so it needs root: run it with sudo")
     state = settings.paths.state_dir / name
     state.mkdir(parents=True, exist_ok=True)
-    agent: dict[str, Any] = {"listen_port": 0, "node_name": name, "bridge": f"thaw{name[:8]}", "subnet": "198.19.128.0/17"}
+    agent: dict[str, Any] = {"listen_port": 0, "node_name": name, "bridge": f"thaw{name[:8]}", "subnet": subnet}
     own = dataclasses.replace(
         settings,
         paths=dataclasses.replace(settings.paths, state_dir=state),

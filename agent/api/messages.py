@@ -140,8 +140,26 @@ class CheckpointInfo(msgspec.Struct, frozen=True, kw_only=True):
     complete: bool
 
 
+class CommandTaken(Message, frozen=True, kw_only=True, tag="command_taken"):
+    """An agent begins a command that takes a while; for the scalers that did not send it, one of which may decide next.
+
+    It is no answer: that has the id as its ``command_id``.
+
+    Attributes:
+        id: the command's.
+        kind: ``start``, ``prepare`` or ``checkpoint``.
+        until_ns: the command's deadline.
+    """
+
+    id: str
+    kind: Literal["start", "prepare", "checkpoint"]
+    function: str
+    function_digest: str
+    until_ns: int
+
+
 class Inventory(Message, frozen=True, kw_only=True, tag="inventory"):
-    """Everything that exists on the node; the agent is the authority."""
+    """Everything that exists on the node, and what is being made; the agent is the authority."""
 
     node: str
     memory_mb: int
@@ -149,6 +167,7 @@ class Inventory(Message, frozen=True, kw_only=True, tag="inventory"):
     instances: list[InstanceInfo] = []
     standbys: list[StandbyInfo] = []
     checkpoints: list[CheckpointInfo] = []
+    underway: list[CommandTaken] = []
 
 
 class PrepareDone(Message, frozen=True, kw_only=True, tag="prepare_done"):
@@ -269,6 +288,7 @@ class EndpointDown(Message, frozen=True, kw_only=True, tag="endpoint_down"):
 AgentCommand = Fetch | Prepare | Start | Release | Evict | MakeCheckpoint
 AgentReport = (
     Inventory
+    | CommandTaken
     | PrepareDone
     | StartDone
     | StartFailed

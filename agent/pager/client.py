@@ -73,11 +73,12 @@ class PagerClient:
         loop.add_reader(control.fileno(), self._readable)
 
     @classmethod
-    async def start(cls, s3: S3Settings, settings: AgentSettings, path: Path, log: Path) -> PagerClient:
+    async def start(cls, s3: S3Settings, image_keys: Path, settings: AgentSettings, path: Path, log: Path) -> PagerClient:
         """Take over the pager that listens at ``path``, or start one.
 
         Args:
             s3: where chunks are.
+            image_keys: folder of the keys that open them, absolute.
             settings: of the agent.
             path: of the pager's socket.
             log: what it has to say.
@@ -93,6 +94,7 @@ class PagerClient:
                 "configure",
                 settings={
                     "s3": dataclasses.asdict(s3),
+                    "image_keys": str(image_keys),
                     "parallel": settings.store_parallel,
                     "fill_after_s": settings.fill_after_s,
                     "fill_mb_per_s": settings.fill_mb_per_s,

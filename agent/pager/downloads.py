@@ -1,7 +1,7 @@
 """Chunks on their way from the store: a few threads, faults first.
 
-In: chunks that :mod:`agent.pager.images` lacks. Out: verified contents, through a queue and an eventfd on the pager's loop. A chunk that
-a thread of an instance waits for overtakes everything that is only fetched to have it, and of the latter only few are fetched at once.
+In: chunks that :mod:`agent.pager.images` lacks. Out: authentic contents, through a queue and an eventfd on the pager's loop. A chunk that a
+thread of an instance waits for overtakes everything that is only fetched to have it, and of the latter only few are fetched at once.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from agent.errors import AgentError, ImageInvalid
-from agent.store import chunks
+from agent.store.chunks import ChunkStore
+from agent.store.seal import Sealer
 from infra.errors import StoreError
 from infra.s3 import ObjectStore
 
@@ -36,12 +37,15 @@ class Download:
     """One chunk.
 
     Attributes:
-        name, size: its digest and bytes.
+        function, key_id: whose it is, and the ring key by which it is named.
+        digest, size: of its content.
         keep: called in a thread with its verified contents; raises OSError when they cannot be kept.
         done: called on the pager's loop when it is kept, with an empty text, or with the reason why that cannot be.
     """
 
-    name: bytes
+    function: str
+    key_id: str
+    digest: bytes
     size: int
     keep: Callable[[bytes], None]
     done: Callable[[str], None]
@@ -56,6 +60,7 @@ class Downloads:
         self._wake_fd = wake_fd
         self._make_store: Callable[[], ObjectStore] | None = None
         self._store: ObjectStore | None = None
+        self._sealer: Sealer | None = None
         self._condition = threading.Condition()
         self._urgent: deque[Download] = deque()
         self._later: deque[Download] = deque()
@@ -64,10 +69,10 @@ class Downloads:
         self._idle = 0
         self._results: queue.SimpleQueue[tuple[Download, str]] = queue.SimpleQueue()
 
-    def configure(self, make_store: Callable[[], ObjectStore], parallel: int) -> None:
-        """From now on use a store of these settings; it is made when the first chunk is fetched, in a thread."""
+    def configure(self, make_store: Callable[[], ObjectStore], sealer: Sealer, parallel: int) -> None:
+        """From now on use a store of these settings; it is made, and keys are read, when the first chunk is fetched, in a thread."""
         with self._condition:
-            self._make_store, self._store, self._parallel = make_store, None, parallel
+            self._make_store, self._store, self._sealer, self._parallel = make_store, None, sealer, parallel
 
     def add(self, download: Download, *, urgent: bool) -> None:
         """Fetch a chunk."""
@@ -122,7 +127,7 @@ class Downloads:
         give_up, pause, error, corrupt = time.monotonic() + STALL_S, _BACKOFF_S, "", 0
         while not download.cancelled and corrupt < _CORRUPT_ATTEMPTS:
             try:
-                data = chunks.download(self._open_store(), download.name, download.size)
+                data = self._place(download).download(download.digest, download.size)
             except (StoreError, AgentError) as failure:
                 error = str(failure)
                 corrupt += isinstance(failure, ImageInvalid)
@@ -139,9 +144,10 @@ class Downloads:
             pause = min(pause * 2, _BACKOFF_MAX_S)
         return error or "it is not wanted any more"
 
-    def _open_store(self) -> ObjectStore:
+    def _place(self, download: Download) -> ChunkStore:
         with self._condition:
             if self._store is None:
                 assert self._make_store is not None
                 self._store = self._make_store()
-            return self._store
+            assert self._sealer is not None
+            return ChunkStore(self._store, self._sealer, download.function, download.key_id)

@@ -50,6 +50,7 @@ class Image:
         self._fresh = {int(pid): [(run.address, run.address + run.size) for run in runs] for pid, runs in manifest.fresh.items()}
         self._zeros = {int(key): [(span.offset, span.offset + span.size) for span in item.zeros] for key, item in manifest.pages.items()}
         self._ahead = {int(key): [(span.offset, span.offset + span.size) for span in item.ahead] for key, item in manifest.pages.items()}
+        self._function, self._key_id = manifest.function, manifest.key
         self.gets = 0
         self.bytes_fetched = 0
         here = [(extent.pages_id, extent.offset, extent.size) for extent in manifest.extents]
@@ -146,12 +147,13 @@ class Image:
         chunk = self._asked.get(key)
         if chunk is None:
             at = index * self._pages.chunk_bytes
-            name = self._pages.chunks[pages_id][index]
-            assert name is not None, "a chunk of zeros is never fetched"
+            digest = self._pages.chunks[pages_id][index]
+            assert digest is not None, "a chunk of zeros is never fetched"
             size = min(self._pages.chunk_bytes, self._pages.files[pages_id].size - at)
             file = self._pages.files[pages_id]
             keep = functools.partial(file.write, at)
-            chunk = _Chunk(Download(name, size, keep, lambda error: self._arrived(key, size, error)))
+            done = functools.partial(self._arrived, key, size)
+            chunk = _Chunk(Download(self._function, self._key_id, digest, size, keep, done))
             self._asked[key] = chunk
             self._downloads.add(chunk.download, urgent=urgent)
         elif urgent:

@@ -30,11 +30,12 @@ from agent.pager.regions import Regions
 from agent.pager.serving import LOWEST_ADDRESS, Progress, Serving
 from agent.pager.state import MESSAGE_CONTROL_BYTES, MESSAGE_DATA_BYTES, Kind, Restore, Space, State
 from agent.pager.userfault import MESSAGE_BYTES, Outcome, only_faults
+from agent.store.seal import Sealer
 from infra.s3 import WARM_CONNECTIONS, ObjectStore
 from infra.settings import S3Settings
 
 logger = logging.getLogger(__name__)
-PROTOCOL = 1
+PROTOCOL = 2
 ORDER_BYTES_MAX = 1 << 20
 #: Numbers, in the shared table, of the journal and of the socket on which agents connect.
 JOURNAL_FD, LISTENER_FD = 3, 4
@@ -255,7 +256,8 @@ class Worker:
     def _configure(self) -> None:
         settings = self._state.settings
         s3, parallel = S3Settings(**settings["s3"]), int(settings["parallel"])
-        self._downloads.configure(lambda: ObjectStore(s3, parallel=parallel, warm=WARM_CONNECTIONS), parallel)
+        sealer = Sealer(Path(settings["image_keys"]))
+        self._downloads.configure(lambda: ObjectStore(s3, parallel=parallel, warm=WARM_CONNECTIONS), sealer, parallel)
         self._filling.configure(float(settings["fill_after_s"]), float(settings["fill_mb_per_s"]))
 
     def _order_open(self, order: dict[str, Any], _: list[int]) -> dict[str, Any]:

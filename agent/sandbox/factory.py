@@ -28,6 +28,8 @@ from infra.local.processes import Identity, identity_of
 
 #: Files in a sandbox's folder.
 _CONTROL, _RECORD = "control", "sandbox"
+#: The folder beside those of sandboxes that is mounted over in each of them.
+MOUNT_POINT = "mount"
 
 
 class SandboxRecord(msgspec.Struct, frozen=True):
@@ -52,7 +54,7 @@ class SandboxFactory:
         """
         self._init_path = init_path
         self._folders = folders
-        self._mount_point = folders / "mount"
+        self._mount_point = folders / MOUNT_POINT
         self._cgroups = cgroups
         self._network = network
         self._user = user
@@ -116,9 +118,9 @@ class SandboxFactory:
         for pid in cgroup.processes():
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
-        with contextlib.suppress(OSError, msgspec.MsgspecError):
-            record = msgspec.msgpack.decode((folder / _RECORD).read_bytes(), type=SandboxRecord)
-            if record.init.alive():
+        record = read_record(folder)
+        if record is not None and record.init.alive():
+            with contextlib.suppress(ProcessLookupError):
                 os.kill(record.init.pid, signal.SIGKILL)
         await asyncio.to_thread(cgroup.remove)
         await asyncio.to_thread(shutil.rmtree, folder, True)
@@ -143,6 +145,14 @@ class SandboxFactory:
             shutil.rmtree(folder, ignore_errors=True)
             raise
         return cgroup, pid
+
+
+def read_record(folder: Path) -> SandboxRecord | None:
+    """What was written down of a sandbox; None while it is being made."""
+    try:
+        return msgspec.msgpack.decode((folder / _RECORD).read_bytes(), type=SandboxRecord)
+    except (OSError, msgspec.MsgspecError):
+        return None
 
 
 @contextlib.contextmanager

@@ -52,7 +52,7 @@ class Network:
         if self._net.num_addresses < 8:
             raise SandboxError(f"setting agent.subnet: {subnet} is too small; use a /24 or larger")
         self._bridge = bridge
-        self._prefix = f"{bridge[:6]}v"
+        self._prefix = prefix(bridge)
         #: The node's address in every sandbox's network.
         self.gateway = str(self._net.network_address + 1)
         # Oldest-released first: an address is not used again before all others were, so a late packet finds nobody. Numbers, because
@@ -216,6 +216,11 @@ class Network:
             with contextlib.suppress(OSError):  # there are none where the kernel has no nf_tables
                 nftables.forget(self._bridge)
         self._connections.close()
+
+
+def prefix(bridge: str) -> str:
+    """How the names of the pairs on a bridge begin."""
+    return f"{bridge[:6]}v"
 
 
 def hardware_address(address: str) -> str:

@@ -162,6 +162,8 @@ class Placeholders:
             raise
         sandbox.spent = True  # what was in its volumes before is not known any more
         self._busy.add(sandbox.id)
+        # A standby in it is thawed before the API server has told of any pod, and where no other pod of the function is.
+        self._pods[sandbox.id] = sandbox.pod
         return sandbox
 
     async def discard(self, folder: Path) -> None:

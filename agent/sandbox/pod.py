@@ -53,6 +53,7 @@ class Pod(msgspec.Struct, frozen=True):
         container: id of its function container.
         image: what that container's image really is.
         shared: paths in it of volumes that other containers of the pod have too: what they hold is theirs as well.
+        alone: whether the pod is ready as soon as an instance answers in it: no other container and no other gate has a say.
     """
 
     namespace: str
@@ -64,6 +65,7 @@ class Pod(msgspec.Struct, frozen=True):
     container: str
     image: str
     shared: tuple[str, ...] = ()
+    alone: bool = False
 
 
 class PodRecord(msgspec.Struct, frozen=True):

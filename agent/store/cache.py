@@ -1,7 +1,7 @@
 """Checkpoints on this node: one directory each, verified before use, least recently used dropped first.
 
 In: directories made by :mod:`agent.checkpoint`, or objects fetched from S3. Out: :class:`CachedImage` for :mod:`agent.restore` and the
-pager. Layout of a directory::
+pager. What is here is plain, for root's eyes only: an instance's memory is as plain beside it. Layout of a directory::
 
     manifest          the encoded manifest, its digest is the directory's name
     archive           the packed archive of the head object, to verify the two below after a restart
@@ -76,6 +76,7 @@ class ImageCache:
         self._bytes_max = bytes_max
         self._images: dict[str, CachedImage] = {}
         root.mkdir(parents=True, exist_ok=True)
+        root.chmod(0o700)
 
     def __iter__(self) -> Iterator[CachedImage]:
         return iter(list(self._images.values()))
@@ -134,7 +135,7 @@ class ImageCache:
         self._images[name] = image
         return image
 
-    def begin(self, head: bytes, checkpoint: str) -> CachedImage:
+    def begin(self, head: bytes | bytearray, checkpoint: str) -> CachedImage:
         """Begin the image of a checkpoint from its head: everything but page contents, under its name.
 
         Returns:
@@ -160,7 +161,7 @@ class ImageCache:
             raise
         return image
 
-    def fill(self, image: CachedImage, working_set: bytes) -> None:
+    def fill(self, image: CachedImage, working_set: bytes | bytearray) -> None:
         """Put the working set in place.
 
         Raises:

@@ -1,8 +1,8 @@
-"""Page chunks: zstd outside, named by the SHA-256 of what is inside; and the working set, which is packed for speed.
+"""Page chunks: zstd inside a seal, named by a keyed digest of what is inside; and the working set, which is packed for speed.
 
 In and out: contents. Blocking; called from worker threads of the agent (upload) and of the pager (download). A chunk is stored once however
-many checkpoints have it; one that was found corrupt is named in ``suspects/<digest>``, so that the next checkpoint with it, wherever that
-is made, stores it anew.
+many checkpoints of its function have it; one that was found corrupt is named in ``suspects``, so that the next checkpoint with it, wherever
+that is made, stores it anew.
 """
 
 from __future__ import annotations
@@ -13,8 +13,9 @@ import logging
 import cramjam
 import zstandard
 
-from agent.errors import ImageInvalid
-from agent.store.manifest import chunk_key
+from agent.errors import ImageInvalid, KeyUnknown
+from agent.store.manifest import chunk_key, suspect_key
+from agent.store.seal import OVERHEAD_BYTES_MAX, Sealer
 from infra.errors import StoreError
 from infra.s3 import ObjectStore
 
@@ -26,11 +27,10 @@ _LEVEL = 1
 _BLOCK_BYTES = 1 << 20
 #: LZ4 packs no tighter: 255 bytes a byte.
 _RATIO_MAX = 256
-_SUSPECTS = "suspects/"
 
 
 def digest(data: bytes | memoryview) -> bytes | None:
-    """A chunk's name, or None when it is all zeros and never stored."""
+    """A chunk's digest, or None when it is all zeros and never stored."""
     if not data or (data[0] == 0 and bytes(data).count(0) == len(data)):
         return None
     return hashlib.sha256(data).digest()
@@ -41,7 +41,7 @@ def compress(data: bytes | memoryview) -> bytes:
     return zstandard.ZstdCompressor(level=_LEVEL, write_content_size=True).compress(bytes(data))
 
 
-def decompress(data: bytes, size: int, what: str) -> bytes:
+def decompress(data: bytes | bytearray, size: int, what: str) -> bytes:
     """Unpack exactly ``size`` bytes; more or fewer is an error, so that a bomb stops at the size the manifest names.
 
     Raises:
@@ -68,7 +68,7 @@ def pack_pages(plain: bytes) -> bytes:
     return bytes(out)
 
 
-def unpack_pages(packed: bytes, size: int, what: str) -> bytearray:
+def unpack_pages(packed: bytes | bytearray, size: int, what: str) -> bytearray:
     """Unpack exactly ``size`` bytes.
 
     Raises:
@@ -92,44 +92,65 @@ def unpack_pages(packed: bytes, size: int, what: str) -> bytearray:
     return plain
 
 
-def suspects(store: ObjectStore) -> frozenset[str]:
-    """Digests of chunks that some node found corrupt, in hex."""
-    return frozenset(key.removeprefix(_SUSPECTS) for key in store.list(_SUSPECTS))
+class ChunkStore:
+    """Chunks of one function, named and sealed by one ring key."""
 
+    def __init__(self, store: ObjectStore, sealer: Sealer, function: str, key_id: str) -> None:
+        self._store = store
+        self._sealer = sealer
+        self._function = function
+        self._key_id = key_id
 
-def upload(store: ObjectStore, name: bytes, data: bytes, suspects: frozenset[str] = frozenset()) -> int:
-    """Store a chunk unless it is there and nobody found it corrupt; returns the bytes sent."""
-    key = chunk_key(name)
-    suspected = name.hex() in suspects
-    if not suspected and store.exists(key):
-        return 0
-    packed = compress(data)
-    store.put(key, packed)
-    if suspected:
-        store.delete(_suspect_key(name))
-    return len(packed)
+    def key(self, digest: bytes) -> str:
+        """Where the chunk with this SHA-256 is.
 
+        Raises:
+            KeyUnknown: the ring lacks the key.
+        """
+        return chunk_key(self._function, self._name(digest))
 
-def download(store: ObjectStore, name: bytes, size: int) -> bytes:
-    """Fetch and verify one chunk; a corrupt one is named a suspect.
+    def suspects(self) -> frozenset[str]:
+        """Keys of chunks that some node found corrupt."""
+        prefix = suspect_key(self._function)
+        return frozenset(chunk_key(self._function, key.removeprefix(prefix)) for key in self._store.list(prefix))
 
-    Raises:
-        StoreError: it cannot be fetched. ImageInvalid: it is not what its name says.
-    """
-    key = chunk_key(name)
-    data = store.get(key, size_max=size + (64 << 10))
-    try:
-        plain = decompress(data, size, key)
-        if hashlib.sha256(plain).digest() != name:
-            raise ImageInvalid(f"chunk {key} is corrupt: its digest does not match its name", bucket=store.bucket, key=key)
-    except ImageInvalid:
+    def upload(self, digest: bytes, data: bytes, suspects: frozenset[str] = frozenset()) -> int:
+        """Store a chunk unless it is there and nobody found it corrupt; returns the bytes sent."""
+        key = self.key(digest)
+        suspected = key in suspects
+        if not suspected and self._store.exists(key):
+            return 0
+        sealed = self._sealer.seal(key, compress(data), self._key_id)
+        self._store.put(key, sealed)
+        if suspected:
+            self._store.delete(suspect_key(self._function, self._name(digest)))
+        return len(sealed)
+
+    def download(self, digest: bytes, size: int) -> bytes:
+        """Fetch and verify one chunk; a corrupt one is named a suspect.
+
+        Raises:
+            StoreError: it cannot be fetched. ImageInvalid: it is not what its name says. KeyUnknown: it may be.
+        """
+        key = self.key(digest)
+        sealed = self._store.get(key, size_max=size + (64 << 10) + OVERHEAD_BYTES_MAX)
         try:
-            store.put(_suspect_key(name), b"")
+            plain = decompress(self._sealer.open(key, sealed), size, key)
+            if hashlib.sha256(plain).digest() != digest:
+                raise ImageInvalid(
+                    f"chunk {key} is corrupt: it holds other bytes than the manifest says", bucket=self._store.bucket, key=key
+                )
+        except ImageInvalid as error:
+            if not isinstance(error, KeyUnknown):
+                self._suspect(key, digest)
+            raise
+        return plain
+
+    def _suspect(self, key: str, digest: bytes) -> None:
+        try:
+            self._store.put(suspect_key(self._function, self._name(digest)), b"")
         except StoreError as error:
             logger.warning("chunk %s is corrupt, and that cannot be noted: %s", key, error)
-        raise
-    return plain
 
-
-def _suspect_key(name: bytes) -> str:
-    return _SUSPECTS + name.hex()
+    def _name(self, digest: bytes) -> str:
+        return self._sealer.chunk_name(self._function, digest, self._key_id)

@@ -1,4 +1,4 @@
-"""What ties a checkpoint to hosts: mapped files, CPU flags; and the pointer that ties a function to its checkpoint.
+"""What ties a checkpoint to hosts: mapped files, CPU flags.
 
 In: /proc of this machine. Out: values for the manifest, and on another node the answer to "can it be restored here?".
 """
@@ -11,42 +11,9 @@ import os
 import platform
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
-
-import msgpack
-import msgspec
 
 from agent.errors import ImageInvalid
 from agent.store.manifest import Manifest, MappedFile
-
-
-class Pointer(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Content of ``functions/<function>/current``."""
-
-    checkpoint: str
-    function_digest: str
-    files_digest: str
-
-
-def pointer(manifest: Manifest, name: str) -> Pointer:
-    """The pointer to a checkpoint."""
-    return Pointer(name, manifest.function_digest, manifest.files_digest)
-
-
-def read_pointer(data: bytes) -> Pointer:
-    """Decode a pointer.
-
-    Raises:
-        ImageInvalid: it is corrupt.
-    """
-    try:
-        value: Any = msgpack.unpackb(data)
-        found = msgspec.convert(value, Pointer)
-    except (ValueError, TypeError, msgpack.UnpackException, msgspec.ValidationError) as error:
-        raise ImageInvalid(f"the pointer to the current checkpoint is corrupt: {error}") from error
-    if len(found.checkpoint) != 32 or set(found.checkpoint) - set("0123456789abcdef"):
-        raise ImageInvalid("the pointer to the current checkpoint is corrupt: not the name of a checkpoint")
-    return found
 
 
 @functools.cache

@@ -1,12 +1,13 @@
 """The manifest: everything about a checkpoint but its bytes. Pure.
 
 In: what :mod:`agent.checkpoint` measured. Out: msgpack whose SHA-256 is the checkpoint's name, so that whoever trusts the pointer
-``functions/<function>/current`` can verify every byte below it. Objects of one checkpoint::
+``functions/<function>/current`` can verify every byte below it. Objects of one function, each sealed (:mod:`agent.store.seal`)::
 
-    functions/<function>/current                      pointer: the checkpoint's name
+    functions/<function>/current                      pointer: the checkpoint's name and generation, signed
     functions/<function>/<checkpoint>/head            manifest, CRIU's metadata images, file changes
     functions/<function>/<checkpoint>/working-set     pages needed before the first response
-    chunks/<aa>/<digest>                              all other pages, zstd, named by the digest of what is inside
+    functions/<function>/chunks/<aa>/<name>           all other pages, zstd; the name is a keyed digest of what is inside
+    functions/<function>/suspects/<name>              empty, not sealed: the chunk of this name was found corrupt
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ import msgspec
 
 from agent.errors import ImageInvalid
 
-FORMAT = 3
+#: The third is sealed, the fourth has layers of a form of their own.
+FORMAT = 4
 CHUNK_BYTES = 1 << 20
 HEAD_MAGIC = b"THAWHEAD"
 #: What a manifest holds may take 30 times its size in memory.
@@ -102,6 +104,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         working_set, extents: the working-set object and which bytes of which pages file it holds.
         fresh: by pid (as text), what the pager puts in place before resume.
         pages, chunk_bytes: all pages, by pages id (as text).
+        key: id of the ring key by which chunks are named and sealed.
         image_bytes: size of all pages and metadata.
     """
 
@@ -124,6 +127,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     pages: dict[str, Pages]
     chunk_bytes: Annotated[int, msgspec.Meta(ge=PAGE, le=64 << 20)] = CHUNK_BYTES
     image_bytes: Size
+    key: str
 
 
 def encode(manifest: Manifest) -> bytes:
@@ -149,6 +153,7 @@ def decode(encoded: bytes, expected: str) -> Manifest:
     if name(encoded) != expected:
         raise ImageInvalid(f"the manifest of checkpoint {expected} is corrupt: its digest does not match its name")
     try:
+        _check_format(encoded)
         manifest = _DECODER.decode(encoded)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ImageInvalid(f"the manifest of checkpoint {expected} cannot be read: {error}") from error
@@ -156,12 +161,21 @@ def decode(encoded: bytes, expected: str) -> Manifest:
     return manifest
 
 
-_DECODER = msgspec.msgpack.Decoder(Manifest)
+class _Format(msgspec.Struct):
+    format: int = 0
+
+
+_DECODER, _FORMATS = msgspec.msgpack.Decoder(Manifest), msgspec.msgpack.Decoder(_Format)
+
+
+def _check_format(encoded: bytes) -> None:
+    """Before fields are looked at, so that another format is called that and not corrupt."""
+    found = _FORMATS.decode(encoded).format
+    if found != FORMAT:
+        raise ImageInvalid(f"checkpoint format {found} is not known here (this is {FORMAT}); make the checkpoint again")
 
 
 def _check(manifest: Manifest) -> None:
-    if manifest.format != FORMAT:
-        raise ImageInvalid(f"checkpoint format {manifest.format} is not known here (this is {FORMAT}); make the checkpoint again")
     if manifest.chunk_bytes % PAGE:
         raise ImageInvalid("the chunk size is not a multiple of the page size")
     if max(manifest.archive.size, manifest.archive.unpacked) > ARCHIVE_BYTES_MAX:
@@ -201,7 +215,7 @@ def pack_head(encoded_manifest: bytes, archive: bytes) -> bytes:
     return HEAD_MAGIC + len(encoded_manifest).to_bytes(4, "big") + encoded_manifest + archive
 
 
-def unpack_head(head: bytes, expected: str) -> tuple[Manifest, bytes, bytes]:
+def unpack_head(head: bytes | bytearray, expected: str) -> tuple[Manifest, bytes, bytes]:
     """Take a head object apart.
 
     Returns:
@@ -215,13 +229,13 @@ def unpack_head(head: bytes, expected: str) -> tuple[Manifest, bytes, bytes]:
     size = int.from_bytes(head[8:12], "big")
     if size > MANIFEST_BYTES_MAX or 12 + size > len(head):
         raise ImageInvalid(f"the head of checkpoint {expected} is cut short")
-    encoded, archive = head[12 : 12 + size], head[12 + size :]
+    encoded, archive = bytes(head[12 : 12 + size]), bytes(head[12 + size :])
     manifest = decode(encoded, expected)
     verify(archive, manifest.archive, f"the archive of checkpoint {expected}")
     return manifest, encoded, archive
 
 
-def verify(data: bytes, blob: Blob, what: str) -> None:
+def verify(data: bytes | bytearray, blob: Blob, what: str) -> None:
     """Check size and digest.
 
     Raises:
@@ -246,7 +260,16 @@ def working_set_key(function: str, checkpoint: str) -> str:
     return f"functions/{function}/{checkpoint}/working-set"
 
 
-def chunk_key(digest: bytes) -> str:
-    """Key of one chunk."""
-    text = digest.hex()
-    return f"chunks/{text[:2]}/{text}"
+def chunk_key(function: str, name: str) -> str:
+    """Key of one chunk.
+
+    Args:
+        function: whose.
+        name: of :meth:`agent.store.seal.Sealer.chunk_name`.
+    """
+    return f"functions/{function}/chunks/{name[:2]}/{name}"
+
+
+def suspect_key(function: str, name: str = "") -> str:
+    """Key of the note that a chunk is corrupt; without a name the prefix of all notes."""
+    return f"functions/{function}/suspects/{name}"

@@ -38,8 +38,8 @@ _PACKAGES = ("agent", "infra", "scaler", "thaw")
 _SUFFIXES = (".c", ".h", ".json", ".patch", ".py")
 #: Of the lock: reports, tables and the cluster on one machine, which neither scaler nor agent uses.
 _LEFT_OUT = {
-    *("cffi", "contourpy", "cryptography", "cycler", "fonttools", "hdrhistogram", "kiwisolver", "markdown-it-py", "matplotlib", "mdurl"),
-    *("pbr", "pillow", "pycparser", "pygments", "pyparsing", "rich", "setuptools"),
+    *("contourpy", "cycler", "fonttools", "hdrhistogram", "kiwisolver", "markdown-it-py", "matplotlib", "mdurl"),
+    *("pbr", "pillow", "pygments", "pyparsing", "rich", "setuptools"),
 }
 #: Of packages: scripts, which lie outside; tests; what names paths of this machine.
 _UNWANTED = {"..", "__pycache__", "test", "tests"}

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Mapping
 from dataclasses import dataclass
 
 from infra.errors import ApiBusy, ApiError, ApiExpired
@@ -61,7 +61,7 @@ async def follow(
     while True:
         try:
             if not version:
-                listed, version = await _list(server, path, selector)
+                listed, version = await list_all(server, path, selector)
                 yield listed
             async for kind, value in _watch(server, path, selector, version, settings):
                 version = value.get("metadata", {}).get("resourceVersion") or version
@@ -81,7 +81,12 @@ async def follow(
             await asyncio.sleep(max(next(waits), error.retry_after_s if isinstance(error, ApiBusy) else 0.0))
 
 
-async def _list(server: ApiServer, path: str, selector: dict[str, str | int]) -> tuple[Listed, str]:
+async def list_all(server: ApiServer, path: str, selector: Mapping[str, str | int]) -> tuple[Listed, str]:
+    """All objects of the collection at ``path`` that the selector matches, and the version that they are of.
+
+    Raises:
+        ApiError: the server does not say.
+    """
     items: list[Object] = []
     more = ""
     while True:

@@ -19,35 +19,42 @@ import botocore.config
 import botocore.exceptions
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
 from aiokafka.admin import AIOKafkaAdminClient, NewTopic
-from aiokafka.errors import KafkaError, TopicAlreadyExistsError
+from aiokafka.errors import KafkaConnectionError, KafkaError, TopicAlreadyExistsError
 
+from infra import kafka
 from infra.errors import KafkaUnavailable, StoreUnavailable
 from infra.local import ports
-from infra.settings import S3Settings
+from infra.settings import KafkaSettings, S3Settings
 
 #: Topic of the embedded broker that health checks write to; its records are dropped after a minute.
 HEALTH_TOPIC = "thaw.health"
 _THREAD = "thaw-health"
 
 
-def check_kafka(bootstrap_servers: str, *, write: bool, timeout_s: float = 10.0) -> None:
+def check_kafka(settings: KafkaSettings, *, write: bool, timeout_s: float = 10.0) -> None:
     """Ask a broker for its topics and, when ``write``, send a record and read it back.
 
     Args:
-        bootstrap_servers: ``host:port``, comma-separated.
+        settings: the broker.
         write: also create :data:`HEALTH_TOPIC` and use it; False for a broker that is not ours.
         timeout_s: longest wait for all of it, s.
 
     Raises:
         KafkaUnavailable: it can't be reached or does not do what was asked.
     """
+    bootstrap_servers = settings.bootstrap_servers
     # aiokafka logs each refused connection as an error: ask quietly first.
     if not any(ports.answers(host, port) for host, port in addresses(bootstrap_servers)):
         raise KafkaUnavailable(f"nothing answers at {bootstrap_servers}")
 
     async def ask() -> None:
         async with asyncio.timeout(timeout_s):
-            await (_round_trip(bootstrap_servers) if write else _list_topics(bootstrap_servers))
+            try:
+                await (_round_trip(settings) if write else _list_topics(settings))
+            except KafkaConnectionError as error:
+                if reason := await kafka.refusal_of(settings):
+                    raise KafkaUnavailable(f"the broker at {bootstrap_servers}: {reason}") from error
+                raise
 
     try:
         # In a thread of its own, because the caller may itself be inside a running event loop.
@@ -94,8 +101,12 @@ def addresses(bootstrap_servers: str) -> list[tuple[str, int]]:
     return found
 
 
-async def _list_topics(bootstrap_servers: str) -> None:
-    admin = AIOKafkaAdminClient(bootstrap_servers=bootstrap_servers)
+def _options(settings: KafkaSettings) -> dict[str, Any]:
+    return {"bootstrap_servers": settings.bootstrap_servers, **kafka.security(settings)}
+
+
+async def _list_topics(settings: KafkaSettings) -> None:
+    admin = AIOKafkaAdminClient(**_options(settings))
     try:
         await admin.start()
         await admin.list_topics()
@@ -103,8 +114,8 @@ async def _list_topics(bootstrap_servers: str) -> None:
         await admin.close()
 
 
-async def _round_trip(bootstrap_servers: str) -> None:
-    admin = AIOKafkaAdminClient(bootstrap_servers=bootstrap_servers)
+async def _round_trip(settings: KafkaSettings) -> None:
+    admin = AIOKafkaAdminClient(**_options(settings))
     try:
         await admin.start()
         topic = NewTopic(HEALTH_TOPIC, 1, 1, topic_configs={"retention.ms": "60000", "segment.ms": "60000"})
@@ -113,13 +124,13 @@ async def _round_trip(bootstrap_servers: str) -> None:
     finally:
         await admin.close()
     nonce = secrets.token_bytes(16)
-    producer = AIOKafkaProducer(bootstrap_servers=bootstrap_servers, acks="all")
+    producer = AIOKafkaProducer(**_options(settings), acks="all")
     try:
         await producer.start()
         sent = await producer.send_and_wait(HEALTH_TOPIC, nonce, partition=0)
     finally:
         await producer.stop()
-    consumer = AIOKafkaConsumer(bootstrap_servers=bootstrap_servers, group_id=None, enable_auto_commit=False)
+    consumer = AIOKafkaConsumer(**_options(settings), group_id=None, enable_auto_commit=False)
     try:
         await consumer.start()
         place = TopicPartition(HEALTH_TOPIC, 0)
@@ -129,7 +140,7 @@ async def _round_trip(bootstrap_servers: str) -> None:
     finally:
         await consumer.stop()
     if record.value != nonce:
-        raise KafkaUnavailable(f"the broker at {bootstrap_servers} returned another record than was sent")
+        raise KafkaUnavailable(f"the broker at {settings.bootstrap_servers} returned another record than was sent")
 
 
 def check_s3(settings: S3Settings, *, timeout_s: float = 5.0) -> None:
@@ -170,6 +181,8 @@ def _client(settings: S3Settings, timeout_s: float) -> Any:
         region_name=settings.region,
         aws_access_key_id=settings.access_key or None,
         aws_secret_access_key=settings.secret_key or None,
+        aws_session_token=settings.session_token or None,
+        verify=settings.ca or None,
         config=config,
     )
 

@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from infra.errors import InstallError
+from infra.local import tidy
 
 #: Takes one line of progress for a person to read.
 Report = Callable[[str], None]
@@ -27,6 +28,8 @@ Report = Callable[[str], None]
 RECEIPT = "receipt.json"
 LOCK = ".lock"
 _TEMPORARY = ".building-"
+#: Folders that this process works with, open: nobody removes them as old (:mod:`infra.local.tidy`) while it lives.
+_held: dict[Path, int] = {}
 
 
 def digest(path: Path) -> str:
@@ -143,10 +146,13 @@ def exclusive(file: Path, report: Report, *, timeout_s: float = 1800.0) -> Itera
         yield
 
 
-def install_folder(final: Path, build: Callable[[Path], Sequence[str]], report: Report, *, title: str, force: bool = False) -> Path:
+def install_folder(
+    final: Path, build: Callable[[Path], Sequence[str]], report: Report, *, title: str, force: bool = False, keep_old: bool = False
+) -> Path:
     """Make a folder of the cache once: built beside its place, then renamed into it.
 
-    An interrupted build leaves only a ``.building-`` folder, which the next build of the same thing removes.
+    An interrupted build leaves only a ``.building-`` folder, which the next build of the same thing removes. A new folder takes the
+    place of those of its kind that nobody uses any more.
 
     Args:
         final: where the folder ends up; an existing one is left as it is.
@@ -154,14 +160,14 @@ def install_folder(final: Path, build: Callable[[Path], Sequence[str]], report: 
         report: gets the progress.
         title: what is installed, for progress.
         force: replace an existing folder.
+        keep_old: older folders of its kind stay, because others name them.
     """
-    if final.is_dir() and not force:
+    if not force and _use(final):
         return final
     with exclusive(final.parent / LOCK, report):
-        if final.is_dir():
-            if not force:
-                return final
-            discard(final)
+        if not force and _use(final):
+            return final
+        discard(final)
         prefix = f"{_TEMPORARY}{final.name}-"
         for left_over in final.parent.glob(f"{prefix}*"):
             discard(left_over)
@@ -178,7 +184,26 @@ def install_folder(final: Path, build: Callable[[Path], Sequence[str]], report: 
             if temporary.exists():
                 discard(temporary)
         report(f"installed {title} in {time.monotonic() - began:.0f} s")
+        _use(final)
+        for folder in [] if keep_old else tidy.old_versions(final, RECEIPT):
+            report(f"removing {folder.name}, which was not used lately")
+            discard(folder)
     return final
+
+
+def _use(folder: Path) -> bool:
+    """Note that a folder is used, now and while this process lives; False: it is not there."""
+    try:
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except OSError:
+        return False
+    before = _held.pop(folder, None)
+    if before is not None:
+        os.close(before)
+    _held[folder] = descriptor
+    with contextlib.suppress(OSError):  # in an image nobody may write there, and nothing is removed
+        os.utime(folder / RECEIPT)
+    return True
 
 
 def discard(folder: Path) -> None:

@@ -20,7 +20,7 @@ from urllib.parse import urlsplit
 from infra.errors import StackError
 from infra.local import broker, health, objectstore, ports, processes
 from infra.local.install import Report
-from infra.settings import Settings
+from infra.settings import KafkaSettings, Settings
 
 
 def write_private(path: Path, value: Mapping[str, Any]) -> None:
@@ -221,11 +221,11 @@ class Broker(Part):
 
     def check(self) -> None:
         """See :class:`Part`."""
-        health.check_kafka(self.address, write=True)
+        health.check_kafka(KafkaSettings(bootstrap_servers=self.address), write=True)
 
     def check_external(self) -> None:
         """See :class:`Part`."""
-        health.check_kafka(self.configured, write=False)
+        health.check_kafka(self.settings.kafka, write=False)
 
     def entry(self) -> dict[str, Any]:
         """See :class:`Part`."""

@@ -56,16 +56,16 @@ def judge(result: Mapping[str, Any]) -> list[Goal]:
     goals = [
         _most("thaw p50", thaw, "p50_ms", 2.5),
         _most("thaw p99", thaw, "p99_ms", 10.0),
-        _least("cold start / thaw, p50", _quotient(cold, thaw), 300.0, _note(thaw)),
+        least("cold start / thaw, p50", _quotient(cold, thaw), 300.0, _note(thaw)),
         _most("restore p50", restore, "p50_ms", 12.0),
         _most("restore p99", restore, "p99_ms", 30.0),
-        _least("whole-image restore / restore, p50", _quotient(whole, restore), 25.0, _note(restore)),
+        least("whole-image restore / restore, p50", _quotient(whole, restore), 25.0, _note(restore)),
         _most("remote p50", remote, "p50_ms", 30.0),
-        _limit("remote: bytes before the first response / working set", _bytes(index, remote), 2.0, "x"),
+        limit("remote: bytes before the first response / working set", _bytes(index, remote), 2.0, "x"),
         _most("demand record to first response from standby, p50", demand, "p50_ms", 7.0),
         _most("demand record to first response from standby, p99", demand, "p99_ms", 25.0),
-        _limit("memory of a standby", index.get("standby_pss_mb") or None, 4.5, "MB PSS"),
-        _limit("memory of a standby, of the instance started cold", _share(index), 1.0, "%"),
+        limit("memory of a standby", index.get("standby_pss_mb") or None, 4.5, "MB PSS"),
+        limit("memory of a standby, of the instance started cold", _share(index), 1.0, "%"),
         *_density(result.get("density") or {}),
         *_fanout(result.get("fanout", {}).get("100") or {}),
         *_others(functions),
@@ -78,34 +78,36 @@ def judge(result: Mapping[str, Any]) -> list[Goal]:
 def _density(found: Mapping[str, Any]) -> Iterator[Goal]:
     held = found.get("standbys")
     yield Goal("standbys on one node", ">= 200", held, None if held is None else held >= 200)
-    yield _limit("memory of the system for 200 standbys", found.get("system_mb") if held and held >= 200 else None, 1200.0, "MB")
+    yield limit("memory of the system for 200 standbys", found.get("system_mb") if held and held >= 200 else None, 1200.0, "MB")
 
 
 def _fanout(found: Mapping[str, Any]) -> Iterator[Goal]:
     note = f"{found['other']} were something else" if found.get("other") else ""
     if found.get("background_percent", 0.0) > BUSY_PERCENT:
         note = f"the machine was busy with other things: {found['background_percent']:.0f} % of a core"
-    yield _limit("100 starts at once: first", found.get("first_ms") or None, 50.0, "ms", note)
-    yield _limit("100 starts at once: last / (100 x CPU of one / cores)", found.get("last_to_cpu_bound") or None, 1.4, "x", note)
+    yield limit("100 starts at once: first", found.get("first_ms") or None, 50.0, "ms", note)
+    yield limit("100 starts at once: last / (100 x CPU of one / cores)", found.get("last_to_cpu_bound") or None, 1.4, "x", note)
 
 
 def _others(functions: Mapping[str, Any]) -> Iterator[Goal]:
     for name, found in functions.items():
         cold, thaw = found.get("cold", {}), found.get("thaw", {})
         if name != "index" and cold.get("p50_ms", 0.0) >= _COLD_MS_MIN:
-            yield _least(f"{name}: cold start / thaw, p50", _quotient(cold, thaw), _THAW_FACTOR, _note(thaw))
+            yield least(f"{name}: cold start / thaw, p50", _quotient(cold, thaw), _THAW_FACTOR, _note(thaw))
 
 
-def _most(what: str, found: Mapping[str, Any], field: str, limit: float) -> Goal:
-    return _limit(what, found.get(field) if found.get("n") else None, limit, "ms", _note(found))
+def _most(what: str, found: Mapping[str, Any], field: str, most: float) -> Goal:
+    return limit(what, found.get(field) if found.get("n") else None, most, "ms", _note(found))
 
 
-def _limit(what: str, figure: float | None, limit: float, unit: str, note: str = "") -> Goal:
-    return Goal(what, f"<= {limit:g} {unit}", figure, None if figure is None else figure <= limit, note)
+def limit(what: str, figure: float | None, most: float, unit: str, note: str = "") -> Goal:
+    """A figure that may be at most this; None: it was not measured."""
+    return Goal(what, f"<= {most:g} {unit}", figure, None if figure is None else figure <= most, note)
 
 
-def _least(what: str, figure: float | None, limit: float, note: str = "") -> Goal:
-    return Goal(what, f">= {limit:g} x", figure, None if figure is None else figure >= limit, note if figure is not None else "")
+def least(what: str, figure: float | None, factor: float, note: str = "") -> Goal:
+    """A ratio that has to be at least this; None: it was not measured."""
+    return Goal(what, f">= {factor:g} x", figure, None if figure is None else figure >= factor, note if figure is not None else "")
 
 
 def _note(found: Mapping[str, Any]) -> str:

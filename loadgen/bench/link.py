@@ -17,6 +17,8 @@ from typing import Any
 
 from agent.api.connection import Connection, connect
 from agent.api.messages import Command, InstanceExited, Inventory
+from agent.errors import ProtocolError
+from infra import tls
 from infra.settings import Settings
 from infra.tasks import TaskGroup
 from loadgen.errors import LoadImpossible
@@ -120,7 +122,8 @@ async def inventory(settings: Settings) -> Inventory:
 async def _connect(settings: Settings) -> Connection:
     try:
         where = json.loads(settings.agent_file.read_text())
-        connection, _ = await connect(where["host"], where["port"], "bench", "scaler")
-    except (OSError, ValueError, TimeoutError) as error:
+        credentials = await asyncio.to_thread(tls.credentials, settings, "scaler")
+        connection, _ = await connect(where["host"], where["port"], "bench", "scaler", credentials)
+    except (OSError, ValueError, TimeoutError, ProtocolError) as error:
         raise LoadImpossible(f"the agent of this machine ({settings.agent_file}) cannot be reached: {error}") from error
     return connection

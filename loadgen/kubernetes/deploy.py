@@ -19,6 +19,7 @@ from typing import Any
 import yaml
 
 import infra
+from infra import imagekeys
 from infra.kubernetes.cluster import life
 from infra.local import terraform
 from infra.local.terraform import Terraform
@@ -76,7 +77,12 @@ class Kubectl:
 
 @contextlib.contextmanager
 def deployed(
-    settings: Settings, kubectl: Kubectl, given: Mapping[str, Mapping[str, str]], secrets: Mapping[str, str], say: Say
+    settings: Settings,
+    kubectl: Kubectl,
+    given: Mapping[str, Mapping[str, str]],
+    secrets: Mapping[str, str],
+    certificates: Mapping[str, Mapping[str, str]],
+    say: Say,
 ) -> Iterator[str]:
     """Thaw, available, until the end of the block.
 
@@ -85,6 +91,7 @@ def deployed(
         kubectl: of the cluster.
         given: settings of scaler and agents, section to field to value.
         secrets: the agents' environment.
+        certificates: files for TLS, of ``agent`` and ``scaler``.
         say: shows what is done.
 
     Yields:
@@ -93,26 +100,44 @@ def deployed(
     Raises:
         LoadImpossible: it can't be deployed.
     """
+    imagekeys.make(settings.image_keys)
+    keys = {path.name: path.read_text() for path in settings.image_keys.iterdir()}
     tool = terraform.available(settings, say)
     if tool is None:
         say("no Terraform of the right version here: kubectl applies the same files")
-        with _by_kubectl(kubectl, given, secrets, say):
+        with _by_kubectl(kubectl, given, secrets, certificates, keys, say):
             yield "kubectl apply"
         return
-    with _by_terraform(tool, settings.paths.state_dir / "terraform", kubectl, given, secrets, say):
+    with _by_terraform(tool, settings.paths.state_dir / "terraform", kubectl, given, secrets, certificates, keys, say):
         yield "terraform apply"
 
 
 @contextlib.contextmanager
 def _by_terraform(
-    tool: Terraform, home: Path, kubectl: Kubectl, given: Mapping[str, Mapping[str, str]], secrets: Mapping[str, str], say: Say
+    tool: Terraform,
+    home: Path,
+    kubectl: Kubectl,
+    given: Mapping[str, Mapping[str, str]],
+    secrets: Mapping[str, str],
+    certificates: Mapping[str, Mapping[str, str]],
+    keys: Mapping[str, str],
+    say: Say,
 ) -> Iterator[None]:
     home.mkdir(parents=True, exist_ok=True)
     environment = tool.environment(home / "home")
     configuration = {
         "terraform": {"required_providers": {"kubernetes": {"source": "hashicorp/kubernetes"}}},
         "provider": {"kubernetes": {"config_path": kubectl.kubeconfig}},
-        "module": {"thaw": {"source": str(_MODULE), "manifests": str(_MANIFESTS), "settings": given, "agent_secrets": secrets}},
+        "module": {
+            "thaw": {
+                "source": str(_MODULE),
+                "manifests": str(_MANIFESTS),
+                "settings": given,
+                "agent_secrets": secrets,
+                "tls_secrets": certificates,
+                "image_keys": keys,
+            }
+        },
     }
     path = home / "main.tf.json"
     path.touch(mode=0o600)
@@ -146,14 +171,33 @@ def _by_terraform(
 
 
 @contextlib.contextmanager
-def _by_kubectl(kubectl: Kubectl, given: Mapping[str, Mapping[str, str]], secrets: Mapping[str, str], say: Say) -> Iterator[None]:
+def _by_kubectl(
+    kubectl: Kubectl,
+    given: Mapping[str, Mapping[str, str]],
+    secrets: Mapping[str, str],
+    certificates: Mapping[str, Mapping[str, str]],
+    keys: Mapping[str, str],
+    say: Say,
+) -> Iterator[None]:
     documents = [document for path in sorted(_MANIFESTS.glob("*.yaml")) for document in yaml.safe_load_all(path.read_text())]
     for document in documents:
         match document["kind"], document["metadata"]["name"]:
             case "ConfigMap", "thaw":
                 document["data"]["thaw.toml"] = _settings_file(document["data"]["thaw.toml"], given)
             case "Secret", "thaw-agent":
-                document["data"] = {name: base64.b64encode(value.encode()).decode() for name, value in secrets.items()}
+                document["data"] = _encoded(secrets)
+            case "Secret", "thaw-image-keys":
+                document["data"] = _encoded(keys)
+    documents += [
+        {
+            "apiVersion": "v1",
+            "kind": "Secret",
+            "metadata": {"name": f"thaw-{role}-tls", "namespace": NAMESPACE},
+            "type": "kubernetes.io/tls",
+            "data": _encoded(files),
+        }
+        for role, files in certificates.items()
+    ]
     say(f"$ kubectl apply -f {_MANIFESTS}   (with this installation's settings)")
     try:
         kubectl.apply(*documents)
@@ -163,6 +207,10 @@ def _by_kubectl(kubectl: Kubectl, given: Mapping[str, Mapping[str, str]], secret
     finally:
         say(f"$ kubectl delete -f {_MANIFESTS}")
         kubectl("delete", "--ignore-not-found", "-f", "-", given=json.dumps({"apiVersion": "v1", "kind": "List", "items": documents}))
+
+
+def _encoded(values: Mapping[str, str]) -> dict[str, str]:
+    return {name: base64.b64encode(value.encode()).decode() for name, value in values.items()}
 
 
 def _settings_file(text: str, given: Mapping[str, Mapping[str, str]]) -> str:

@@ -3,7 +3,8 @@
 In: commands from :mod:`scaler.service`; the agents' reports; where agents are (settings, or :meth:`Agents.discovered`). Out: calls of an
 :class:`AgentSink`. A stream that breaks is opened again
 (0.1 s, doubling to 2 s); commands without an answer are sent again with the same id, which the agent carries out once. A node counts
-as down at once, and as lost when it has been away for ``scaler.node_grace_s``.
+as down at once, and as lost when it has been away for ``scaler.node_grace_s``. An agent whose certificate is not accepted, or that is
+another node than it says, is as one that does not answer: the others go on.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from agent.api.messages import (
     AgentCommand,
     CheckpointPublished,
     CommandFailed,
+    CommandTaken,
     Evicted,
     FetchDone,
     InstanceExited,
@@ -28,6 +30,7 @@ from agent.api.messages import (
     StartFailed,
 )
 from agent.errors import ProtocolError
+from infra import tls
 from infra.errors import SettingsError
 from infra.settings import Settings
 from infra.tasks import TaskGroup
@@ -71,6 +74,7 @@ class Agents:
         self._settled = False
         self._grace_s = settings.scaler.node_grace_s
         self._identity = identity
+        self.credentials = tls.credentials(settings, "scaler")
         self._by_node: dict[str, _Link] = {}
         #: Agents that come and go, by node; None: they are named by settings, or it is not known yet which there are.
         self._found: dict[str, _Address] | None = None
@@ -96,6 +100,7 @@ class Agents:
         for label in addresses:
             if label not in self._links:
                 link = self._links[label] = _Link(self, label, self._found_at(label), self._identity)
+                link.of_node = label
                 link.task = self._tasks.spawn(link.run(), f"stream to agent {label}", essential=True)
 
     def _found_at(self, label: str) -> Callable[[], _Address]:
@@ -179,6 +184,8 @@ class _Link:
         self.task: asyncio.Task[None] | None = None
         #: There is no such agent any more.
         self.retired = False
+        #: The node that it was found on; empty: an address from the settings, whose node it says itself.
+        self.of_node = ""
 
     def retire(self) -> None:
         """Close the stream for good; the grace of its node runs from now, if it does not already."""
@@ -197,11 +204,14 @@ class _Link:
         while True:
             try:
                 host, port = self._find()
-                connection, _ = await connect(host, port, self._identity, "scaler", timeout_s=_CONNECT_S)
+                connection, hello = await connect(host, port, self._identity, "scaler", self._agents.credentials, timeout_s=_CONNECT_S)
                 try:
                     inventory = await connection.receive()
+                    if inventory is None:
+                        raise ProtocolError("it hung up; its log says whether this scaler's certificate lets it command agents")
                     if not isinstance(inventory, Inventory):
                         raise ProtocolError(f"{type(inventory).__name__} instead of the inventory")
+                    self._check_node(hello.identity, inventory.node)
                     self._open(connection, inventory)
                     logger.info("agent %s is connected: node %s", self.label, self.node)
                     pause_s, trouble = _RECONNECT_S[0], ""
@@ -217,6 +227,17 @@ class _Link:
                     trouble = text
             await asyncio.sleep(pause_s)
             pause_s = min(pause_s * 2, _RECONNECT_S[1])
+
+    def _check_node(self, proven: str, node: str) -> None:
+        """An agent speaks for the node that its certificate names, and is found where that node is.
+
+        Raises:
+            ProtocolError: it does not.
+        """
+        if node != proven:
+            raise ProtocolError(f"the agent of node {proven} sent the inventory of {node}")
+        if self.of_node and node != self.of_node:
+            raise ProtocolError(f"the agent of node {node} answers at the address of node {self.of_node}")
 
     def _open(self, connection: Connection, inventory: Inventory) -> None:
         if self.grace is not None:
@@ -251,7 +272,7 @@ class _Link:
                 ):
                     self.unanswered.pop(message.command_id, None)
                     self._agents._reported(self, message)
-                case Inventory():
+                case Inventory() | CommandTaken():
                     self._agents._reported(self, message)
                 case _:
                     pass  # endpoints are for watchers

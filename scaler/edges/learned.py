@@ -1,4 +1,4 @@
-"""Keeps what was learned of functions' requests in the compacted topic ``thaw.forecasts``, for the scaler that decides next.
+"""Keeps what was learned of functions, of their requests and their costs, in the compacted topic ``thaw.forecasts``, for the next scaler.
 
 In: functions that were touched, from :meth:`scaler.planner.Planner.drain_touched`; gained shards. Out: records, name to forecast, at
 most one in :data:`PER_FUNCTION_S` for a function, and all that wait when the scaler ends in order; and, for a gained shard, one

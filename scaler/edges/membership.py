@@ -68,7 +68,10 @@ class Membership:
     async def _leave(self, group: str, member_id: str) -> None:
         settings = self._settings.kafka
         client = AIOKafkaClient(
-            bootstrap_servers=settings.bootstrap_servers, client_id="thaw-scaler-leave", request_timeout_ms=settings.request_timeout_ms
+            bootstrap_servers=settings.bootstrap_servers,
+            client_id="thaw-scaler-leave",
+            request_timeout_ms=settings.request_timeout_ms,
+            **kafka.security(settings),
         )
         try:
             await client.bootstrap()

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import time
+import urllib.parse
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,8 @@ from typing import Any
 from infra import leaks
 from infra.kubernetes import oci
 from infra.kubernetes.cluster import life
+from infra.kubernetes.cluster.api import Api
+from infra.kubernetes.cluster.layout import Layout
 from infra.settings import Settings
 
 #: Where parts of a cluster would leave something.
@@ -21,6 +24,17 @@ _FOLDERS = ("/run", "/var/lib", "/var/log", "/opt", "/etc/cni", "/etc/kubernetes
 #: How such things are called; other tests and the machine itself leave files there too.
 _MARKS = ("cluster", "cni", "container", "etcd", "kube", "netns", "pods", "runc", "xtables")
 _SETTINGS = ("vm", "kernel/panic", "kernel/panic_on_oops", "kernel/keys", "net/ipv4/ip_forward", "net/ipv4/conf/all", "net/bridge")
+#: Where the server has what tests ask for, by a name that kubectl takes too.
+_COLLECTIONS = {
+    "deployment": "apis/apps/v1/{}/deployments",
+    "events": "api/v1/{}/events",
+    "fn": "apis/thaw.dev/v1/{}/functions",
+    "functions": "apis/thaw.dev/v1/{}/functions",
+    "pod": "api/v1/{}/pods",
+    "pods": "api/v1/{}/pods",
+    "resourcequota": "api/v1/{}/resourcequotas",
+    "service": "api/v1/{}/services",
+}
 
 
 @dataclass(frozen=True)
@@ -42,10 +56,15 @@ class Cluster:
         """Create or change objects."""
         self.kubectl("apply", "-f", "-", given=json.dumps({"apiVersion": "v1", "kind": "List", "items": documents}))
 
-    def get(self, *words: str) -> dict[str, Any]:
-        """Return an object or a list."""
-        value: dict[str, Any] = json.loads(self.kubectl("get", *words, "-o", "json"))
-        return value
+    def get(self, kind: str, name: str = "", *, namespace: str = "default", labels: str = "") -> dict[str, Any]:
+        """Return an object or a list; an AssertionError when there is none or nobody answers.
+
+        Without kubectl: tests ask many times a second, and its start costs as much as what they wait for.
+        """
+        path = f"/{_COLLECTIONS[kind].format(f'namespaces/{namespace}')}{name and f'/{name}'}"
+        found = Api(Layout.of(self.settings)).get(f"{path}?labelSelector={urllib.parse.quote(labels)}" if labels else path)
+        assert found is not None, f"the server has no {path}"
+        return found
 
     def load(self, archive: Path) -> oci.Image:
         """Give an image to every node."""

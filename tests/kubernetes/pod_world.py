@@ -156,12 +156,16 @@ class Pods:
 
     def get(self, name: str) -> dict[str, Any]:
         """One pod object."""
-        return self.cluster.get("-n", self.namespace, "pod", name)
+        return self.cluster.get("pod", name, namespace=self.namespace)
 
     def gate(self, name: str) -> tuple[str, str]:
         """Status and reason of the condition ``thaw.dev/restored``."""
         found = [item for item in self.get(name)["status"].get("conditions", []) if item["type"] == pods.GATE]
         return (found[0]["status"], found[0].get("reason", "")) if found else ("", "")
+
+    def ready(self, name: str) -> bool:
+        """Whether Services may route to it."""
+        return any(item["type"] == "Ready" and item["status"] == "True" for item in self.get(name)["status"].get("conditions", []))
 
     def logs(self, name: str) -> str:
         """What ``kubectl logs`` shows."""

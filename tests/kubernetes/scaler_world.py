@@ -80,7 +80,7 @@ class ScalerWorld:
 
     async def remove_agent(self, node: str) -> None:
         """Its pod goes; the agent and what it holds stay for the next one."""
-        found = await self.get("pods", "-l", "app.kubernetes.io/component=agent")
+        found = await self.get("pods", labels="app.kubernetes.io/component=agent")
         for pod in found["items"]:
             if pod["spec"]["nodeName"] == node:
                 await self.kubectl("-n", self.space, "delete", "pod", pod["metadata"]["name"], "--force", "--grace-period=0")
@@ -100,6 +100,7 @@ class ScalerWorld:
             "THAW_KUBERNETES_FUNCTIONS_NAMESPACE": "",
             "THAW_KUBERNETES_AGENTS_NAMESPACE": self.space,
             "THAW_KUBERNETES_AGENT_IMAGE": self.image.reference,
+            "THAW_TLS_MODE": "off",  # agents and scaler are on one machine, with the cluster between them
             **self.more,
         }
         process = await asyncio.create_subprocess_exec(sys.executable, "-m", "thaw", "scaler", env=environment, stdout=log, stderr=log)
@@ -133,8 +134,8 @@ class ScalerWorld:
     async def kubectl(self, *words: str, given: str = "") -> str:
         return await asyncio.to_thread(self.cluster.kubectl, *words, given=given)
 
-    async def get(self, *words: str) -> dict[str, Any]:
-        return await asyncio.to_thread(self.cluster.get, "-n", self.space, *words)
+    async def get(self, kind: str, name: str = "", *, labels: str = "") -> dict[str, Any]:
+        return await asyncio.to_thread(self.cluster.get, kind, name, namespace=self.space, labels=labels)
 
     async def apply(self, name: str, *, template: dict[str, Any] | None = None, **spec: Any) -> None:
         """Apply a Function whose instances would sleep."""
@@ -164,7 +165,7 @@ class ScalerWorld:
 
     async def pods(self, name: str) -> list[dict[str, Any]]:
         """Placeholder pods that are not being deleted."""
-        found = (await self.get("pods", "-l", f"thaw.dev/function={name}"))["items"]
+        found = (await self.get("pods", labels=f"thaw.dev/function={name}"))["items"]
         return [pod for pod in found if "deletionTimestamp" not in pod["metadata"]]
 
     async def running(self, name: str, count: int) -> list[dict[str, Any]]:

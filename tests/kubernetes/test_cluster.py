@@ -74,12 +74,12 @@ def web(cluster: Cluster, busybox: oci.Image) -> Iterator[list[dict[str, Any]]]:
         },
     )
     cluster.kubectl("-n", _SPACE, "rollout", "status", "deployment/web", "--timeout=60s")
-    yield cluster.get("-n", _SPACE, "pods", "-l", "app=web")["items"]
+    yield cluster.get("pods", namespace=_SPACE, labels="app=web")["items"]
     cluster.kubectl("delete", "namespace", _SPACE, "--wait=false")
 
 
 def service_address(cluster: Cluster) -> str:
-    return str(cluster.get("-n", _SPACE, "service", "web")["spec"]["clusterIP"])
+    return str(cluster.get("service", "web", namespace=_SPACE)["spec"]["clusterIP"])
 
 
 def test_status_tells_programs_how_to_reach_the_cluster(cluster: Cluster) -> None:
@@ -134,7 +134,7 @@ def test_limits_are_those_of_the_pod(cluster: Cluster, busybox: oci.Image, web: 
     cluster.apply({"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "hungry", "namespace": _SPACE}, "spec": spec})
 
     def reason() -> str | None:
-        statuses = cluster.get("-n", _SPACE, "pod", "hungry")["status"].get("containerStatuses", [{}])
+        statuses = cluster.get("pod", "hungry", namespace=_SPACE)["status"].get("containerStatuses", [{}])
         return statuses[0].get("state", {}).get("terminated", {}).get("reason")
 
     assert eventually(reason) == "OOMKilled"
@@ -155,7 +155,7 @@ def test_dead_parts_are_started_again_and_pods_live_on(cluster: Cluster, web: li
     life.up(cluster.settings, print)
     after = pids(cluster.settings)
     assert {name for name, pid in after.items() if pid != before[name]} == set(killed)
-    now = cluster.get("-n", _SPACE, "pods", "-l", "app=web")["items"]
+    now = cluster.get("pods", namespace=_SPACE, labels="app=web")["items"]
     assert {pod["metadata"]["uid"] for pod in now} == {pod["metadata"]["uid"] for pod in web}
     assert [pod["status"]["containerStatuses"][0]["restartCount"] for pod in now] == [0] * 4
 

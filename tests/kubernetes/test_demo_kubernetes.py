@@ -1,4 +1,4 @@
-"""``thaw demo-kubernetes`` in small: while pods of scaler, agent and functions are deleted, and when it is interrupted."""
+"""``thaw demo-kubernetes`` in small: while pods are deleted and agents upgraded, and when it is interrupted."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import threading
+import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,11 @@ pytestmark = [pytest.mark.cluster, pytest.mark.stack, pytest.mark.timeout(900)]
 def no_other_cluster(cluster_settings: Settings) -> None:
     """There is one cluster on a machine."""
     life.down(cluster_settings, print)
+
+
+def settings_of(folder: Path) -> Settings:
+    """Those of the demo's own cluster."""
+    return settings_module.load(environment={}, flags={"paths.state_dir": folder / "state" / "demo-kubernetes"})
 
 
 def run_demo(folder: Path, *options: str, during: Callable[[str, subprocess.Popen[str]], None], path: str = "") -> tuple[str, str, int]:
@@ -53,26 +59,67 @@ def run_demo(folder: Path, *options: str, during: Callable[[str, subprocess.Pope
     return output, "".join(said), process.returncode
 
 
-def test_every_request_is_answered_while_pods_are_deleted(tmp_path: Path) -> None:
+class Steady(threading.Thread):
+    """Keeps an instance of a function, and asks it through its Service, each request once, while agents are replaced."""
+
+    def __init__(self, kubectl: Kubectl, name: str) -> None:
+        super().__init__()
+        self.kubectl, self.name = kubectl, name
+        self.over = threading.Event()
+        self.answered, self.failed = 0, list[str]()
+
+    def idle(self, seconds: float) -> None:
+        patch = json.dumps({"spec": {"policy": {"idleSeconds": seconds}}})
+        self.kubectl("patch", "function", self.name, "--namespace", FUNCTIONS, "--type=merge", "-p", patch)
+
+    def run(self) -> None:
+        self.idle(600)
+        address = self.kubectl.get("service", self.name, "--namespace", FUNCTIONS)["spec"]["clusterIP"]
+        while not self.over.wait(0.02):
+            try:
+                with urllib.request.urlopen(f"http://{address}/lookup?row={self.answered * 997 % 400_000}", timeout=5) as answer:
+                    self.answered += answer.status == 200
+            except OSError as error:
+                if self.answered:  # the first instance is still to come
+                    self.failed.append(f"after {self.answered} answers: {error}")
+        self.idle(2)
+
+
+def test_every_request_is_answered_while_pods_are_deleted_and_agents_upgraded(tmp_path: Path) -> None:
     before = Machine.now()
     done: list[str] = []
+    steady: list[Steady] = []
 
-    def delete(namespace: str, labels: str) -> None:
-        settings = settings_module.load(environment={}, flags={"paths.state_dir": tmp_path / "state" / "demo-kubernetes"})
-        said = Kubectl.of(settings)("delete", "pod", "--wait=false", "--namespace", namespace, "-l", labels)
-        done.append(said)
+    def act(*words: str) -> None:
+        done.append(Kubectl.of(settings_of(tmp_path))(*words))
+
+    def upgrade() -> None:
+        """What a new image does: another template, pods replaced node by node."""
+        kubectl = Kubectl.of(settings_of(tmp_path))
+        answered = steady[0].answered
+        kubectl("rollout", "restart", "daemonset/thaw-agent", "--namespace", NAMESPACE)
+        done.append(kubectl("rollout", "status", "daemonset/thaw-agent", "--namespace", NAMESPACE, "--timeout=60s"))
+        done.append(f"{steady[0].answered - answered} answered during the upgrade")
 
     def during(line: str, process: subprocess.Popen[str]) -> None:
         if "load with checkpoints:" in line:
-            for delay_s, namespace, labels in (
-                (3.0, NAMESPACE, "app.kubernetes.io/component=scaler"),
-                (8.0, NAMESPACE, "app.kubernetes.io/component=agent"),
-                (15.0, FUNCTIONS, "thaw.dev/function=echo"),
+            steady.append(Steady(Kubectl.of(settings_of(tmp_path)), "index"))
+            steady[0].start()
+            delete = ("delete", "pod", "--wait=false", "--namespace")
+            for delay_s, what, words in (
+                (3.0, act, (*delete, NAMESPACE, "-l", "app.kubernetes.io/component=scaler")),
+                (8.0, upgrade, ()),
+                (15.0, act, (*delete, FUNCTIONS, "-l", "thaw.dev/function=echo")),
+                (20.0, act, (*delete, NAMESPACE, "-l", "app.kubernetes.io/component=agent")),
+                (24.0, steady[0].over.set, ()),
             ):
-                threading.Timer(delay_s, delete, [namespace, labels]).start()
+                threading.Timer(delay_s, what, words).start()
 
     output, said, code = run_demo(tmp_path, "--to", "800", "--seconds", "25", during=during)
-    assert len(done) == 3 and all("deleted" in text for text in done), said
+    assert len(done) == 5 and sum("deleted" in text for text in done) == 3, f"{done}\n{said}"
+    assert any("successfully rolled out" in text for text in done), done
+    [count] = [int(text.split()[0]) for text in done if "answered during" in text]
+    assert steady[0].failed == [] and count > 10, f"{steady[0].answered} answered\n{said}"
     assert code == 0, said
     result: dict[str, Any] = json.loads(output.splitlines()[-1])
     assert result["answered"] == result["requests"] > 20, said

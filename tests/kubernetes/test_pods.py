@@ -28,8 +28,10 @@ from agent.api.messages import (
 from agent.sandbox import confinement
 from agent.sandbox.pod import init_of
 from infra.kubernetes.cluster import life
+from infra.kubernetes.pods import FUNCTION_LABEL
 from infra.local import native
 from infra.settings import Settings
+from loadgen.routed import Ways
 from tests.integration.agent.harness import AgentUnderTest, running_agent
 from tests.kubernetes import pod_world
 from tests.kubernetes.cluster_world import Cluster, eventually
@@ -104,6 +106,33 @@ async def answer(report: StartDone, path: str = "/1") -> dict[str, Any]:
     return value
 
 
+async def test_a_service_answers_as_long_as_an_instance_does(node: AgentUnderTest, cluster: Cluster, namespace: str) -> None:
+    pods = Pods(cluster, pod_world.function("routed", namespace))
+    spec = {"selector": {FUNCTION_LABEL: "routed"}, "ports": [{"port": 80, "targetPort": 8080}]}
+    service = {"apiVersion": "v1", "kind": "Service", "metadata": {"name": "routed", "namespace": namespace}, "spec": spec}
+    await asyncio.to_thread(cluster.apply, service)
+    await waiting(node, pods, "routed-a", "routed-b")
+    address = (await asyncio.to_thread(cluster.get, "-n", namespace, "service", "routed"))["spec"]["clusterIP"] + ":80"
+
+    async def asked(within_s: float) -> int:
+        async with asyncio.timeout(within_s):
+            return (await Ways().get(address, "/1", ""))[0]
+
+    with pytest.raises(TimeoutError):
+        await asked(0.3)
+    report = await node.start_instance(pods.function)
+    assert await asked(10.0) == 200
+    # The kubelet comes to the same result: nothing is taken back when it has written its own status.
+    for _ in range(20):
+        assert await asyncio.to_thread(pods.ready, report.instance.instance)
+        assert await asked(0.5) == 200
+        await asyncio.sleep(0.1)
+    await node.call(Release, instance=report.instance.instance)
+    await asyncio.to_thread(eventually, lambda: not pods.ready(report.instance.instance))
+    with pytest.raises(TimeoutError):
+        await asked(0.3)
+
+
 async def test_a_checkpoint_of_a_pod_is_restored_into_another(node: AgentUnderTest, cluster: Cluster, namespace: str) -> None:
     pods = Pods(cluster, pod_world.function("first", namespace))
     await waiting(node, pods, "first-a", "first-b")
@@ -115,10 +144,12 @@ async def test_a_checkpoint_of_a_pod_is_restored_into_another(node: AgentUnderTe
     name = report.instance.instance
     assert name in ("first-a", "first-b")
     await gated(pods, name, "True", "Answers")
+    assert await asyncio.to_thread(pods.ready, name), "the agent says that it is ready together with its own condition"
     assert "asked for /1" in await asyncio.to_thread(pods.logs, name)
     released = await node.call(Release, instance=name)
     assert released.reason == "released"
     await gated(pods, name, "False", "Ended")
+    assert not await asyncio.to_thread(pods.ready, name)
     pod = await asyncio.to_thread(pods.get, name)
     assert pod["status"]["containerStatuses"][0]["restartCount"] == 0, "whoever made the pod deletes it"
 
@@ -252,7 +283,7 @@ async def test_an_instance_is_released_without_losing_a_request(node: AgentUnder
     first, second = await node.start_instance(pods.function), await node.start_instance(pods.function)
     for report in (first, second):
         await gated(pods, report.instance.instance, "True", "Answers")
-    address = cluster.get("-n", namespace, "service", "released")["spec"]["clusterIP"]
+    address = cluster.get("service", "released", namespace=namespace)["spec"]["clusterIP"]
     seen: list[str] = []
 
     def two_are_there() -> bool:
@@ -286,11 +317,14 @@ async def test_a_deleted_pod_ends_its_instance(node: AgentUnderTest, cluster: Cl
     assert exited.instance == "deleted-a"
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
-async def test_instances_outlive_their_agent(node: AgentUnderTest, cluster: Cluster, namespace: str, number: signal.Signals) -> None:
+@pytest.mark.parametrize(("number", "spare"), [(signal.SIGKILL, True), (signal.SIGTERM, False)])
+async def test_instances_outlive_their_agent(
+    node: AgentUnderTest, cluster: Cluster, namespace: str, number: signal.Signals, spare: bool
+) -> None:
+    """With another pod that waits, and with none: a standby is thawed all the same."""
     name = f"outlive-{number}"
     pods = Pods(cluster, pod_world.function(name, namespace))
-    await waiting(node, pods, f"{name}-a", f"{name}-b", f"{name}-c")
+    await waiting(node, pods, f"{name}-a", f"{name}-b", *([f"{name}-c"] if spare else []))
     await checkpoint(node, pods)
     running = await node.start_instance(pods.function)
     held = await node.call(Prepare, function=pods.function)
@@ -305,6 +339,9 @@ async def test_instances_outlive_their_agent(node: AgentUnderTest, cluster: Clus
     assert await answer(running) == before
     thawed = await node.start_instance(pods.function)
     assert thawed.record.start_mode == "thaw" and (await answer(thawed))["ok"]
+    if not spare:
+        assert (await node.call(Start, function=pods.function)).reason == "no_room"
+        return
     await asyncio.to_thread(eventually, lambda: node.log.count("waits for an instance") >= 4, within_s=10)
     again = await node.start_instance(pods.function)
     assert again.record.start_mode == "restore", "the pod that waited is found again"

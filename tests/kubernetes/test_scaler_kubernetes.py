@@ -15,14 +15,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
 
 from agent.api.messages import Release
 from infra.kubernetes import client, oci, watch
 from infra.kubernetes.cluster import life
 from infra.local import native
-from infra.settings import KubernetesSettings, Settings
+from infra.settings import KubernetesSettings, ScalerSettings, Settings
 from tests.kubernetes.cluster_world import Cluster
 from tests.kubernetes.scaler_world import MANIFESTS, ScalerWorld
+from thaw.explain import command as explain
+from thaw.functions import get_functions
 
 pytestmark = pytest.mark.cluster
 _INIT = Path(__file__).parents[2] / "agent/sandbox/placeholder.c"
@@ -86,11 +89,29 @@ async def test_a_function_gets_a_placeholder_and_a_status(world: ScalerWorld) ->
     shown = (await world.kubectl("-n", world.space, "get", "fn", "one")).splitlines()
     assert shown[0].split()[:4] == ["NAME", "RUNG", "INSTANCES", "STANDBYS"]
     assert shown[1].split()[:4] == ["one", "stored", "0", "0"]
+    # The same with the scaler's own figures, by a client of the cluster.
+    kafka, kubernetes = world.stack.kafka, KubernetesSettings(kubeconfig=world.cluster.status.kubeconfig, functions_namespace=world.space)
+    settings = Settings(kafka=kafka, kubernetes=kubernetes, scaler=ScalerSettings(functions="kubernetes"))
+    said = {}
+    for command, words in ((get_functions, ["one", "-o", "json"]), (explain, ["one"])):
+        done = await asyncio.to_thread(CliRunner().invoke, command, words, obj=settings)
+        assert done.exit_code == 0, done.output
+        said[command] = done.output
+    found = json.loads(said[get_functions])
+    assert (found["metadata"]["namespace"], found["spec"]["port"], found["status"]["rung"]) == (world.space, 8080, "stored")
+    assert said[explain].startswith("one is stored: 0 of 0 instances")
 
 
 async def test_demand_is_answered_where_placeholders_are(world: ScalerWorld) -> None:
     await world.scaler()
-    await world.apply("two", instances={"max": 3}, policy={"idleSeconds": 600})
+    spread = {
+        "maxSkew": 1,
+        "topologyKey": "kubernetes.io/hostname",
+        "whenUnsatisfiable": "DoNotSchedule",
+        "labelSelector": {"matchLabels": {"thaw.dev/function": "two"}},
+    }
+    template = {"topologySpreadConstraints": [spread]}
+    await world.apply("two", template=template, instances={"max": 3}, policy={"idleSeconds": 600})
     (pod,) = await world.running("two", 1)
     await world.demand("two", 1)
     node = pod["spec"]["nodeName"]
@@ -105,6 +126,7 @@ async def test_demand_is_answered_where_placeholders_are(world: ScalerWorld) -> 
 
     await world.eventually(full)
     by_node = [pod["spec"]["nodeName"] for pod in await world.pods("two")]
+    assert set(by_node) == {"node-1", "node-2"}
     assert world.instances("two") == {node: by_node.count(node) for node in set(by_node)}
     # The scripted agents make a checkpoint as they are asked: its donor took a placeholder of its own.
     assert (await world.condition("two", "Checkpointed"))[0] == "True"

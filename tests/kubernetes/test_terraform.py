@@ -128,9 +128,9 @@ def test_made_used_changed_removed(module: Workspace, cluster: Cluster, image: o
     module.variables(**given(image, settings={"kafka": {"bootstrap_servers": "kafka:9092"}}))
     module.apply()
 
-    scaler = cluster.get("deployment", "thaw-scaler", "-n", "thaw")
+    scaler = cluster.get("deployment", "thaw-scaler", namespace="thaw")
     assert scaler["status"]["availableReplicas"] == 2
-    agents = cluster.get("pods", "-n", "thaw", "-l", "app.kubernetes.io/component=agent")["items"]
+    agents = cluster.get("pods", namespace="thaw", labels="app.kubernetes.io/component=agent")["items"]
     assert {pod["spec"]["nodeName"] for pod in agents} == {node.name for node in cluster.status.nodes}
     log = cluster.kubectl("logs", "-n", "thaw", agents[0]["metadata"]["name"])
     assert 'bootstrap_servers = "kafka:9092"' in log
@@ -145,7 +145,7 @@ def test_made_used_changed_removed(module: Workspace, cluster: Cluster, image: o
     module.variables(**given(image, settings={"kafka": {"bootstrap_servers": "other:9092"}}, scaler_replicas=1))
     said = module.apply()
     assert "0 to add, 3 to change, 0 to destroy" in said
-    assert cluster.get("deployment", "thaw-scaler", "-n", "thaw")["spec"]["replicas"] == 1
+    assert cluster.get("deployment", "thaw-scaler", namespace="thaw")["spec"]["replicas"] == 1
     assert "other:9092" in eventually(lambda: cluster.kubectl("logs", "-n", "thaw", "daemonset/thaw-agent"))
 
     # Somebody else's change is seen, and not overwritten without a word.
@@ -279,12 +279,12 @@ def test_the_example_makes_an_installation_that_thaw_uses(
         assert (from_file.scaler, from_file.kafka) == (from_environment.scaler, from_environment.kafka)
         assert (from_file.scaler.tick_s, from_file.kafka.partitions, from_file.s3.bucket) == (0.2, 4, "thaw-example")
         assert s3.secret_key not in outputs["settings_file"]
-        health.check_kafka(from_environment.kafka.bootstrap_servers, write=False)
+        health.check_kafka(from_environment.kafka, write=False)
         store = ObjectStore(from_environment.s3)
         store.put("functions/f/current", b"one")
         assert store.get("functions/f/current", size_max=10) == b"one"
         store.close()
-        assert cluster.get("deployment", "thaw-scaler", "-n", "thaw")["status"]["availableReplicas"] == 2
+        assert cluster.get("deployment", "thaw-scaler", namespace="thaw")["status"]["availableReplicas"] == 2
     finally:
         made.destroy()
     assert everything(cluster) == set()

@@ -35,10 +35,11 @@ from agent.pager.journal import Journal
 from agent.pager.regions import Region, Regions
 from agent.pager.userfault import Fault, Fork, Remap, Remove, parse
 from agent.ready import Response
-from agent.store import archive, chunks, host, manifest
+from agent.store import archive, chunks, manifest, pointer
 from agent.store.archive import Member
 from agent.store.manifest import Blob, Extent, Fresh, Manifest, MappedFile, Pages, Span
-from infra import telemetry
+from agent.store.seal import Sealer
+from infra import imagekeys, telemetry
 from loadgen import starts
 from scaler import demand, dormant
 from scaler.edges import functions, statefeed
@@ -250,7 +251,10 @@ def _asked() -> FunctionState:
 
 def _learned() -> tuple[Decode, list[bytes]]:
     def decode(value: bytes) -> object:
-        forecast, holding = dormant.unpack_learned(value, (_CONFIG, _COSTS))
+        forecast, holding, measured, *_ = dormant.unpack_learned(value, (_CONFIG, _COSTS))
+        assert all(seconds >= 0 for seconds in measured.of.values())
+        if forecast is None or holding is None:
+            return measured
         holding.advance(1.8e9)
         holding.raised(1.8e9 + 1)
         holding.lowered(1.8e9 + 2)
@@ -259,8 +263,8 @@ def _learned() -> tuple[Decode, list[bytes]]:
     state = _asked()
     assert state.holding is not None and state.forecast is not None
     state.holding.advance(1.7e9 + 1e5)
-    whole = msgspec.msgpack.encode([dormant.FORMAT, state.holding.pack(), state.forecast.pack()])
-    return decode, [whole, msgspec.msgpack.encode([dormant.FORMAT, [], state.forecast.pack()])]
+    whole = [dormant.FORMAT, state.holding.pack(), state.forecast.pack(), {1: 0.01, "other": 2.0}, "no", "ab" * 32]
+    return decode, [msgspec.msgpack.encode(item) for item in (whole, [whole[0], [], *whole[2:]], [whole[0], [], [], *whole[3:]])]
 
 
 def _state_topic() -> tuple[Decode, list[bytes]]:
@@ -346,7 +350,7 @@ def _resource() -> tuple[Decode, list[bytes]]:
 
 def _manifest_sample(**changes: Any) -> Manifest:
     values: dict[str, Any] = {
-        "function": "index", "function_digest": "ab" * 32, "files_digest": "cd" * 32, "created_ns": 1, "criu": "4.2.1",
+        "function": "index", "function_digest": "ab" * 32, "files_digest": "cd" * 32, "key": "k1", "created_ns": 1, "criu": "4.2.1",
         "kernel": "6.1", "machine": "x86_64", "cpu_flags": ["fpu", "sse"], "root_pid": 1000, "outputs": ["pipe:[1]"],
         "mapped_files": [MappedFile("/usr/lib/x.so", 10, bytes(32))],
         "archive": Blob(100, bytes(32), 200), "working_set": Blob(50, bytes(32), 8192),
@@ -388,10 +392,6 @@ def _head() -> tuple[Decode, list[bytes]]:
     return decode, [manifest.pack_head(encoded, packed)]
 
 
-def _pointer() -> tuple[Decode, list[bytes]]:
-    return host.read_pointer, [msgspec.msgpack.encode(host.Pointer("ab" * 16, "cd" * 32, "ef" * 32))]
-
-
 class _Scratch:
     """A folder in memory that goes with the process; files that inputs made are removed by the next one."""
 
@@ -407,6 +407,37 @@ class _Scratch:
                 Path(entry.path).unlink()
         for name in names:
             (self.path / name).mkdir()
+
+
+def _sealer() -> Sealer:
+    scratch = _Scratch()
+    imagekeys.make(scratch.path / "keys")
+    sealer = Sealer(scratch.path / "keys")
+    sealer.read()
+    _kept.append(scratch)
+    return sealer
+
+
+_kept: list[_Scratch] = []
+
+
+def _pointer() -> tuple[Decode, list[bytes]]:
+    """Behind the seal: what who has the ring, and no signing key, may write."""
+    sealer = _sealer()
+    key = manifest.pointer_key("index")
+    found = pointer.Pointer(function="index", checkpoint="ab" * 16, function_digest="cd" * 32, files_digest="ef" * 32, generation=7)
+    signed = bytes(sealer.open(key, pointer.seal(sealer, found, sealer.newest())))
+
+    def decode(data: bytes) -> object:
+        return pointer.read(sealer, "index", sealer.seal(key, data, sealer.newest()))
+
+    return decode, [signed]
+
+
+def _sealed() -> tuple[Decode, list[bytes]]:
+    sealer = _sealer()
+    key = manifest.pointer_key("index")
+    return lambda data: sealer.open(key, data), [sealer.seal(key, b"content" * 9, sealer.newest())]
 
 
 def _archive() -> tuple[Decode, list[bytes]]:
@@ -633,13 +664,14 @@ DECODERS: dict[str, Decoder] = {
         Decoder("restores-topic", "a scaler", (), _restores_topic, "msgpack"),
         Decoder("function-yaml", "who calls thaw apply", (FunctionInvalid,), _yaml, "text", _yaml_bombs, 128, slow=True),
         Decoder("function-resource", "who may kubectl apply", (FunctionInvalid,), _resource, "json", slow=True),
-        Decoder("pointer", "who may write the bucket", (ImageInvalid,), _pointer, "msgpack"),
-        Decoder("manifest", "who may write the bucket", (ImageInvalid,), _manifest, "msgpack", _manifest_bombs, 256),
-        Decoder("head", "who may write the bucket", (ImageInvalid,), _head),
-        Decoder("archive", "who may write the bucket", (ImageInvalid,), _archive, "msgpack", _archive_bombs, 32, slow=True),
-        Decoder("layer", "who may write the bucket", (ImageInvalid,), _layer, bombs=_layer_bombs, slow=True),
-        Decoder("chunk", "who may write the bucket", (ImageInvalid,), _chunk, bombs=_chunk_bombs),
-        Decoder("working-set", "who may write the bucket", (ImageInvalid,), _working_set),
+        Decoder("seal", "who may write the bucket", (ImageInvalid,), _sealed),
+        Decoder("pointer", "who has the ring", (ImageInvalid,), _pointer, "msgpack"),
+        Decoder("manifest", "who signs checkpoints", (ImageInvalid,), _manifest, "msgpack", _manifest_bombs, 256),
+        Decoder("head", "who signs checkpoints", (ImageInvalid,), _head),
+        Decoder("archive", "who signs checkpoints", (ImageInvalid,), _archive, "msgpack", _archive_bombs, 32, slow=True),
+        Decoder("layer", "who signs checkpoints", (ImageInvalid,), _layer, bombs=_layer_bombs, slow=True),
+        Decoder("chunk", "who signs checkpoints", (ImageInvalid,), _chunk, bombs=_chunk_bombs),
+        Decoder("working-set", "who signs checkpoints", (ImageInvalid,), _working_set),
         Decoder(
             "working-set-size",
             "who may write the bucket",
@@ -647,7 +679,7 @@ DECODERS: dict[str, Decoder] = {
             _working_set_claims,
             bombs=lambda: [b"\0\0\1\0" + bytes(4) + b"x" * 99],
         ),
-        Decoder("page-map", "who may write the bucket", (ImageInvalid,), _page_map, bombs=_page_map_bombs, memory_mb=400),
+        Decoder("page-map", "who signs checkpoints", (ImageInvalid,), _page_map, bombs=_page_map_bombs, memory_mb=400),
         Decoder("files-image", "CRIU", (ImageInvalid,), _files_image),
         Decoder("protobuf", "CRIU", (ValueError,), _protobuf),
         Decoder(

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 from thaw.faults import plan, world
 from thaw.faults.checks import Violation
+from thaw.faults.safeguards import SAFEGUARDS
 
 #: Seeds that a process takes at once.
 _CHUNK = 10
@@ -66,9 +67,10 @@ def many(first: int, count: int, without: str = "", processes: int | None = None
                 future.cancel()
 
 
-def first_failing(seeds: int, without: str, first: int = 1) -> Result | None:
-    """The first seed that fails, of so many."""
-    return next((result for seed in range(first, first + seeds) if (result := one(seed, without)).violation is not None), None)
+def first_failing(seeds: int, without: str) -> Result | None:
+    """A seed that fails without a safeguard: the one that is known to, or the first of so many."""
+    order = (SAFEGUARDS[without].seed, *range(1, 1 + seeds))
+    return next((result for seed in order if (result := one(seed, without)).violation is not None), None)
 
 
 def _some(seeds: range, without: str) -> list[Result]:

@@ -29,8 +29,12 @@ if TYPE_CHECKING:
     from thaw.faults.machine import Machine, Sandbox
     from thaw.faults.world import World
 
+#: Setting of the agents: as long as the restart of a scaler takes, so that most faults are longer, s.
+LEASE_S = 1.0
 #: A command's end may be so late after its deadline, s: removing what is left of it takes a moment.
 _LATE_S = 5.0
+#: Between two looks, s.
+_LOOKS_S = 0.6
 #: Levels are remembered for so long, s: longer than any scaler is stopped.
 _KEPT_S = 30.0
 #: What was asked for during this time, and what may be late for as long, s.
@@ -67,6 +71,8 @@ class Checks:
         self._doubtful: dict[str, str] = {}
         #: When a scaler was stopped last, and went on, s.
         self._stopped: dict[str, tuple[float, float]] = {}
+        #: When a node's agent had a stream of a scaler last.
+        self._heard_s: dict[str, float] = {}
         #: Since when documents and clocks are as they are.
         self._steady_s: dict[str, float] = {}
 
@@ -96,6 +102,9 @@ class Checks:
         self._before.append((now_s, self._levels()))
         while self._before[0][0] < now_s - _KEPT_S:
             self._before.popleft()
+        for machine in self._world.machines.values():
+            if machine.scalers or machine.name not in self._heard_s:
+                self._heard_s[machine.name] = now_s
 
     # At every step
 
@@ -157,6 +166,13 @@ class Checks:
         late_s = min((time.time_ns() - command.deadline_ns) / NS, self._world.loop.time() - began_s)
         if late_s > _LATE_S and began_s > machine.tampered_s:
             self.violate("8: late", f"{machine.name} ends {type(command).__name__} {command.id} {late_s:.1f} s after its deadline")
+
+    def begins(self, machine: Machine, command: AgentCommand) -> None:
+        """The turn of a command has come: not on a node that no scaler has reached for long (2)."""
+        silent_s = self._world.loop.time() - self._heard_s.get(machine.name, 0.0)
+        if not machine.scalers and silent_s > LEASE_S + _LOOKS_S and machine.tampered_s < self._world.loop.time() - silent_s:
+            text = f"{machine.name} begins {type(command).__name__} {command.id}, and has heard no scaler for {silent_s:.1f} s"
+            self.violate("2: a node that is cut off starts something", text)
 
     def runs(self, sandbox: Sandbox) -> None:
         """An instance serves: the only one of its command (2)."""

@@ -12,12 +12,12 @@ import contextlib
 import contextvars
 import random
 import time
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import agent.catalog
 import agent.node
 import agent.server
 import agent.standbys
@@ -199,6 +199,8 @@ class Machine:
         self.busy: dict[str, tuple[AgentCommand, float]] = {}
         #: When its clock or its process was last tampered with.
         self.tampered_s = 0.0
+        #: Streams of scalers that the agent knows of.
+        self.scalers: Collection[Connection] = ()
         self._made = 0
 
     @property
@@ -287,10 +289,12 @@ class Machine:
         workshop = Workshop(settings.agent, furnisher, Pool(self), tasks)  # type: ignore[arg-type]
         pager = Pager(self)
         quiet = asyncio.Event()
-        catalog = Catalog(settings.agent, Cache(self), self.store, lambda: pager, tasks, _layers, "4")  # type: ignore[arg-type,return-value]
-        standbys = Standbys(workshop, catalog, lambda: pager, quiet)  # type: ignore[arg-type,return-value]
-        starter = Starter(self.name, workshop, catalog, standbys, lambda: pager, quiet)  # type: ignore[arg-type,return-value]
-        node = self._make_node(settings, workshop, catalog, starter, standbys, agent_._report)
+        cache = Cache(self)
+        catalog = Catalog(settings.agent, cache, Fetcher(cache, self.store), lambda: pager, tasks, _layers)  # type: ignore[arg-type,return-value]
+        lease = self.scalers = agent_._scalers
+        standbys = Standbys(workshop, catalog, lambda: pager, quiet, lease)  # type: ignore[arg-type,return-value]
+        starter = Starter(self.name, workshop, catalog, standbys, lambda: pager, quiet, lease)  # type: ignore[arg-type,return-value]
+        node = self._make_node(settings, workshop, catalog, starter, standbys, agent_)
         node.adopt(await self._adopt(pager))
         self.node = node
 
@@ -308,10 +312,11 @@ class Machine:
         await asyncio.get_running_loop().create_future()
 
     def _make_node(
-        self, settings: Settings, workshop: Workshop, catalog: Catalog, starter: Starter, standbys: Standbys, report: Any
+        self, settings: Settings, workshop: Workshop, catalog: Catalog, starter: Starter, standbys: Standbys, agent_: Agent
     ) -> Node:
+        lease, report = agent_._scalers, agent_._report
         checkpointer, drainer = Checkpoints(self, workshop), Drains(self)
-        return Node(self.name, workshop, catalog, starter, standbys, checkpointer, drainer, KeptEpochs(self), report)  # type: ignore[arg-type]
+        return Node(self.name, workshop, catalog, starter, standbys, checkpointer, drainer, KeptEpochs(self), lease, report)  # type: ignore[arg-type]
 
     async def _adopt(self, pager: Pager) -> list[Instance]:
         """As :func:`agent.adoption.adopt`: what was written down and lives goes on, the rest is ended."""
@@ -359,6 +364,12 @@ class Machine:
             await asyncio.sleep(max(0.0, left_s))
             raise NotReady("it did not answer in time")
         await asyncio.sleep(takes_s)
+
+    def begins(self) -> None:
+        """The turn of the current command has come."""
+        command = COMMAND.get()
+        assert command is not None
+        self.world.checks.begins(self, command)
 
     def dispatched(self, node: Node, command: AgentCommand) -> None:
         """A command is carried out from now on."""
@@ -457,7 +468,7 @@ class Cache:
 class Fetcher:
     """As :class:`agent.fetch.Fetcher`."""
 
-    def __init__(self, cache: Cache, store: Store, *_: Any) -> None:
+    def __init__(self, cache: Cache, store: Store) -> None:
         self._cache, self._store = cache, store
 
     async def current(self, function: Function, layers: Any, clock: Any, fetched: Any) -> Image | None:
@@ -527,6 +538,7 @@ async def _start_cold(
     workshop: Workshop, function: Function, layers: Any, instance_id: str, deadline_ns: int, clock: Any, **_: Any
 ) -> Instance:
     machine = _here()
+    machine.begins()
     sandbox = await machine.begin(function)
     instance = Instance(instance_id, function, sandbox, _NOWHERE)  # type: ignore[arg-type]
     try:
@@ -548,6 +560,7 @@ async def _restore(workshop: Workshop, pager: Any, what: Any, clock: Any, *, pla
     image.users += 1
     try:
         async with place or contextlib.nullcontext():
+            machine.begins()
             await what.opened()
             if not image.complete:
                 instance.pager, sandbox.pager = pager, machine.pager
@@ -643,7 +656,6 @@ _shipped_dispatch = Node._dispatch
 def replacements() -> list[tuple[Any, str, Any]]:
     """What of the agent is replaced, all of it below its bookkeeping: (where, name, by what)."""
     return [
-        (agent.catalog, "Fetcher", Fetcher),
         (agent.starts, "start_cold", _start_cold),
         (agent.starts, "start_restored", _start_restored),
         (agent.starts, "resume", _resume),

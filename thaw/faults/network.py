@@ -153,8 +153,8 @@ class End:
     # What Connection uses of a writer, a transport and a socket
 
     def get_extra_info(self, name: str) -> Any:
-        """``socket`` or ``peername``."""
-        return self if name == "socket" else (self.peer.machine, 0)
+        """``socket``, ``peername``, or, as there is no TLS, no ``ssl_object``."""
+        return {"socket": self, "peername": (self.peer.machine, 0)}.get(name)
 
     def setsockopt(self, level: int, option: int, value: int) -> None:
         """Of the socket."""

@@ -142,7 +142,10 @@ def make(seed: int) -> Plan:
         steps += _two_at_once(draw, draw.choice(scalers), draw.choice(nodes))
     if draw.random() < 0.12:
         steps += _forgotten(draw, draw.choice(names), scalers, draw.choice(nodes))
-    return Plan(seed, scalers, nodes, draw.choice([1, 2, 3]), tuple(sorted(steps, key=lambda step: step.at_s)))
+    partitions = draw.choice([1, 2, 3])
+    if draw.random() < 0.06:
+        steps += _alone(draw, names, scalers)
+    return Plan(seed, scalers, nodes, partitions, tuple(sorted(steps, key=lambda step: step.at_s)))
 
 
 def _document(draw: random.Random, name: str) -> Function:
@@ -202,6 +205,20 @@ def _forgotten(draw: random.Random, name: str, scalers: tuple[str, ...], node: s
         Step(at_s - 0.5, "cut off node", (node,), draw.uniform(3.0, 8.0)),
         Step(at_s, "delete", (name,)),
         *(Step(at_s + draw.uniform(0.2, 1.5), "kill scaler", (scaler,), draw.uniform(0.1, 1.0)) for scaler in scalers),
+    ]
+
+
+def _alone(draw: random.Random, names: tuple[str, ...], scalers: tuple[str, ...]) -> list[Step]:
+    """Nodes have more to start than they can at once, and every scaler is gone before it is done."""
+    at_s = draw.uniform(3.0, BUSY_S - 8.0)
+    spec = FunctionSpec(
+        command=["serve-3"], port=8080, readiness=Readiness(timeout_seconds=4.0), limits=Limits(memory_mb=100),
+        instances=Instances(max=6), policy=Policy(idle_seconds=3.0, checkpoint="off"),
+    )  # fmt: skip
+    return [
+        *(Step(at_s - 1.0, "apply", (name,), document=Function(metadata=Metadata(name=name), spec=spec)) for name in names),
+        *(Step(at_s, "demand", (name, "gateway"), amount=6) for name in names),
+        *(Step(at_s + draw.uniform(0.05, 0.5), "kill scaler", (scaler,), draw.uniform(3.0, 8.0)) for scaler in scalers),
     ]
 
 

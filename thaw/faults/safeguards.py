@@ -18,6 +18,7 @@ import scaler.service
 from agent.epochs import Epochs
 from agent.errors import CriuError
 from agent.instance import Instance
+from agent.lease import Scalers
 from agent.node import Node
 from agent.starts import Starter
 from scaler.edges import agents
@@ -43,6 +44,8 @@ class Safeguard:
 
     what: str
     without: Callable[[], Replacements]
+    #: One that fails without it, as far as is known: looked at first.
+    seed: int = 1
 
 
 def removal(name: str) -> Replacements:
@@ -136,6 +139,7 @@ SAFEGUARDS = {
         "an agent carries out each command id once",
         lambda: _before(Node, "handle", lambda node, command: node._answers.pop(command.id, None)),
     ),
+    "lease": Safeguard("a node that no scaler reaches starts nothing more", lambda: [(Scalers, "check", _nothing)], 129),
     "kept-answers": Safeguard(
         "the next agent answers for what the one before has done", lambda: _after(Node, "adopt", lambda node, _: node._answers.clear())
     ),

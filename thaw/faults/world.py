@@ -25,7 +25,7 @@ import infra.tasks
 import scaler.service
 from agent.api.connection import Connection
 from agent.api.messages import Start
-from infra.settings import AgentSettings, KafkaSettings, ScalerSettings, Settings
+from infra.settings import AgentSettings, KafkaSettings, ScalerSettings, Settings, TlsSettings
 from scaler.demand import DEMAND_TOPIC, FUNCTIONS_TOPIC, DemandEvent, encode
 from scaler.edges import functions
 from scaler.edges.agents import Agents
@@ -36,7 +36,7 @@ from scaler.world import PlannerConfig
 from thaw.faults import machine as machines
 from thaw.faults import safeguards
 from thaw.faults.broker import Broker, Consumer, Producer
-from thaw.faults.checks import Checks, Violation
+from thaw.faults.checks import LEASE_S, Checks, Violation
 from thaw.faults.loop import CURRENT, T0_NS, Clock, Process, VirtualLoop, current, later, spawn, virtual_time
 from thaw.faults.machine import Machine, Store
 from thaw.faults.network import Network
@@ -48,6 +48,8 @@ BOUND_S = 90.0
 #: And stays right for this long, s.
 STAYS_S = 4.0
 _LOOK_S = 0.5
+#: Streams are simulated as they are above TLS.
+_NO_TLS = TlsSettings(mode="off")
 _PORT = 7070
 #: How long the batch source's levels count, s, and the gateways'.
 _LONG_TTL_S, _TTL_S, _REPEAT_S = 3600.0, 4.0, 1.0
@@ -165,11 +167,13 @@ class World:
 
     def agent_settings(self, machine: Machine) -> Settings:
         """Of one node's agent."""
-        return Settings(agent=AgentSettings(node_name=machine.name, listen_port=machine.port, starts_in_flight=4, drain_timeout_s=2.0))
+        agent = AgentSettings(node_name=machine.name, listen_port=machine.port, starts_in_flight=4, drain_timeout_s=2.0, lease_s=LEASE_S)
+        return Settings(tls=_NO_TLS, agent=agent)
 
     def scaler_settings(self) -> Settings:
         """Of every replica."""
         return Settings(
+            tls=_NO_TLS,
             kafka=KafkaSettings(bootstrap_servers="broker:9092", partitions=self.plan.partitions),
             scaler=ScalerSettings(
                 agents=",".join(f"{machine.name}:{machine.port}" for machine in self.machines.values()),

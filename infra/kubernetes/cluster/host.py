@@ -132,6 +132,11 @@ def hierarchies() -> list[Path]:
     return sorted(set(legacy.values())) or ([unified] if unified else [])
 
 
+#: Ten times the usual. A group counts as one process among those beside it, however many are in it: with the usual weight a whole cluster
+#: would get as much of a busy machine as any one of its processes.
+_CPU_WEIGHTS = (("cpu.shares", "10240"), ("cpu.weight", "1000"))
+
+
 def make_cgroup(name: str) -> list[Path]:
     """Make a cgroup below the cluster's own, ready for processes and limits; return its folder in each hierarchy.
 
@@ -152,6 +157,9 @@ def make_cgroup(name: str) -> list[Path]:
                 for file in ("cpuset.cpus", "cpuset.mems"):
                     if (folder / file).exists() and not (folder / "cgroup.subtree_control").exists():
                         (folder / file).write_text((above / file).read_text())
+                for file, weight in _CPU_WEIGHTS:
+                    if (folder / file).exists():
+                        (folder / file).write_text(weight)
             folders.append(folder)
     except OSError as error:
         raise ClusterError(f"cgroups can't be made in {error.filename} ({error.strerror}); a container needs them writable") from error

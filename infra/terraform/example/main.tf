@@ -78,6 +78,7 @@ module "kubernetes" {
   images          = var.images
   scaler_replicas = var.scaler_replicas
   agent_secrets   = local.secrets
+  image_keys      = var.image_keys_folder == null ? {} : { for name in ["ring", "signing", "trusted"] : name => file("${var.image_keys_folder}/${name}") }
   settings = merge(local.settings, {
     kafka = merge(local.settings.kafka, { bootstrap_servers = coalesce(var.kafka_bootstrap_servers_in_cluster, local.settings.kafka.bootstrap_servers) })
   })

@@ -66,6 +66,12 @@ variable "bucket" {
   nullable    = false
 }
 
+variable "image_keys_folder" {
+  description = "Folder that `thaw keys make` wrote: the keys that seal checkpoint images go into a Secret, and into Terraform's state. null: fill Secret thaw-image-keys by other means."
+  type        = string
+  default     = null
+}
+
 variable "region" {
   description = "AWS region, or what a compatible store calls so."
   type        = string

@@ -23,7 +23,7 @@ from infra.settings import KubernetesSettings
 from infra.tasks import TaskGroup
 from scaler.edges.kubernetes import pods
 from scaler.edges.kubernetes.functions import Fault, FunctionTable, Resource
-from scaler.edges.kubernetes.pods import Pod, Wanted
+from scaler.edges.kubernetes.pods import Plan, Pod, Wanted
 from scaler.edges.kubernetes.queue import Queue
 from scaler.edges.kubernetes.recorder import Recorder, about
 
@@ -45,6 +45,9 @@ class Deciding(Protocol):
     def settled(self, name: str) -> bool:
         """Nothing of it is on its way to a node."""
 
+    def patient(self, name: str) -> bool:
+        """Nobody waits for a pod of it, and what is needed for its instances should not be disturbed."""
+
     def occupants(self, name: str) -> dict[str, str]:
         """See :meth:`scaler.planner.Planner.occupants`."""
 
@@ -59,6 +62,8 @@ class _Book:
     retry_s: float = 0.0
     #: More pods than wanted since then, monotonic, s.
     surplus_s: float | None = None
+    #: Something is to be made or changed that waits until then, monotonic, s.
+    due_s: float | None = None
 
 
 class Controller:
@@ -68,6 +73,7 @@ class Controller:
         server: where pods are made.
         settings: times, and the agents' image.
         idle_s: pods that are too many are kept this long.
+        pause_s: what a start has caused waits this long, when nobody waits for it.
         table: the functions.
         deciding: the planner.
         recorder: posts Events.
@@ -80,6 +86,7 @@ class Controller:
         server: ApiServer,
         settings: KubernetesSettings,
         idle_s: float,
+        pause_s: float,
         table: FunctionTable,
         deciding: Deciding,
         recorder: Recorder,
@@ -89,6 +96,7 @@ class Controller:
         self._server = server
         self._settings = settings
         self._idle_s = idle_s
+        self._pause_s = pause_s
         self._table = table
         self._deciding = deciding
         self._recorder = recorder
@@ -183,7 +191,7 @@ class Controller:
             book.waits = None
             if self._faults.pop(name, None) is not None:
                 self._faulted(name)
-            if book.surplus_s is None:
+            if book.surplus_s is None and book.due_s is None:
                 self._books.pop(name, None)
 
     def _generation(self, name: str) -> tuple[str, int]:
@@ -198,6 +206,8 @@ class Controller:
         wanted = self._wanted(name, resource, book)
         plan = pods.plan(self.pods(name), wanted, self._deciding.occupants(name))
         self._note_surplus(name, book, plan.surplus)
+        if self._waits(name, book, plan):
+            plan = replace(plan, create=0, resize=())
         for _ in range(plan.create):
             assert resource is not None and resource.function is not None
             await self._create(name, resource)
@@ -218,6 +228,20 @@ class Controller:
             settled=self._deciding.settled(name),
             patient=book.surplus_s is None or time.monotonic() < book.surplus_s + self._idle_s,
         )
+
+    def _waits(self, name: str, book: _Book, plan: Plan) -> bool:
+        """Whether new pods and requests have to wait: a start has just caused them, which needs the node's cores more."""
+        if not (plan.create or plan.resize) or not self._deciding.patient(name):
+            book.due_s = None
+            return False
+        now_s = time.monotonic()
+        if book.due_s is None:
+            book.due_s = now_s + self._pause_s
+        if book.due_s > now_s:
+            self.queue.add_later(name, book.due_s - now_s)
+            return True
+        book.due_s = None
+        return False
 
     def _note_surplus(self, name: str, book: _Book, surplus: int) -> None:
         if not surplus:

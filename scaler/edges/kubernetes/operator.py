@@ -61,6 +61,7 @@ class Operator:
             server,
             settings.kubernetes,
             settings.scaler.placeholder_idle_s,
+            settings.scaler.placeholder_pause_s,
             self._table,
             self,
             self._recorder,
@@ -123,6 +124,11 @@ class Operator:
         """See :class:`scaler.edges.kubernetes.controller.Deciding`."""
         known = self._planner.explain(name)
         return known is None or not (known.starting or known.standbys_making or known.making_checkpoint)
+
+    def patient(self, name: str) -> bool:
+        """See :class:`scaler.edges.kubernetes.controller.Deciding`."""
+        known = self._planner.explain(name)
+        return known is not None and not known.owed and bool(known.starting or known.instances)
 
     def occupants(self, name: str) -> dict[str, str]:
         """See :class:`scaler.edges.kubernetes.controller.Deciding`."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import json
 import os
 import signal
@@ -20,7 +21,8 @@ from typing import Any
 from agent.api.connection import Connection, connect
 from agent.api.function import Function, from_builtins
 from agent.api.messages import Command, Inventory, Message, Start, StartDone
-from infra.settings import Settings
+from infra import imagekeys, tls
+from infra.settings import PathSettings, Settings
 
 SERVER = """
 import http.server, json, os, sys
@@ -80,8 +82,13 @@ class AgentUnderTest:
     def log(self) -> str:
         return (self.state / "agent.log").read_text()
 
+    def credentials(self, role: str) -> tls.Credentials | None:
+        """Of someone on the agent's machine."""
+        return tls.credentials(dataclasses.replace(self.settings, paths=PathSettings(state_dir=self.state)), role)
+
     async def start(self) -> None:
         s3 = self.settings.s3
+        imagekeys.make(self.settings.image_keys)  # agents that share a store share keys
         values = {
             "agent.listen_port": "0",
             "agent.node_name": self.state.name[-20:],
@@ -92,6 +99,7 @@ class AgentUnderTest:
             "s3.access_key": s3.access_key,
             "s3.secret_key": s3.secret_key,
             "s3.bucket": s3.bucket,
+            "images.keys": str(self.settings.image_keys),
             **self.extra,
         }
         arguments = [sys.executable, "-m", "thaw", "--state-dir", str(self.state)]
@@ -108,7 +116,7 @@ class AgentUnderTest:
             await asyncio.sleep(0.05)
         else:
             raise AssertionError(f"the agent did not come up:\n{self.log}")
-        self.connection, _ = await connect(found["host"], found["port"], "test", "scaler")
+        self.connection, _ = await connect(found["host"], found["port"], "test", "scaler", self.credentials("scaler"))
         first = await self.connection.receive()
         assert isinstance(first, Inventory)
         self.inventory = first

@@ -72,7 +72,7 @@ async def cut_off(connection: http.client.HTTPConnection, asking: asyncio.Task[b
 
 async def watch(agent: AgentUnderTest) -> Connection:
     where = json.loads((agent.state / "agent.json").read_text())
-    watcher, _ = await connect(where["host"], where["port"], "watcher", "watcher")
+    watcher, _ = await connect(where["host"], where["port"], "watcher", "watcher", agent.credentials("watcher"))
     await watcher.receive()
     return watcher
 

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import asyncio
 import json
+import signal
 import subprocess
 from pathlib import Path
 
 import pytest
 
 from agent.api.connection import connect
-from agent.api.messages import CheckpointPublished, CommandFailed, Evict, InstanceExited, MakeCheckpoint, Release
-from agent.store import manifest
+from agent.api.messages import CheckpointPublished, CommandFailed, Evict, Evicted, Fetch, InstanceExited, MakeCheckpoint, Release
+from agent.store import manifest, pointer
+from agent.store.chunks import ChunkStore
+from agent.store.seal import Sealer
+from infra import imagekeys
 from infra.s3 import ObjectStore
 from infra.settings import Settings
-from tests.integration.agent.harness import a_function, ask, host_leftovers, running_agent
+from tests.integration.agent.harness import AgentUnderTest, a_function, ask, host_leftovers, running_agent
 
 pytestmark = [pytest.mark.root, pytest.mark.stack]
 
@@ -30,27 +34,134 @@ def flip(store: ObjectStore, key: str) -> None:
     store.put(key, bytes(data))
 
 
-@pytest.mark.parametrize("kind", ["pointer", "head", "working-set"])
-async def test_one_flipped_byte_is_noticed_and_the_start_is_cold(
-    stack_settings: Settings, store: ObjectStore, tmp_path: Path, kind: str
-) -> None:
-    function = a_function(tmp_path, f"flip-{kind}")
+@pytest.fixture
+def sealer(stack_settings: Settings) -> Sealer:
+    imagekeys.make(stack_settings.image_keys)
+    return Sealer(stack_settings.image_keys)
+
+
+async def evicted(agent: AgentUnderTest, name: str) -> None:
+    """Empty the node's cache of a function; a download of the start before may still use the image."""
+    async with asyncio.timeout(30):
+        while not isinstance(await agent.call(Evict, function_name=name), Evicted):
+            await asyncio.sleep(0.1)
+
+
+async def test_one_flipped_byte_is_noticed_and_the_start_is_cold(stack_settings: Settings, store: ObjectStore, tmp_path: Path) -> None:
+    function = a_function(tmp_path, "flip")
     async with running_agent(stack_settings, tmp_path / "flip") as agent:
         published = await agent.call(MakeCheckpoint, function=function)
         assert isinstance(published, CheckpointPublished), published
         name = published.checkpoint.checkpoint
-        keys = {
+        for kind, key in {
             "pointer": manifest.pointer_key(function.name),
             "head": manifest.head_key(function.name, name),
             "working-set": manifest.working_set_key(function.name, name),
-        }
-        await agent.call(Evict, function_name=function.name)
-        flip(store, keys[kind])
+        }.items():
+            whole = store.get(key, size_max=1 << 30)
+            await evicted(agent, function.name)
+            flip(store, key)
+            report = await agent.start_instance(function)
+            assert report.record.start_mode == "cold", kind
+            assert "is corrupt, or was put in the place of another" in report.record.fallback_reason, report.record.fallback_reason
+            assert (await ask(report))["ok"]
+            store.put(key, whole)
+            await agent.call(Release, instance=report.instance.instance)
+            # It was the store's fault for that moment: nothing is held against the checkpoint.
+            await evicted(agent, function.name)
+            assert (await agent.call(Fetch, function=function)).checkpoint.checkpoint == name
+        assert (await agent.start_instance(function)).record.start_mode in ("remote", "restore")
+
+
+async def test_images_are_sealed_and_old_or_foreign_ones_refused(
+    stack_settings: Settings, store: ObjectStore, sealer: Sealer, tmp_path: Path
+) -> None:
+    """What is in memory is nowhere in the store; nobody can put an older checkpoint, another function's, or his own in place."""
+    secret = "a-secret-that-is-in-memory"
+    function, other = (a_function(tmp_path, name, environment={"SECRET": secret}) for name in ("sealed", "foreign"))
+    async with running_agent(stack_settings, tmp_path / "sealed") as agent:
+
+        async def cold_because(text: str) -> None:
+            await evicted(agent, "sealed")
+            assert (await agent.call(Fetch, function=function)).checkpoint is None
+            report = await agent.start_instance(function)
+            assert report.record.start_mode == "cold" and text in report.record.fallback_reason, report.record.fallback_reason
+            assert (await ask(report))["ok"]
+            await agent.call(Release, instance=report.instance.instance)
+
+        assert isinstance(await agent.call(MakeCheckpoint, function=other), CheckpointPublished)
+        first = (await agent.call(MakeCheckpoint, function=function)).checkpoint.checkpoint
+        keys = {key: key.split("/") for key in store.list("functions/sealed/")}
+        assert {parts[2] for parts in keys.values()} == {"current", "chunks", first} and store.list("chunks/") == []
+        objects = [store.get(key, size_max=1 << 30) for key in keys]
+        assert all(data.startswith(b"THAWSEAL\3") and secret.encode() not in data for data in objects)
+        assert secret.encode() in b"".join(path.read_bytes() for path in (agent.state / "agent" / "images" / first / "img").iterdir())
+
+        pointer_key = manifest.pointer_key("sealed")
+        old = store.get(pointer_key, size_max=4096)
+        second = (await agent.call(MakeCheckpoint, function=function)).checkpoint.checkpoint
+        new = store.get(pointer_key, size_max=4096)
+        store.put(pointer_key, old)
+        await cold_because("was rolled back")
+        store.put(pointer_key, store.get(manifest.pointer_key("foreign"), size_max=4096))
+        await cold_because("put in the place of another")
+        store.put(pointer_key, new)
+        second_head = store.get(manifest.head_key("sealed", second), size_max=1 << 30)
+        store.put(manifest.head_key("sealed", second), store.get(manifest.head_key("sealed", first), size_max=1 << 30))
+        await cold_because("put in the place of another")
+        store.put(manifest.head_key("sealed", second), second_head)
+
+        await agent.stop(signal.SIGKILL)  # what was seen is on the disk
+        await agent.start()
+        store.put(pointer_key, old)
+        await cold_because("was rolled back")
+
+        # A new checkpoint heals it, whatever is there.
+        third = (await agent.call(MakeCheckpoint, function=function)).checkpoint.checkpoint
+        assert pointer.read(sealer, "sealed", store.get(pointer_key, size_max=4096)).checkpoint == third
+        assert (await agent.start_instance(function)).record.start_mode == "restore"
+
+
+async def test_keys_are_rotated_under_a_running_agent(stack_settings: Settings, store: ObjectStore, tmp_path: Path) -> None:
+    keys = tmp_path / "keys"
+    imagekeys.make(keys)
+    function = a_function(tmp_path, "rotated")
+    async with running_agent(stack_settings, tmp_path / "rotate", **{"images.keys": str(keys)}) as agent:
+        old = await agent.call(MakeCheckpoint, function=function)
+        chunks = set(store.list("functions/rotated/chunks/"))
+        old_key, new_key = next(iter(imagekeys.load(keys).ring)), imagekeys.add_ring_key(keys)
+        imagekeys.add_signing_key(keys)
+        await evicted(agent, "rotated")
+        restored = await agent.start_instance(function)
+        assert (restored.record.start_mode, restored.record.checkpoint) == ("remote", old.checkpoint.checkpoint), restored.record
+        assert all([(await ask(restored, f"/{page}"))["ok"] for page in range(0, 2000, 100)]), "the pager opens chunks of the old key"
+        await agent.call(Release, instance=restored.instance.instance)
+        new = await agent.call(MakeCheckpoint, function=function)
+        head = store.get(manifest.head_key("rotated", new.checkpoint.checkpoint), size_max=1 << 30)
+        assert new_key.encode() in head[:64] and old_key.encode() not in head[:64]
+        assert len(set(store.list("functions/rotated/chunks/")) - chunks) >= len(chunks) // 2, "chunks are named by the new key"
+        await evicted(agent, "rotated")
         report = await agent.start_instance(function)
-        assert report.record.start_mode == "cold"
-        if kind != "pointer":  # a flipped pointer may also name another checkpoint, or none
-            assert "corrupt" in report.record.fallback_reason, report.record.fallback_reason
-        assert (await ask(report))["ok"]
+        assert (report.record.start_mode, report.record.checkpoint) == ("remote", new.checkpoint.checkpoint)
+        await agent.call(Release, instance=report.instance.instance)
+
+        # Without its key a checkpoint is of no use, and the start says which key that was.
+        ring = keys / "ring"
+        lines = ring.read_text().splitlines(keepends=True)
+        ring.write_text(lines[0])
+        await agent.stop()
+        await agent.start()
+        await evicted(agent, "rotated")
+        report = await agent.start_instance(function)
+        assert report.record.start_mode == "cold" and f"sealed with the key '{new_key}'" in report.record.fallback_reason
+        refused = await agent.call(MakeCheckpoint, function=function)
+        assert isinstance(refused, CommandFailed) and (refused.reason, new_key in refused.message) == ("key_unknown", True), refused
+
+
+async def test_an_agent_without_keys_of_a_cluster_does_not_start(stack_settings: Settings, tmp_path: Path) -> None:
+    with pytest.raises(AssertionError, match=r"keys of images cannot be read: .*none/ring.*thaw keys make"):
+        async with running_agent(stack_settings, tmp_path / "keyless", **{"images.keys": str(tmp_path / "none")}):
+            pass
 
 
 async def test_a_missing_object_is_named_and_the_start_is_cold(stack_settings: Settings, store: ObjectStore, tmp_path: Path) -> None:
@@ -65,14 +176,13 @@ async def test_a_missing_object_is_named_and_the_start_is_cold(stack_settings: S
 
 
 async def test_a_corrupt_chunk_never_reaches_a_process_and_the_next_checkpoint_heals_it(
-    stack_settings: Settings, store: ObjectStore, tmp_path: Path
+    stack_settings: Settings, store: ObjectStore, sealer: Sealer, tmp_path: Path
 ) -> None:
     function = a_function(tmp_path, "chunk", pages=6000)
     async with running_agent(stack_settings, tmp_path / "chunk") as agent:
-        before = set(store.list("chunks/"))
         published = await agent.call(MakeCheckpoint, function=function)
         await agent.call(Evict, function_name="chunk")
-        corrupt = far_from_the_working_set(store, "chunk", published.checkpoint.checkpoint) - before
+        corrupt = far_from_the_working_set(store, sealer, "chunk", published.checkpoint.checkpoint)
         assert len(corrupt) > 10
         for key in corrupt:
             flip(store, key)
@@ -98,20 +208,22 @@ async def test_a_corrupt_chunk_never_reaches_a_process_and_the_next_checkpoint_h
         assert all([(await ask(healed, f"/{page}"))["ok"] for page in range(0, 6000, 100)])
 
 
-def far_from_the_working_set(store: ObjectStore, function: str, checkpoint: str) -> set[str]:
+def far_from_the_working_set(store: ObjectStore, sealer: Sealer, function: str, checkpoint: str) -> set[str]:
     """Keys of chunks without a page of the working set.
 
     The first response may need a page that no recording has seen. It is in a chunk with others that were seen, and if that were corrupt,
     the start would rightly be a cold one.
     """
-    found, _, _ = manifest.unpack_head(store.get(manifest.head_key(function, checkpoint), size_max=1 << 30), checkpoint)
+    key = manifest.head_key(function, checkpoint)
+    found, _, _ = manifest.unpack_head(sealer.open(key, store.get(key, size_max=1 << 30)), checkpoint)
     near = {
         (extent.pages_id, offset // found.chunk_bytes)
         for extent in found.extents
         for offset in range(extent.offset, extent.offset + extent.size, manifest.PAGE)
     }
+    place = ChunkStore(store, sealer, function, found.key)
     return {
-        manifest.chunk_key(digest)
+        place.key(digest)
         for key, pages in found.pages.items()
         for index, digest in enumerate(pages.chunks)
         if digest is not None and (int(key), index) not in near
@@ -194,7 +306,7 @@ async def test_strangers_on_the_port_change_nothing(stack_settings: Settings, tm
             async with asyncio.timeout(10):
                 await reader.read()
             writer.close()
-        watcher, _ = await connect(where["host"], where["port"], "w", "watcher")
+        watcher, _ = await connect(where["host"], where["port"], "w", "watcher", agent.credentials("watcher"))
         report = await agent.start_instance(a_function(tmp_path, "strangers"))
         names = []
         while "EndpointUp" not in names:

@@ -92,7 +92,9 @@ class Bench:
         self.processes: list[asyncio.subprocess.Process] = []
 
     async def start(self) -> None:
-        self.pager = await PagerClient.start(S3Settings(), self.settings, self.folder / "agent" / "pager.sock", self.folder / "pager.log")
+        self.pager = await PagerClient.start(
+            S3Settings(), self.folder / "keys", self.settings, self.folder / "agent" / "pager.sock", self.folder / "pager.log"
+        )
 
     async def open(self, **image: Any) -> None:
         self.image = an_image(self.folder / "image", **image)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import datetime
+import json
 import os
 import socket
 import subprocess
@@ -15,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from infra.errors import ObjectConflict, ObjectMissing, StoreError, StoreUnavailable
-from infra.local import objectstore
+from infra.local import health, objectstore
 from infra.s3 import ObjectStore
 from infra.settings import S3Settings, Settings
 
@@ -30,12 +32,14 @@ def store(stack_settings: Settings) -> Iterator[ObjectStore]:
 
 
 @contextmanager
-def versitygw(settings: Settings, home: Path, port: int, *options: str | Path) -> Iterator[None]:
+def versitygw(
+    settings: Settings, home: Path, port: int, *options: str | Path, access_key: str = "key", secret_key: str = "secret"
+) -> Iterator[None]:
     """A server of the test's own."""
     for name in ("objects/thaw", "users"):
         (home / name).mkdir(parents=True, exist_ok=True)
     command = [objectstore.folder(settings) / "versitygw", "--port", f"127.0.0.1:{port}", "--keep-alive", "--quiet", *options]
-    environment = {"ROOT_ACCESS_KEY": "key", "ROOT_SECRET_KEY": "secret", "HOME": str(home)}
+    environment = {"ROOT_ACCESS_KEY": access_key, "ROOT_SECRET_KEY": secret_key, "HOME": str(home)}
     server = subprocess.Popen(
         [*command, "--iam-dir", home / "users", "posix", home / "objects"],
         env=environment,
@@ -154,3 +158,54 @@ def test_tls_is_verified(stack_settings: Settings, tmp_path: Path, port: int, mo
         assert [store._get.get("x", 10) for _ in range(5)] == [b"content"] * 5
         store.close()
         stranger.close()
+
+
+def test_the_authority_is_a_setting(stack_settings: Settings, tmp_path: Path, port: int) -> None:
+    certificate, key = tmp_path / "certificate.pem", tmp_path / "key.pem"
+    subject = ("-subj", "/CN=test", "-addext", "subjectAltName=IP:127.0.0.1", "-days", "1")
+    curve = ("-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes")
+    subprocess.run(["openssl", "req", "-x509", *curve, *subject, "-out", certificate, "-keyout", key], check=True, capture_output=True)
+    with versitygw(stack_settings, tmp_path, port, "--cert", certificate, "--key", key):
+        settings = dataclasses.replace(own(port, "https"), ca=str(certificate), bucket="checked")
+        health.check_s3(settings)
+        store = ObjectStore(settings)
+        store.put("x", b"content")
+        assert store._get is not None
+        assert store._get.get("x", 10) == b"content"
+        store.close()
+
+
+def test_credentials_of_the_environment_are_renewed(
+    stack_settings: Settings, tmp_path: Path, port: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """botocore's chain, here a program that tells credentials for a minute: they are asked for again before they end."""
+    told = tmp_path / "told.json"
+    configuration = tmp_path / "config"
+    configuration.write_text(f"[default]\ncredential_process = /bin/cat {told}\n")
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AWS_PROFILE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("AWS_CONFIG_FILE", str(configuration))
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "none"))
+
+    def tell(access_key: str, secret_key: str, seconds: float) -> None:
+        end = datetime.datetime.now(datetime.UTC) + datetime.timedelta(seconds=seconds)
+        value = {"Version": 1, "AccessKeyId": access_key, "SecretAccessKey": secret_key, "Expiration": end.isoformat()}
+        told.write_text(json.dumps(value))
+
+    tell("key", "secret", 60)
+    with versitygw(stack_settings, tmp_path, port):
+        store = ObjectStore(dataclasses.replace(own(port), access_key="", secret_key=""))
+        store.put("x", b"content")
+        assert store._get is not None
+        assert store._get.get("x", 10) == b"content"
+    with versitygw(stack_settings, tmp_path, port, access_key="next", secret_key="other"):
+        tell("next", "other", 60)
+        assert store._get.get("x", 10) == b"content", "the way of starts is signed anew"
+        assert store._client.get_object(Bucket="thaw", Key="x")["Body"].read() == b"content"
+        tell("next", "other", -60)
+        with pytest.raises(StoreError, match=r"no credentials for the object store .*expired.* set s3\.access_key"):
+            store.get("x", size_max=10)
+        told.unlink()
+        with pytest.raises(StoreError, match="no credentials for the object store"):
+            store.get("x", size_max=10)
+    store.close()

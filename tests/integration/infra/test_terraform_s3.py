@@ -114,13 +114,13 @@ def test_on_the_embedded_store(terraform_tools: Terraform, tmp_path: Path, versi
     assert made.outputs()["settings"]["s3"]["bucket"] == "thaw-made"
 
     agent, stranger = bucket_of(versitygw, "thaw-made", "agent"), bucket_of(versitygw, "thaw-made", "stranger")
-    for key in ("functions/f/current", "chunks/aa/aabb", "suspects/aabb"):
+    for key in ("functions/f/current", "functions/f/chunks/aa/aabb", "functions/f/suspects/aabb"):
         agent.put(key, b"one")
         assert agent.get(key, size_max=10) == b"one"
         with pytest.raises(StoreError, match="refuses the credentials"):
             stranger.get(key, size_max=10)
-    assert sorted(agent.list("")) == ["chunks/aa/aabb", "functions/f/current", "suspects/aabb"]
-    assert not agent.exists("chunks/aa/none")
+    assert sorted(agent.list("")) == ["functions/f/chunks/aa/aabb", "functions/f/current", "functions/f/suspects/aabb"]
+    assert not agent.exists("functions/f/chunks/aa/none")
     with pytest.raises(ObjectMissing):
         agent.get("functions/f/none", size_max=10)
     with pytest.raises(StoreError, match="refuses the credentials"):
@@ -128,9 +128,16 @@ def test_on_the_embedded_store(terraform_tools: Terraform, tmp_path: Path, versi
     with pytest.raises(ClientError, match="AccessDenied"):
         versitygw.client(key="agent", secret="agent-secret").delete_bucket_policy(Bucket="thaw-made")
     agent.put("functions/f/current", b"two")
-    agent.delete("chunks/aa/aabb")
+    agent.delete("functions/f/chunks/aa/aabb")
     versions = client.list_object_versions(Bucket="thaw-made", Prefix="functions/")["Versions"]
     assert [version["IsLatest"] for version in versions] == [True, False]
+
+    made.variables(**given, agent_principals=["agent"], functions=["g"])
+    made.apply()
+    agent.put("functions/g/current", b"one")
+    for key in ("functions/f/current", "functions/gg/current"):
+        with pytest.raises(StoreError, match="refuses the credentials"):
+            agent.put(key, b"three")
 
     made.variables(**given)
     assert "0 to add, 0 to change, 1 to destroy" in made.apply()

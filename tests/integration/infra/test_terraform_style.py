@@ -35,7 +35,8 @@ def test_format(terraform_tools: Terraform, tmp_path: Path) -> None:
     assert (done.returncode, done.stdout) == (0, "")
 
 
-@pytest.mark.parametrize("root", ["modules/kafka", "modules/s3", "modules/kubernetes", "example"])
+# The example is made of all three modules; those with providers of our own, which start at once, are validated by themselves too.
+@pytest.mark.parametrize("root", ["modules/kafka", "modules/kubernetes", "example"])
 def test_validate(terraform_tools: Terraform, tmp_path: Path, root: str) -> None:
     found = json.loads(workspace(terraform_tools, tmp_path, root)("validate", "-json"))
     assert (found["valid"], found["diagnostics"]) == (True, [])
@@ -56,13 +57,17 @@ def test_inputs_and_outputs_are_documented(root: str) -> None:
             assert kind == "output" or "\n  type " in block, block[:40]
 
 
-def published(folder: Path, package: str) -> Path:
-    """Unpack the wheel of a package that is generated from a provider's schema."""
-    lock = TERRAFORM / "testing" / "schemas.lock"
-    wheels = folder / "wheels"
-    if not wheels.exists():
-        command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--require-hashes", "-r", str(lock), "-d", str(wheels)]
-        subprocess.run(command, check=True)
+@pytest.fixture(scope="module")
+def wheels(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Packages that are generated from the providers' schemas."""
+    folder, lock = tmp_path_factory.mktemp("wheels"), TERRAFORM / "testing" / "schemas.lock"
+    command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--require-hashes", "-r", str(lock), "-d", str(folder)]
+    subprocess.run(command, check=True)
+    return folder
+
+
+def published(wheels: Path, folder: Path, package: str) -> Path:
+    """Unpack one of the packages."""
     with zipfile.ZipFile(next(wheels.glob(f"{package}*.whl"))) as wheel:
         wheel.extractall(folder, [name for name in wheel.namelist() if name.endswith(".py")])
     return folder / package
@@ -89,9 +94,9 @@ def fields(block: dict[str, Any]) -> set[str]:
     return {*block.get("attributes", {}), *block.get("block_types", {})} - {"id"}
 
 
-def test_kubernetes_manifest_as_published(terraform_tools: Terraform, tmp_path: Path) -> None:
+def test_kubernetes_manifest_as_published(terraform_tools: Terraform, tmp_path: Path, wheels: Path) -> None:
     ours = offered(terraform_tools, tmp_path / "work", "kubernetes", "hashicorp/kubernetes")
-    package = published(tmp_path, "cdktf_cdktf_provider_kubernetes")
+    package = published(wheels, tmp_path, "cdktf_cdktf_provider_kubernetes")
     manifest = package / "manifest" / "__init__.py"
     block = ours["resource_schemas"]["kubernetes_manifest"]["block"]
     wait = block["block_types"]["wait"]["block"]
@@ -102,9 +107,9 @@ def test_kubernetes_manifest_as_published(terraform_tools: Terraform, tmp_path: 
     assert fields(ours["provider"]["block"]) <= arguments(package / "provider" / "__init__.py", "KubernetesProviderConfig")
 
 
-def test_kafka_as_published(terraform_tools: Terraform, tmp_path: Path) -> None:
+def test_kafka_as_published(terraform_tools: Terraform, tmp_path: Path, wheels: Path) -> None:
     ours = offered(terraform_tools, tmp_path / "work", "kafka", "mongey/kafka")
-    package = published(tmp_path, "pulumi_kafka")
+    package = published(wheels, tmp_path, "pulumi_kafka")
     # There the two that would hide a name of the language have a prefix.
     acl = {name.replace("acl_resource_", "resource_") for name in arguments(package / "acl.py", "AclArgs")}
     assert fields(ours["resource_schemas"]["kafka_acl"]["block"]) <= acl

@@ -12,7 +12,7 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 
 from agent.api.connection import Connection
 from agent.api.messages import Endpoint, EndpointDown, Endpoints, EndpointUp, Hello
-from infra.settings import ScalerSettings, Settings
+from infra.settings import ScalerSettings, Settings, TlsSettings
 from infra.telemetry import Tracer
 from loadgen.checks import mix
 from scaler.demand import decode
@@ -179,7 +179,7 @@ def producer():
 
 @pytest.fixture
 def agent_settings(agent):
-    return dataclasses.replace(Settings(), scaler=ScalerSettings(agents=f"127.0.0.1:{agent.port}"))
+    return dataclasses.replace(Settings(), tls=TlsSettings(mode="off"), scaler=ScalerSettings(agents=f"127.0.0.1:{agent.port}"))
 
 
 @pytest.fixture

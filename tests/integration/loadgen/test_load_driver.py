@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from infra.settings import PathSettings, ScalerSettings, Settings
+from infra.settings import PathSettings, ScalerSettings, Settings, TlsSettings
 from loadgen import driver, endpoints, watch
 from loadgen.arrivals import Arrival, bursts, uniform
 from loadgen.checks import sample_targets
@@ -259,7 +259,7 @@ async def test_instances_known_before_their_agent_went_away_are_still_used(load,
 async def test_the_agent_of_this_machine_is_found_by_its_file_read_anew(load, agent, make_instance, tmp_path, monkeypatch, caplog):
     caplog.set_level(logging.CRITICAL)
     monkeypatch.setattr(watch, "RECONNECT_S", (0.02, 0.05))
-    settings = dataclasses.replace(Settings(), paths=PathSettings(cache_dir=tmp_path, state_dir=tmp_path))
+    settings = dataclasses.replace(Settings(), paths=PathSettings(cache_dir=tmp_path, state_dir=tmp_path), tls=TlsSettings(mode="off"))
 
     def publish():
         settings.agent_file.write_text(json.dumps({"host": "127.0.0.1", "port": agent.port, "pid": 1}))

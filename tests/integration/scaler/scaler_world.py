@@ -15,7 +15,7 @@ import msgpack
 from scripted_agent import ScriptedAgent
 
 from agent.api.function import Function, FunctionSpec, Instances, Limits, Metadata, Policy
-from infra import kafka
+from infra import kafka, tls
 from infra.settings import Settings
 from scaler.demand import DEMAND_TOPIC, REJECTED_TOPIC, RESTORES_TOPIC, DemandEvent, encode
 from scaler.edges.topics import TOPICS
@@ -153,8 +153,13 @@ def make_settings(stack: Settings, folder: Path, agents: str) -> Settings:
     )
 
 
+def scripted_agent(stack: Settings, folder: Path, name: str) -> ScriptedAgent:
+    """An agent that the scalers of a folder trust."""
+    return ScriptedAgent(name, credentials=tls.credentials(make_settings(stack, folder, ""), "agent", name))
+
+
 async def open_world(stack: Settings, folder: Path) -> World:
-    agent = ScriptedAgent(f"node-{folder.name}")
+    agent = scripted_agent(stack, folder, f"node-{folder.name}")
     await agent.start()
     world = World(make_settings(stack, folder, f"127.0.0.1:{agent.port}"), agent, folder)
     await kafka.ensure_topics(world.settings.kafka, TOPICS)

@@ -12,6 +12,7 @@ from agent.api.messages import (
     CheckpointInfo,
     CheckpointPublished,
     CommandFailed,
+    CommandTaken,
     Evict,
     Evicted,
     Fetch,
@@ -31,12 +32,19 @@ from agent.api.messages import (
     StartFailed,
 )
 from agent.api.records import Phase, StartRecord
+from infra.tls import Credentials
 
 
 class ScriptedAgent:
     """One node. ``starts(command, number)`` returns how long a start takes, or why it fails (``refused`` or a reason)."""
 
-    def __init__(self, name: str = "n1", starts: Callable[[Start, int], float | str] | None = None, host: str = "127.0.0.1") -> None:
+    def __init__(
+        self,
+        name: str = "n1",
+        starts: Callable[[Start, int], float | str] | None = None,
+        host: str = "127.0.0.1",
+        credentials: Credentials | None = None,
+    ) -> None:
         self.name = name
         self.starts = starts or (lambda command, number: 0.0)
         self.commands: list[tuple[int, AgentCommand]] = []
@@ -45,14 +53,17 @@ class ScriptedAgent:
         self.checkpoints: dict[str, CheckpointInfo] = {}
         self.port = 0
         self._host = host
+        self._credentials = credentials
         self._answers: dict[str, Message | None] = {}
+        self._underway: dict[str, CommandTaken] = {}
         self._connections: set[Connection] = set()
         self._server: asyncio.Server | None = None
         self._tasks: set[asyncio.Task] = set()
         self._changed = asyncio.Event()
 
     async def start(self) -> None:
-        self._server = await asyncio.start_server(self._serve, self._host, self.port)
+        context = self._credentials.server() if self._credentials else None
+        self._server = await asyncio.start_server(self._serve, self._host, self.port, ssl=context)
         self.port = self._server.sockets[0].getsockname()[1]
 
     async def stop(self) -> None:
@@ -99,6 +110,7 @@ class ScriptedAgent:
                     instances=list(self.instances.values()),
                     standbys=list(self.standbys.values()),
                     checkpoints=list(self.checkpoints.values()),
+                    underway=list(self._underway.values()),
                 )
             )
             while (command := await connection.receive()) is not None:
@@ -122,7 +134,17 @@ class ScriptedAgent:
         task.add_done_callback(self._tasks.discard)
 
     async def _do(self, command: AgentCommand, received_ns: int) -> None:
+        if isinstance(command, Start):
+            self._underway[command.id] = CommandTaken(
+                id=command.id,
+                kind="start",
+                function=command.function.name,
+                function_digest=command.function.digest,
+                until_ns=command.deadline_ns,
+            )
+            self._report(self._underway[command.id])
         answer = self._answers[command.id] = await self._answer(command, received_ns)
+        self._underway.pop(command.id, None)
         self._report(answer)
 
     async def _answer(self, command: AgentCommand, received_ns: int) -> Message:

@@ -12,7 +12,7 @@ from scaler_world import document_of
 from scripted_agent import ScriptedAgent
 
 from agent.api.messages import Start
-from infra.settings import ScalerSettings, Settings
+from infra.settings import ScalerSettings, Settings, TlsSettings
 from infra.tasks import TaskGroup
 from scaler.edges.agents import Agents
 
@@ -61,7 +61,7 @@ async def sink() -> Sink:
 async def agents(sink: Sink) -> AsyncIterator[Agents]:
     tasks = TaskGroup("test")
     scaler = dataclasses.replace(ScalerSettings(), agents="kubernetes", node_grace_s=GRACE_S)
-    agents = Agents(dataclasses.replace(Settings(), scaler=scaler), sink, tasks, "test")
+    agents = Agents(dataclasses.replace(Settings(), tls=TlsSettings(mode="off"), scaler=scaler), sink, tasks, "test")
     agents.start()
     yield agents
     assert not tasks.failed.done()

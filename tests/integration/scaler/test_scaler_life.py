@@ -10,7 +10,7 @@ import time
 
 import pytest
 from click.testing import CliRunner
-from scripted_agent import ScriptedAgent
+from scaler_world import scripted_agent
 
 from agent.api.messages import Evict, Fetch, MakeCheckpoint, Prepare, Release, Start
 from infra.telemetry import trace_id
@@ -249,7 +249,7 @@ async def test_an_agent_that_restarts_elsewhere_gets_the_unanswered_command_agai
 
 
 async def test_what_a_lost_node_ran_is_started_on_another(world, producer):
-    second = ScriptedAgent("second")
+    second = scripted_agent(world.settings, world.folder, "second")
     await second.start()
     try:
         world.settings = replace_scaler(world.settings, agents=f"{world.settings.scaler.agents},127.0.0.1:{second.port}", node_grace_s=0.3)

@@ -5,22 +5,28 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import platform
+import shutil
 import threading
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
-import msgpack
 import msgspec
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from agent.api.function import Function, from_builtins
 from agent.catalog import Catalog
 from agent.errors import FunctionInvalid, ImageInvalid, PagerError
+from agent.fetch import Fetcher
 from agent.sandbox import rootfs
-from agent.store import archive, chunks, host, manifest
+from agent.store import archive, chunks, manifest, pointer
 from agent.store.cache import ImageCache
 from agent.store.manifest import Blob, Extent, Manifest, Pages
+from agent.store.pointer import Generations, Pointer
+from agent.store.seal import Sealer
+from infra import imagekeys
 from infra.errors import ObjectMissing, StoreUnavailable
 from infra.settings import AgentSettings
 from infra.tasks import TaskGroup
@@ -73,18 +79,17 @@ class World:
     def __init__(self, folder: Path) -> None:
         self.store, self.pager, self.folder = Store(), Pager(), folder
         self.tasks = TaskGroup("test")
+        self.published = 0
         self.cache = ImageCache(folder / "images", 1 << 30)
         self.source = folder / "source.py"
         self.source.write_text("print()")
         store: Any = self.store
+        imagekeys.make(folder / "keys")
+        self.sealer, self.generations = Sealer(folder / "keys"), Generations(folder / "generations")
+        pager: Any = lambda: self.pager  # noqa: E731
+        fetcher = Fetcher(self.cache, store, self.sealer, self.generations, pager, self.tasks, "4.2.1", 4)
         self.catalog = Catalog(
-            AgentSettings(),
-            self.cache,
-            store,
-            lambda: self.pager,
-            self.tasks,
-            lambda function: rootfs.prepare(function, folder / "layers"),
-            "4.2.1",  # type: ignore[arg-type, return-value]
+            AgentSettings(), self.cache, fetcher, pager, self.tasks, lambda function: rootfs.prepare(function, folder / "layers")
         )
 
     def function(self, **spec: Any) -> Function:
@@ -92,7 +97,7 @@ class World:
         values = {"command": ["/bin/true"], "port": 80, "files": files, **spec}
         return from_builtins({"kind": "Function", "metadata": {"name": "it"}, "spec": values})
 
-    def publish(self, function: Function, files_digest: str, **changes: Any) -> str:
+    def publish(self, function: Function, files_digest: str, /, **changes: Any) -> str:
         """Store a checkpoint; returns its name."""
         images = self.folder / "made"
         images.mkdir(exist_ok=True)
@@ -117,15 +122,26 @@ class World:
             fresh={},
             pages={"1": Pages(1 << 20, [b"\1" * 32])},
             image_bytes=1 << 20,
+            key=self.sealer.newest(),
         )
         encoded = manifest.encode(msgspec.structs.replace(made, **changes))
         name = manifest.name(encoded)
-        self.store.objects |= {
-            manifest.pointer_key("it"): msgpack.packb(msgspec.to_builtins(host.pointer(made, name))),
-            manifest.head_key("it", name): manifest.pack_head(encoded, packed),
-            manifest.working_set_key("it", name): working_set,
-        }
+        self.put(manifest.head_key("it", name), manifest.pack_head(encoded, packed))
+        self.put(manifest.working_set_key("it", name), working_set)
+        self.point(function, files_digest, name)
         return name
+
+    def put(self, key: str, plain: bytes) -> None:
+        """Seal and store."""
+        self.store.objects[key] = self.sealer.seal(key, plain, self.sealer.newest())
+
+    def point(self, function: Function, files_digest: str, name: str, of: str = "it") -> None:
+        """Store the pointer to a checkpoint."""
+        self.published += 1
+        current = Pointer(
+            function=of, checkpoint=name, function_digest=function.digest, files_digest=files_digest, generation=self.published
+        )
+        self.store.objects[manifest.pointer_key("it")] = pointer.seal(self.sealer, current, self.sealer.newest())
 
     async def files_digest(self) -> str:
         """Of the function's files; found out as the agent does."""
@@ -178,6 +194,99 @@ async def test_what_is_corrupt_leaves_nothing(world: World, kind: str) -> None:
     found = await world.catalog.resolve(function)
     assert found.image is None and "corrupt" in found.reason
     assert world.left() == [] and world.pager.opened == []
+
+
+def objects_of(world: World, name: str) -> dict[str, str]:
+    return {
+        "pointer": manifest.pointer_key("it"),
+        "head": manifest.head_key("it", name),
+        "working-set": manifest.working_set_key("it", name),
+    }
+
+
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(kind=st.sampled_from(["pointer", "head", "working-set"]), position=st.integers(0, 1 << 20), bit=st.integers(0, 7))
+def test_any_flipped_bit_in_the_store_leaves_nothing(tmp_path_factory: pytest.TempPathFactory, kind: str, position: int, bit: int) -> None:
+    async def flip() -> None:
+        world = World(tmp_path_factory.mktemp("flip"))
+        function = world.function()
+        key = objects_of(world, world.publish(function, await world.files_digest()))[kind]
+        broken = bytearray(world.store.objects[key])
+        broken[position % len(broken)] ^= 1 << bit
+        world.store.objects[key] = bytes(broken)
+        found = await world.catalog.resolve(function)
+        assert found.image is None and found.reason
+        assert world.left() == [] and world.pager.opened == []
+        await world.tasks.close()
+
+    asyncio.run(flip())
+
+
+@pytest.mark.parametrize("kind", ["head", "working-set"])
+async def test_objects_of_another_checkpoint_are_refused(world: World, kind: str) -> None:
+    """Both are sealed, signed for and whole: only their place is wrong."""
+    function = world.function()
+    files_digest = await world.files_digest()
+    older = objects_of(world, world.publish(function, files_digest, created_ns=1))[kind]
+    newer = objects_of(world, world.publish(function, files_digest, created_ns=2))[kind]
+    world.store.objects[newer] = world.store.objects[older]
+    found = await world.catalog.resolve(function)
+    assert found.image is None and "put in the place of another" in found.reason and world.left() == []
+
+
+async def test_who_reads_the_ring_cannot_put_another_image_in_place(world: World) -> None:
+    """Sealed anew under the right name, but not what the signed pointer names."""
+    function = world.function()
+    files_digest = await world.files_digest()
+    older, newer = (world.publish(function, files_digest, created_ns=number) for number in (1, 2))
+    for kind in ("head", "working-set"):
+        old_key, key = objects_of(world, older)[kind], objects_of(world, newer)[kind]
+        plain = bytes(world.sealer.open(old_key, world.store.objects[old_key]))
+        if kind == "working-set":
+            plain = chunks.pack_pages(PLAIN[::-1])
+        before = world.store.objects[key]
+        world.put(key, plain)
+        found = await world.catalog.resolve(function, refresh=True)
+        assert found.image is None and "digest does not match" in found.reason, kind
+        world.store.objects[key] = before
+    assert (await world.catalog.resolve(function, refresh=True)).image is not None
+
+
+async def test_the_checkpoint_of_another_function_is_refused(world: World) -> None:
+    function = world.function()
+    name = world.publish(function, await world.files_digest(), function="at")
+    found = await world.catalog.resolve(function)
+    assert found.image is None and "names a checkpoint of something else" in found.reason
+    assert world.cache.get(name) is None and world.left() == []
+
+
+async def test_an_older_pointer_is_refused_until_a_newer_one_comes(world: World) -> None:
+    function = world.function()
+    files_digest = await world.files_digest()
+    world.publish(function, files_digest, created_ns=1)
+    old = world.store.objects[manifest.pointer_key("it")]
+    world.publish(function, files_digest, created_ns=2)
+    assert (await world.catalog.resolve(function)).image is not None
+    world.store.objects[manifest.pointer_key("it")] = old
+    found = await world.catalog.resolve(function, refresh=True)
+    assert found.image is None and "rolled back: it is of generation 1" in found.reason and "has seen 2" in found.reason
+    name = world.publish(function, files_digest, created_ns=3)
+    image = (await world.catalog.resolve(function, refresh=True)).image
+    assert image is not None and image.checkpoint == name
+
+
+async def test_an_unknown_key_is_named(world: World) -> None:
+    function = world.function()
+    world.publish(function, await world.files_digest())
+    key = world.sealer.newest()
+    shutil.rmtree(world.folder / "keys")
+    imagekeys.make(world.folder / "keys")
+    world.sealer.read()
+    found = await world.catalog.resolve(function)
+    assert found.image is None and f"sealed with the key '{key}'" in found.reason
+    (world.folder / "keys" / "ring").unlink()
+    found = await world.catalog.resolve(function, refresh=True)
+    assert found.image is None and "keys/ring" in found.reason
 
 
 @pytest.mark.parametrize("change", [{"criu": "3.17"}, {"machine": "pdp11"}, {"cpu_flags": ["none_has_this"]}])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -11,7 +12,9 @@ from hypothesis import strategies as st
 
 from agent.errors import ImageInvalid
 from agent.store import chunks
-from agent.store.manifest import chunk_key
+from agent.store.chunks import ChunkStore
+from agent.store.seal import Sealer
+from infra import imagekeys
 from infra.errors import ObjectMissing
 
 
@@ -65,27 +68,50 @@ def test_a_working_set_that_is_not_whole_is_refused() -> None:
             chunks.unpack_pages(packed, size, "it")
 
 
-def test_a_chunk_found_corrupt_is_stored_anew_by_the_next_checkpoint() -> None:
+@pytest.fixture
+def sealer(tmp_path: Path) -> Sealer:
+    imagekeys.make(tmp_path / "keys")
+    return Sealer(tmp_path / "keys")
+
+
+def chunks_of(store: MemoryStore, sealer: Sealer, function: str = "it") -> ChunkStore:
+    return ChunkStore(store, sealer, function, sealer.newest())  # type: ignore[arg-type]
+
+
+def test_a_chunk_found_corrupt_is_stored_anew_by_the_next_checkpoint(sealer: Sealer) -> None:
     store, data = MemoryStore(), os.urandom(8192)
-    name = hashlib.sha256(data).digest()
-    assert chunks.upload(store, name, data) > 0
-    assert chunks.upload(store, name, data) == 0, "once is enough"
-    assert chunks.download(store, name, 8192) == data and chunks.suspects(store) == frozenset()
-    store.objects[chunk_key(name)] = chunks.compress(b"x" * 8192)
-    assert chunks.upload(store, name, data, chunks.suspects(store)) == 0, "nobody has seen it yet"
-    with pytest.raises(ImageInvalid, match="does not match its name"):
-        chunks.download(store, name, 8192)
-    assert chunks.suspects(store) == {name.hex()}
-    assert chunks.upload(store, name, data, chunks.suspects(store)) > 0
-    assert chunks.download(store, name, 8192) == data
-    assert chunks.suspects(store) == frozenset()
+    subject, name = chunks_of(store, sealer), hashlib.sha256(data).digest()
+    key = subject.key(name)
+    assert subject.upload(name, data) > 0 and list(store.objects) == [key]
+    assert subject.upload(name, data) == 0, "once is enough"
+    assert subject.download(name, 8192) == data and subject.suspects() == frozenset()
+    store.objects[key] = sealer.seal(key, chunks.compress(b"x" * 8192), sealer.newest())
+    assert subject.upload(name, data, subject.suspects()) == 0, "nobody has seen it yet"
+    with pytest.raises(ImageInvalid, match="other bytes than the manifest says"):
+        subject.download(name, 8192)
+    assert subject.suspects() == {key}
+    assert subject.upload(name, data, subject.suspects()) > 0
+    assert subject.download(name, 8192) == data
+    assert subject.suspects() == frozenset()
 
 
 @pytest.mark.parametrize("wrong", [b"", b"no zstd at all", chunks.compress(b"x" * 8191), chunks.compress(b"x" * 8192) + b"more"])
-def test_a_broken_chunk_is_a_suspect(wrong: bytes) -> None:
+@pytest.mark.parametrize("sealed", [False, True])
+def test_a_broken_chunk_is_a_suspect(sealer: Sealer, wrong: bytes, sealed: bool) -> None:
     store = MemoryStore()
-    name = hashlib.sha256(b"x" * 8192).digest()
-    store.objects[chunk_key(name)] = wrong
+    subject, name = chunks_of(store, sealer), hashlib.sha256(b"x" * 8192).digest()
+    key = subject.key(name)
+    store.objects[key] = sealer.seal(key, wrong, sealer.newest()) if sealed else wrong
     with pytest.raises(ImageInvalid):
-        chunks.download(store, name, 8192)
-    assert chunks.suspects(store) == {name.hex()}
+        subject.download(name, 8192)
+    assert subject.suspects() == {key}
+
+
+def test_names_of_chunks_tell_nothing_of_their_content(sealer: Sealer, tmp_path: Path) -> None:
+    """Neither who knows the content nor another function finds them; the same function does."""
+    imagekeys.make(tmp_path / "other")
+    store, name = MemoryStore(), hashlib.sha256(b"guessed").digest()
+    here = chunks_of(store, sealer).key(name)
+    assert chunks_of(store, sealer).key(name) == here
+    assert len({here, chunks_of(store, sealer, "other").key(name), chunks_of(store, Sealer(tmp_path / "other")).key(name)}) == 3
+    assert name.hex() not in here

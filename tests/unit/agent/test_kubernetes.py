@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from agent.kubernetes import is_free, living
+from agent.kubernetes import _condition, is_free, living
 
 POD: dict[str, Any] = {
     "metadata": {
@@ -79,3 +79,36 @@ def test_volumes_of_several_containers_are_not_the_instances_alone() -> None:
     }
     pod = living({**POD, "spec": spec})
     assert pod is not None and pod.shared == ("/out", "/certs")
+
+
+def spec(**fields: Any) -> dict[str, Any]:
+    return {**POD, "spec": {"readinessGates": [{"conditionType": "thaw.dev/restored"}], "containers": [{"name": "function"}], **fields}}
+
+
+def said(pod: dict[str, Any], reason: str) -> dict[str, str]:
+    found = living(pod)
+    assert found is not None
+    return {item["type"]: item["status"] for item in _condition(found, reason)["status"]["conditions"]}
+
+
+def test_a_pod_that_only_our_condition_keeps_from_being_ready_is_said_to_be_ready_at_once() -> None:
+    assert said(spec(), "Answers") == {"thaw.dev/restored": "True", "Ready": "True"}
+    assert said(spec(), "Ended") == {"thaw.dev/restored": "False", "Ready": "False"}
+    assert said(spec(), "Standby") == {"thaw.dev/restored": "False"}
+
+
+@pytest.mark.parametrize(
+    "others",
+    [
+        {"readinessGates": [{"conditionType": "thaw.dev/restored"}, {"conditionType": "example.com/registered"}]},
+        {"containers": [{"name": "function"}, {"name": "proxy"}]},
+        {"initContainers": [{"name": "proxy", "restartPolicy": "Always"}]},
+    ],
+)
+def test_where_others_have_a_say_the_kubelet_decides(others: dict[str, Any]) -> None:
+    assert said(spec(**others), "Answers") == {"thaw.dev/restored": "True"}
+    assert said(spec(**others), "Ended")["Ready"] == "False"
+
+
+def test_a_first_container_that_has_ended_has_no_say() -> None:
+    assert said(spec(initContainers=[{"name": "thaw-init"}]), "Answers")["Ready"] == "True"

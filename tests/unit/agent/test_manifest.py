@@ -33,6 +33,7 @@ def a_manifest(**changes: object) -> Manifest:
         fresh={"1000": [Fresh(0x10000, 4096)]},
         pages={"1": Pages(3 << 20, [b"\1" * 32, None, b"\2" * 32])},
         image_bytes=3 << 20,
+        key="one",
     )
     return msgspec.structs.replace(made, **changes)
 

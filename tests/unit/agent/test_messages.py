@@ -57,7 +57,7 @@ async def test_a_peer_that_is_silent_or_of_another_version_is_refused() -> None:
     async with await asyncio.start_server(other_version, "127.0.0.1", 0) as server:
         port = server.sockets[0].getsockname()[1]
         with pytest.raises(ProtocolError, match="version 99"):
-            await connect("127.0.0.1", port, "me", "scaler")
+            await connect("127.0.0.1", port, "me", "scaler", None)
 
 
 def test_time_that_no_phase_covers_is_unaccounted() -> None:

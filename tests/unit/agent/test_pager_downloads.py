@@ -6,12 +6,14 @@ import os
 import threading
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from agent.pager import downloads
 from agent.pager.downloads import Download, Downloads
+from agent.store.seal import Sealer
 from infra.errors import StoreUnavailable
 
 
@@ -22,9 +24,9 @@ class Gate:
         self.open = threading.Event()
         self.order: list[bytes] = []
         self.failures = 0
-        monkeypatch.setattr(downloads.chunks, "download", self._download)
+        monkeypatch.setattr(downloads.ChunkStore, "download", lambda _, digest, size: self._download(digest, size))
 
-    def _download(self, _: Any, name: bytes, size: int) -> bytes:
+    def _download(self, name: bytes, size: int) -> bytes:
         self.order.append(name)
         self.open.wait(10)
         if self.failures:
@@ -51,8 +53,8 @@ def settle(subject: Downloads, arrived: list[Any], count: int) -> None:
 def test_a_chunk_that_a_thread_waits_for_overtakes(monkeypatch: pytest.MonkeyPatch, wake: int) -> None:
     gate, arrived, kept = Gate(monkeypatch), list[str](), list[bytes]()
     subject = Downloads(2, wake)
-    subject.configure(lambda: None, 2)  # type: ignore[arg-type, return-value]
-    wanted = [Download(bytes([number]), 3, kept.append, arrived.append) for number in range(8)]
+    subject.configure(lambda: None, Sealer(Path("/nowhere")), 2)  # type: ignore[arg-type, return-value]
+    wanted = [Download("it", "one", bytes([number]), 3, kept.append, arrived.append) for number in range(8)]
     for download in wanted[:6]:
         subject.add(download, urgent=False)
     time.sleep(0.05)
@@ -72,12 +74,12 @@ def test_a_slow_store_is_waited_for_and_one_that_stays_away_is_told(monkeypatch:
     gate.open.set()
     gate.failures = 2
     subject = Downloads(1, wake)
-    subject.configure(lambda: None, 1)  # type: ignore[arg-type, return-value]
-    subject.add(Download(b"a", 2, kept.append, arrived.append), urgent=True)
+    subject.configure(lambda: None, Sealer(Path("/nowhere")), 1)  # type: ignore[arg-type, return-value]
+    subject.add(Download("it", "one", b"a", 2, kept.append, arrived.append), urgent=True)
     settle(subject, arrived, 1)
     assert (arrived, kept) == ([""], [b"aa"]) and len(gate.order) == 3
     monkeypatch.setattr(downloads, "STALL_S", 0.0)
     gate.failures = 1
-    subject.add(Download(b"b", 2, kept.append, arrived.append), urgent=True)
+    subject.add(Download("it", "one", b"b", 2, kept.append, arrived.append), urgent=True)
     settle(subject, arrived, 2)
     assert "it is slow" in arrived[1]

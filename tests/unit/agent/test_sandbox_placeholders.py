@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,8 @@ import pytest
 from agent.api.function import Function, from_builtins
 from agent.errors import NoRoom
 from agent.sandbox.placeholders import Placeholders
-from agent.sandbox.pod import Pod
+from agent.sandbox.pod import Pod, PodRecord
+from infra.local.processes import identity_of
 from infra.tasks import TaskGroup
 
 
@@ -29,6 +31,16 @@ def pod(uid: str = "u1", **changes: str) -> Pod:
     own = function()
     made = Pod("sales", f"shop-{uid}", uid, own.name, own.digest, "10.0.0.7", "c1", "shop@sha256:1")
     return msgspec.structs.replace(made, **changes)
+
+
+class Stub:
+    """A pod's sandbox without the pod."""
+
+    def __init__(self, record: PodRecord, *rest: Any) -> None:
+        self.pod, self.id, self.spent = record.pod, record.pod.uid, False
+
+    async def greet(self) -> None:
+        pass
 
 
 @pytest.fixture
@@ -60,6 +72,25 @@ async def test_none_that_is_free_is_a_refusal(placeholders: Placeholders) -> Non
         placeholders.check_room(function(), 0)
     with pytest.raises(NoRoom):
         await placeholders.take(function(), placeholders.layers(function()))
+
+
+async def test_a_pod_taken_over_counts_as_one_of_this_node(placeholders: Placeholders, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before the API server has told of it, and also later: of pods in use it tells nothing but that they live."""
+    folder = placeholders._folders / "u1"
+    folder.mkdir()
+    init = identity_of(os.getpid())
+    assert init is not None
+    (folder / "pod").write_bytes(msgspec.msgpack.encode(PodRecord(pod(), init)))
+    monkeypatch.setattr("agent.sandbox.placeholders.PodSandbox", Stub)
+    await placeholders.adopt(folder)
+    adopted = placeholders.layers(function())
+    with pytest.raises(NoRoom):
+        placeholders.check_room(function(), 0)
+    placeholders.keep_only(["u1"])
+    assert placeholders.layers(function()) == adopted
+    placeholders.keep_only([])
+    with pytest.raises(NoRoom):
+        placeholders.layers(function())
 
 
 async def test_another_image_under_the_same_document_is_told(placeholders: Placeholders) -> None:

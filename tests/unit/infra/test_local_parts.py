@@ -8,7 +8,7 @@ import pytest
 from infra import settings as settings_module
 from infra.errors import KafkaUnavailable, StackError
 from infra.local import broker, debian, golang, health, parts, ports
-from infra.settings import Settings
+from infra.settings import KafkaSettings, Settings
 
 
 def settings_in(folder: Path, **flags: object) -> Settings:
@@ -115,7 +115,7 @@ def test_addresses_of_brokers() -> None:
 def test_nobody_there_is_said_quickly() -> None:
     (port,) = ports.free(1)
     with pytest.raises(KafkaUnavailable, match=f"nothing answers at 127.0.0.1:{port}"):
-        health.check_kafka(f"127.0.0.1:{port}", write=False)
+        health.check_kafka(KafkaSettings(bootstrap_servers=f"127.0.0.1:{port}"), write=False)
 
 
 def test_package_lists() -> None:

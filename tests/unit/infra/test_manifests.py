@@ -22,6 +22,7 @@ import infra
 from agent.api.function import Function, FunctionSpec, PodTemplate, from_builtins
 from agent.errors import FunctionInvalid
 from infra import settings as settings_module
+from infra.tls import identities
 from scaler.edges.kubernetes.agents import SELECTOR
 from scaler.snapshots import FunctionSnapshot
 from tests.function_documents import BAD, GOOD, a_file, document
@@ -283,7 +284,7 @@ def test_only_the_agent_is_privileged() -> None:
     assert (scaler["securityContext"]["runAsNonRoot"], scaler["securityContext"]["seccompProfile"]["type"]) == (True, "RuntimeDefault")
     assert container["securityContext"]["allowPrivilegeEscalation"] is False
     assert container["securityContext"]["capabilities"] == {"drop": ["ALL"]}
-    assert all(set(volume) - {"name"} <= {"configMap", "emptyDir"} for volume in scaler["volumes"])
+    assert all(set(volume) - {"name"} <= {"configMap", "emptyDir", "secret"} for volume in scaler["volumes"])
     assert not {"hostPID", "hostNetwork", "hostIPC"} & set(scaler)
 
 
@@ -299,6 +300,26 @@ def test_selectors_find_their_pods() -> None:
     assert policy["ingress"][0]["from"] == [{"podSelector": {"matchLabels": scaler}}]
 
 
+def test_network_policies_open_only_ports_that_are_there() -> None:
+    """The test cluster's network enforces no policy, so that what they say is all that a test can see."""
+    closed = named("NetworkPolicy", "thaw-closed")["spec"]
+    assert closed == {"podSelector": {}, "policyTypes": ["Ingress"]}, "whatever no other policy opens is closed, for every pod"
+    workloads = [item["spec"]["template"] for item in documents() if item["kind"] in ("DaemonSet", "Deployment")]
+    opened = [item["spec"] for item in documents() if item["kind"] == "NetworkPolicy" and item["spec"] != closed]
+    assert opened
+    for spec in opened:
+        assert spec["policyTypes"] == ["Ingress"]
+        wanted = spec["podSelector"]["matchLabels"].items()
+        [ports] = [
+            {port["containerPort"] for container in pod["spec"]["containers"] for port in container.get("ports", [])}
+            for pod in workloads
+            if wanted <= pod["metadata"]["labels"].items()
+        ]
+        for rule in spec["ingress"]:
+            assert rule["ports"] and {port["port"] for port in rule["ports"]} <= ports
+            assert rule["from"], "nothing is open to everybody"
+
+
 def test_pods_read_settings_that_thaw_knows(tmp_path: Path) -> None:
     text = named("ConfigMap", "thaw")["data"]["thaw.toml"]
     file = tmp_path / "thaw.toml"
@@ -307,6 +328,9 @@ def test_pods_read_settings_that_thaw_knows(tmp_path: Path) -> None:
     agent = named("DaemonSet", "thaw-agent")["spec"]["template"]["spec"]["containers"][0]
     mounts = {mount["mountPath"] for mount in agent["volumeMounts"]}
     assert {str(loaded.paths.state_dir), str(loaded.paths.runtime_dir), "/etc/thaw"} <= mounts
+    keys = next(volume for volume in named("DaemonSet", "thaw-agent")["spec"]["template"]["spec"]["volumes"] if "secret" in volume)
+    assert keys["secret"] == {"secretName": named("Secret", "thaw-image-keys")["metadata"]["name"], "defaultMode": 0o400}
+    assert next(item["value"] for item in agent["env"] if item["name"] == "THAW_IMAGES_KEYS") in mounts
     assert agent["ports"][0]["containerPort"] == loaded.agent.listen_port
     assert loaded.scaler.agents == loaded.scaler.functions == "kubernetes"
     assert loaded.agent.sandboxes == "pods"
@@ -315,10 +339,20 @@ def test_pods_read_settings_that_thaw_knows(tmp_path: Path) -> None:
     labels = named("DaemonSet", "thaw-agent")["spec"]["template"]["metadata"]["labels"]
     assert sorted(SELECTOR.split(",")) == sorted(f"{key}={value}" for key, value in labels.items())
     assert named("NetworkPolicy", "thaw-agent")["spec"]["ingress"][0]["ports"][0]["port"] == loaded.agent.listen_port
+    for kind, name in (("DaemonSet", "thaw-agent"), ("Deployment", "thaw-scaler")):
+        pod = named(kind, name)["spec"]["template"]["spec"]
+        mounted = {mount["name"]: mount["mountPath"] for mount in pod["containers"][0]["volumeMounts"]}
+        assert {str(Path(path).parent) for path in (loaded.tls.ca, loaded.tls.certificate, loaded.tls.key)} == {mounted["tls"]}
+        [secret] = [volume["secret"]["secretName"] for volume in pod["volumes"] if volume["name"] == "tls"]
+        certificate = named("Certificate", name)["spec"]
+        assert certificate["secretName"] == secret
+        [identity] = identities(certificate["uris"])
+        assert identity.covers(name.removeprefix("thaw-"), "any-node" if name == "thaw-agent" else "")
+        assert certificate["usages"][1] == ("server auth" if name == "thaw-agent" else "client auth")
     # Terraform writes what the pods need itself.
     module = (MANIFESTS.parents[1] / "terraform" / "modules" / "kubernetes" / "main.tf").read_text()
     written = tomllib.loads(text)
-    for field, value in {**written["paths"], "listen_port": written["agent"]["listen_port"]}.items():
+    for field, value in {**written["paths"], **written["tls"], "listen_port": written["agent"]["listen_port"]}.items():
         assert f"{field} = {json.dumps(str(value))}" in module
     environment = {item["name"]: item.get("value", "x") for item in agent["env"] if item["name"] != "THAW_CONFIG"}
     named_by_environment = settings_module.load(None, environment)

@@ -10,12 +10,14 @@ import yaml
 import infra
 from agent.api.function import from_builtins
 from agent.api.records import StartRecord
+from infra import tls
 from infra.kubernetes.pods import FUNCTION_LABEL, placeholder
 from loadgen import driver
 from loadgen.checks import FUNCTIONS_DIR
 from loadgen.kubernetes.demo import SAMPLES, with_modes
 from loadgen.kubernetes.deploy import _settings_file
 from loadgen.kubernetes.documents import Sample
+from loadgen.kubernetes.site import certificates_for_pods
 from loadgen.result import WARM, RequestRecord, collect
 
 MS = 1_000_000
@@ -82,6 +84,14 @@ def test_what_waited_behind_a_service_waited_for_the_last_start_before_its_answe
         start(96, "cold", outcome="failed"),
         start(101, "cold"),
     ]
-    found = {item.number: (item.mode, item.instance) for item in with_modes(result, starts).records}
+    found = {item.number: (item.mode, item.instance) for item in with_modes(result, starts, set()).records}
     assert found == {0: ("restore", "i90"), 1: (WARM, ""), 2: ("restore", "i90"), 3: (WARM, "")}
-    assert with_modes(result, starts).latency["restore"].n == 2
+    assert with_modes(result, starts, set()).latency["restore"].n == 2
+
+
+def test_pods_of_the_demo_trust_each_other(tmp_path: Path) -> None:
+    for role, name in (("agent", "any-node"), ("scaler", "")):
+        files = certificates_for_pods()[role]
+        for file, content in files.items():
+            (tmp_path / file).write_text(content)
+        tls.Credentials(tmp_path / "ca.crt", tmp_path / "tls.crt", tmp_path / "tls.key", role, name)

@@ -9,8 +9,8 @@ from click.testing import CliRunner
 from rich.console import Console
 from scaler_harness import Harness, function, prepares
 
-from infra.settings import Settings
-from thaw.functions import Known, _table, apply
+from infra.settings import ScalerSettings, Settings
+from thaw.functions import Known, _table, apply, delete
 
 GOOD = """
 apiVersion: thaw.dev/v1
@@ -48,6 +48,16 @@ def test_a_file_that_is_not_there(tmp_path):
     result = CliRunner().invoke(apply, ["-f", str(tmp_path / "absent.yaml")], obj=Settings())
     assert result.exit_code == 2
     assert "No such file" in result.output
+
+
+@pytest.mark.parametrize(
+    ("command", "words", "instead"),
+    [(apply, ["-f", "one.yaml", "-f", "-"], "kubectl apply -f one.yaml -f -"), (delete, ["shop"], "kubectl delete function shop")],
+)
+def test_where_functions_are_the_clusters_kubectl_changes_them(command, words, instead):
+    result = CliRunner().invoke(command, words, obj=Settings(scaler=ScalerSettings(functions="kubernetes")))
+    assert result.exit_code == 2
+    assert f"use `{instead}`" in result.output
 
 
 def test_the_table_shows_standbys_and_how_many_are_wanted():

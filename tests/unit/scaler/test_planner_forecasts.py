@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import msgspec
 import pytest
 from scaler_harness import NS, T0, Harness, function, only, prepares, releases, starts
 
-from agent.api.messages import Fetch
+from agent.api.messages import CommandFailed, Fetch, MakeCheckpoint
 from scaler.events import DemandSeen, ForecastLoaded, NodeReport, ShardGained, ShardReady, Tick
 
 
@@ -244,11 +245,13 @@ def test_what_is_loaded_of_a_busy_function_takes_its_level_along(harness):
     "packed",
     [
         b"",
-        b"\x93\x02\x90\x90",
-        b"\x93\x01\x90\x90",
-        b"\x93\x01\xc0\xc0",
         b"\xff",
-        b"\x93\x01\x94\x01\x02\x03\x04\x92\x93\x01\xc4\x02ab\xc4\x01a\x90",
+        msgspec.msgpack.encode([2, [], [], {}]),
+        msgspec.msgpack.encode([1, [], [], {}, "", ""]),
+        msgspec.msgpack.encode([2, None, None, None, "", ""]),
+        msgspec.msgpack.encode([2, [], [], {"thaw": "fast"}, "", ""]),
+        msgspec.msgpack.encode([2, [], [], {99: 0.1}, "", ""]),
+        msgspec.msgpack.encode([2, [1, 2, 3, 4], [[1, b"ab", b"a"], []], {}, "", ""]),
     ],
 )
 def test_what_is_no_forecast_changes_nothing(harness, packed):
@@ -257,6 +260,49 @@ def test_what_is_no_forecast_changes_nothing(harness, packed):
     assert harness.do(ForecastLoaded(function="f", packed=packed)) == []
     assert state_of(harness) == before
     assert harness.planner.counters["forecasts_invalid"] == 1
+
+
+@pytest.mark.parametrize("asleep", [True, False])
+def test_what_was_measured_outlives_the_scaler_that_measured_it(harness, asleep):
+    harness.node()
+    (fetch,) = only(Fetch, harness.apply(function(idle_s=1.0)))
+    harness.fetched(fetch, checkpoint="cp")
+    agent = Agent(harness)
+    agent.fire()
+    if asleep:
+        agent.wait(3700)
+        assert harness.planner.asleep[0] == 1
+    measured = dict(harness.planner._world.functions.peek("f").measured.of)
+    assert set(measured) >= {"restore"}
+    learned = harness.planner.learned("f")
+    other = Harness()
+    other.node()
+    other.apply(function(idle_s=1.0))
+    other.do(ForecastLoaded(function="f", packed=learned))
+    assert other.planner._world.functions.peek("f").measured.of == measured
+    assert other.planner._world.costs.everywhere.of == measured
+    other.planner._world.functions["f"].measured.of["restore"] = 5.0
+    other.do(ForecastLoaded(function="f", packed=learned))
+    assert other.planner._world.functions.peek("f").measured.of["restore"] == 5.0, "its own measurements are newer"
+
+
+def test_that_a_function_cannot_be_frozen_is_not_found_out_again_by_each_scaler(harness):
+    harness.node()
+    (fetch,) = only(Fetch, harness.apply(function()))
+    harness.fetched(fetch)
+    (start,) = harness.demand(1)
+    (make,) = only(MakeCheckpoint, harness.done(start, mode="cold"))
+    failed = CommandFailed(command_id=make.message.id, function="f", command="checkpoint", reason="not_freezable", message="a device")
+    harness.do(NodeReport(node=make.node, report=failed))
+    learned = harness.planner.learned("f")
+    for changed in (False, True):
+        other = Harness()
+        other.node()
+        (fetch,) = only(Fetch, other.apply(function(command="another" if changed else "serve")))
+        other.do(ForecastLoaded(function="f", packed=learned))
+        other.fetched(fetch)
+        (start,) = other.demand(1)
+        assert len(only(MakeCheckpoint, other.done(start, mode="cold"))) == changed, "another process may be freezable"
 
 
 def test_a_forecast_is_not_loaded_where_it_is_not_wanted(harness):

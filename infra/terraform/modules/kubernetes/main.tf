@@ -3,7 +3,11 @@
 
 locals {
   folder = coalesce(var.manifests, "${path.module}/../../../kubernetes/manifests")
-  files  = concat(sort(tolist(fileset(local.folder, "*.yaml"))), [for name in ["monitoring/service-monitor.yaml"] : name if var.service_monitor])
+  files = concat(
+    sort(tolist(fileset(local.folder, "*.yaml"))),
+    [for name in ["monitoring/service-monitor.yaml"] : name if var.service_monitor],
+    [for name in ["cert-manager/certificates.yaml"] : name if var.certificate_issuer != null],
+  )
 
   documents = merge([
     for name in local.files : {
@@ -27,6 +31,7 @@ locals {
     paths  = { cache_dir = "/opt/thaw", runtime_dir = "/run/thaw", state_dir = "/var/lib/thaw" }
     agent  = { listen_port = "7070", sandboxes = "pods" }
     scaler = { agents = "kubernetes", functions = "kubernetes" }
+    tls    = { ca = "/etc/thaw-tls/ca.crt", certificate = "/etc/thaw-tls/tls.crt", key = "/etc/thaw-tls/tls.key" }
     kubernetes = {
       agents_namespace = var.namespace
       agent_image      = coalesce(var.images.agent, local.placed["DaemonSet/thaw-agent"].spec.template.spec.containers[0].image)
@@ -47,7 +52,12 @@ locals {
   agent  = local.placed["DaemonSet/thaw-agent"]
   scaler = local.placed["Deployment/thaw-scaler"]
 
-  changes = {
+  certificates = {
+    for name in ["Certificate/thaw-agent", "Certificate/thaw-scaler"] :
+    name => { spec = merge(local.placed[name].spec, { issuerRef = var.certificate_issuer }) } if var.certificate_issuer != null
+  }
+
+  changes = merge(local.certificates, {
     "Namespace/thaw" = {
       metadata = merge(local.placed["Namespace/thaw"].metadata, { name = var.namespace })
     }
@@ -93,13 +103,13 @@ locals {
         })
       })
     }
-  }
+  })
 
   # Values may be known only after apply; what kind of object it is must be known to the plan.
   objects = merge(local.placed, { for name, change in local.changes : name => merge(local.placed[name], change) })
 
   first     = ["Namespace/thaw", "CustomResourceDefinition/functions.thaw.dev"]
-  secrets   = ["Secret/thaw-agent", "Secret/thaw-scaler"]
+  secrets   = ["Secret/thaw-agent", "Secret/thaw-image-keys", "Secret/thaw-scaler"]
   workloads = ["DaemonSet/thaw-agent", "Deployment/thaw-scaler"]
 }
 
@@ -132,8 +142,31 @@ resource "kubernetes_manifest" "agent_secret" {
   depends_on = [kubernetes_manifest.namespace]
 }
 
+resource "kubernetes_manifest" "image_keys" {
+  manifest = merge(local.objects["Secret/thaw-image-keys"], {
+    for field, value in { data = { for name, content in var.image_keys : name => base64encode(content) } } : field => value
+    if length(nonsensitive(keys(var.image_keys))) > 0
+  })
+
+  depends_on = [kubernetes_manifest.namespace]
+}
+
 resource "kubernetes_manifest" "scaler_secret" {
   manifest = merge(local.objects["Secret/thaw-scaler"], { data = { for name, value in var.scaler_secrets : name => base64encode(value) } })
+
+  depends_on = [kubernetes_manifest.namespace]
+}
+
+resource "kubernetes_manifest" "tls_secret" {
+  for_each = nonsensitive(var.tls_secrets == null) ? toset([]) : toset(["agent", "scaler"])
+
+  manifest = {
+    apiVersion = "v1"
+    kind       = "Secret"
+    metadata   = { name = "thaw-${each.key}-tls", namespace = var.namespace }
+    type       = "kubernetes.io/tls"
+    data       = { for name, value in var.tls_secrets[each.key] : name => base64encode(value) }
+  }
 
   depends_on = [kubernetes_manifest.namespace]
 }
@@ -150,7 +183,9 @@ resource "kubernetes_manifest" "workload" {
   depends_on = [
     kubernetes_manifest.agent_secret,
     kubernetes_manifest.functions,
+    kubernetes_manifest.image_keys,
     kubernetes_manifest.object,
     kubernetes_manifest.scaler_secret,
+    kubernetes_manifest.tls_secret,
   ]
 }

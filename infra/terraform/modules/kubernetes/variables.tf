@@ -38,8 +38,8 @@ variable "settings" {
   nullable    = false
 
   validation {
-    condition     = alltrue([for section in keys(var.settings) : contains(["agent", "cluster", "kafka", "kubernetes", "paths", "s3", "scaler", "stack", "telemetry"], section)])
-    error_message = "A section of settings must be one of agent, cluster, kafka, kubernetes, paths, s3, scaler, stack, telemetry."
+    condition     = alltrue([for section in keys(var.settings) : contains(["agent", "cluster", "images", "kafka", "kubernetes", "paths", "s3", "scaler", "stack", "telemetry", "tls"], section)])
+    error_message = "A section of settings must be one of agent, cluster, images, kafka, kubernetes, paths, s3, scaler, stack, telemetry, tls."
   }
 
   validation {
@@ -50,6 +50,36 @@ variable "settings" {
   validation {
     condition     = !contains(keys(lookup(var.settings, "s3", {})), "secret_key")
     error_message = "settings.s3.secret_key would be readable in a ConfigMap; put THAW_S3_SECRET_KEY into agent_secrets."
+  }
+
+  validation {
+    condition     = !contains(keys(lookup(var.settings, "kafka", {})), "password")
+    error_message = "settings.kafka.password would be readable in a ConfigMap; put THAW_KAFKA_PASSWORD into agent_secrets and scaler_secrets."
+  }
+}
+
+variable "certificate_issuer" {
+  description = "cert-manager's issuer of the certificates by which scalers and agents know each other: a CA that signs nothing else. cert-manager must be in the cluster. Null: no certificates are requested; see tls_secrets."
+  type = object({
+    name  = string
+    kind  = optional(string, "Issuer")
+    group = optional(string, "cert-manager.io")
+  })
+  default = null
+}
+
+variable "tls_secrets" {
+  description = "Certificates that come from elsewhere: for agents (SAN URI thaw://agent/*, server auth) and scalers (thaw://scaler/NAME, client auth) the files ca.crt, tls.crt and tls.key. They are kept in Terraform's state. Null where cert-manager or someone else makes the Secrets thaw-agent-tls and thaw-scaler-tls, or settings.tls.mode is off."
+  type = object({
+    agent  = map(string)
+    scaler = map(string)
+  })
+  default   = null
+  sensitive = true
+
+  validation {
+    condition     = var.tls_secrets == null ? true : alltrue([for files in [var.tls_secrets.agent, var.tls_secrets.scaler] : length(setsubtract(["ca.crt", "tls.crt", "tls.key"], keys(files))) == 0])
+    error_message = "tls_secrets.agent and tls_secrets.scaler each need ca.crt, tls.crt and tls.key."
   }
 }
 
@@ -63,6 +93,19 @@ variable "agent_secrets" {
   validation {
     condition     = alltrue([for name in keys(var.agent_secrets) : can(regex("^[A-Z][A-Z0-9_]*$", name))])
     error_message = "agent_secrets are named as environment variables: THAW_S3_SECRET_KEY."
+  }
+}
+
+variable "image_keys" {
+  description = "Files that seal checkpoint images, as `thaw keys make` writes them: { ring, signing, trusted }. They are kept in Terraform's state. Empty: Secret thaw-image-keys is left to others to fill."
+  type        = map(string)
+  default     = {}
+  nullable    = false
+  sensitive   = true
+
+  validation {
+    condition     = length(var.image_keys) == 0 || length(setsubtract(["ring", "trusted"], keys(var.image_keys))) == 0 && length(setsubtract(keys(var.image_keys), ["ring", "signing", "trusted"])) == 0
+    error_message = "image_keys are the files ring, trusted and, for agents that make checkpoints, signing."
   }
 }
 

@@ -4,9 +4,8 @@ locals {
   bucket_arn = "arn:${local.partition}:s3:::${var.bucket}"
   partition  = startswith(var.region, "cn-") ? "aws-cn" : startswith(var.region, "us-gov-") ? "aws-us-gov" : "aws"
 
-  # agent/store/manifest.py and agent/store/chunks.py: where objects are.
-  prefixes    = ["functions/*", "chunks/*", "suspects/*"]
-  object_arns = [for prefix in local.prefixes : "${local.bucket_arn}/${prefix}"]
+  # agent/store/manifest.py: everything of a function is below functions/<function>/.
+  object_arns = [for function in coalescelist(sort(var.functions), ["*"]) : "${local.bucket_arn}/functions/${function}/*"]
   aws         = var.compatible_store ? 0 : 1
 
   # On AWS a HEAD or GET of an object that is not there says so only to those who may list the bucket.

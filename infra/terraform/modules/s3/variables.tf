@@ -73,6 +73,18 @@ variable "agent_principals" {
   nullable    = false
 }
 
+variable "functions" {
+  description = "Names of the functions whose objects the agents' policies open. Empty: all."
+  type        = set(string)
+  default     = []
+  nullable    = false
+
+  validation {
+    condition     = alltrue([for name in var.functions : can(regex("^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$", name))])
+    error_message = "functions are names as in metadata.name."
+  }
+}
+
 variable "policy_name" {
   description = "Name of the IAM policy for agents; empty: none is made, and output agent_policy holds its text."
   type        = string

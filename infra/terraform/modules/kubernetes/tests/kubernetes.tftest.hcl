@@ -10,8 +10,8 @@ run "defaults" {
   command = plan
 
   assert {
-    condition     = length(output.objects) == length(distinct(output.objects)) && !contains(output.objects, "ServiceMonitor/thaw")
-    error_message = "each object once, no ServiceMonitor"
+    condition     = length(output.objects) == length(distinct(output.objects)) && !contains(output.objects, "ServiceMonitor/thaw") && !contains(output.objects, "Certificate/thaw-agent")
+    error_message = "each object once, no ServiceMonitor, no cert-manager"
   }
   assert {
     condition     = kubernetes_manifest.workload["DaemonSet/thaw-agent"].manifest.spec.template.spec.containers[0].image == "thaw-agent:0.1.0"
@@ -22,9 +22,45 @@ run "defaults" {
     error_message = "the agent enters other pods"
   }
   assert {
+    condition     = !contains(keys(nonsensitive(kubernetes_manifest.image_keys.manifest)), "data")
+    error_message = "image keys that others put into the Secret stay"
+  }
+  assert {
     condition     = kubernetes_manifest.workload["Deployment/thaw-scaler"].manifest.spec.replicas == 2
     error_message = "two scalers"
   }
+}
+
+run "certificates" {
+  command = plan
+
+  variables {
+    namespace          = "elsewhere"
+    certificate_issuer = { name = "ours", kind = "ClusterIssuer" }
+    tls_secrets = {
+      agent  = { "ca.crt" = "A", "tls.crt" = "C", "tls.key" = "K" }
+      scaler = { "ca.crt" = "A", "tls.crt" = "D", "tls.key" = "L" }
+    }
+  }
+
+  assert {
+    condition     = kubernetes_manifest.object["Certificate/thaw-agent"].manifest.spec.issuerRef.kind == "ClusterIssuer" && kubernetes_manifest.object["Certificate/thaw-scaler"].manifest.spec.uris[0] == "thaw://scaler/thaw" && kubernetes_manifest.object["Certificate/thaw-agent"].manifest.metadata.namespace == "elsewhere"
+    error_message = "certificates of the issuer"
+  }
+  assert {
+    condition     = nonsensitive(kubernetes_manifest.tls_secret["scaler"].manifest.data["tls.key"]) == base64encode("L") && kubernetes_manifest.tls_secret["agent"].manifest.metadata.namespace == "elsewhere"
+    error_message = "Secrets as the pods mount them"
+  }
+}
+
+run "an_incomplete_certificate" {
+  command = plan
+
+  variables {
+    tls_secrets = { agent = { "ca.crt" = "A", "tls.crt" = "C" }, scaler = { "ca.crt" = "A", "tls.crt" = "D", "tls.key" = "L" } }
+  }
+
+  expect_failures = [var.tls_secrets]
 }
 
 run "everything_else" {
@@ -36,6 +72,7 @@ run "everything_else" {
     scaler_replicas = 5
     settings        = { kafka = { bootstrap_servers = "k:9092" }, agent = { cache_mb = "1024" } }
     agent_secrets   = { THAW_S3_SECRET_KEY = "secret" }
+    image_keys      = { ring = "one", trusted = "two" }
 
     agent_node_selector               = { pool = "functions" }
     agent_tolerations                 = [{ key = "functions", effect = "NoSchedule" }]
@@ -82,6 +119,10 @@ run "everything_else" {
   assert {
     condition     = nonsensitive(kubernetes_manifest.agent_secret.manifest.data) == { THAW_S3_SECRET_KEY = base64encode("secret") }
     error_message = "secrets"
+  }
+  assert {
+    condition     = nonsensitive(kubernetes_manifest.image_keys.manifest.data) == { ring = base64encode("one"), trusted = base64encode("two") }
+    error_message = "image keys"
   }
   assert {
     condition     = kubernetes_manifest.object["ServiceAccount/thaw-agent"].manifest.metadata.annotations == var.agent_service_account_annotations
@@ -135,6 +176,14 @@ run "refuses_secrets_that_are_no_variables" {
     agent_secrets = { "s3-key" = "secret" }
   }
   expect_failures = [var.agent_secrets]
+}
+
+run "refuses_keys_without_a_ring" {
+  command = plan
+  variables {
+    image_keys = { trusted = "two" }
+  }
+  expect_failures = [var.image_keys]
 }
 
 run "refuses_operators_that_kubernetes_refuses" {

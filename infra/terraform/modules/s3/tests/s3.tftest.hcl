@@ -54,6 +54,27 @@ run "on_aws" {
   }
 }
 
+run "of_some_functions" {
+  command = plan
+
+  variables {
+    functions = ["search", "index"]
+  }
+
+  assert {
+    condition     = jsondecode(output.agent_policy).Statement[0].Resource == ["arn:aws:s3:::thaw-checkpoints/functions/index/*", "arn:aws:s3:::thaw-checkpoints/functions/search/*"]
+    error_message = "their objects only"
+  }
+}
+
+run "refuses_functions_that_are_patterns" {
+  command = plan
+  variables {
+    functions = ["*"]
+  }
+  expect_failures = [var.functions]
+}
+
 run "with_a_key" {
   command = plan
 
