@@ -64,7 +64,9 @@ def work_directory(sandbox: Sandbox) -> Path:
 def last_output(log: Path, size: int = 400) -> str:
     """The end of an instance's output on one line, for error messages."""
     try:
-        text = log.read_bytes()[-size:].decode(errors="replace").strip()
+        with log.open("rb") as file:  # as long as the function wanted it to be
+            file.seek(max(0, file.seek(0, os.SEEK_END) - size))
+            text = file.read(size).decode(errors="replace").strip()
     except OSError:
         return ""
     return " | ".join(line for line in text.splitlines() if line)

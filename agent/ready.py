@@ -8,9 +8,9 @@ what is measured here is the first response.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import errno
 import os
+import re
 import select
 import socket
 import time
@@ -20,7 +20,8 @@ from dataclasses import dataclass
 from agent.api.function import Function, WarmUp
 from agent.errors import InstanceGone, NotReady
 
-RESPONSE_BYTES_MAX = 1 << 20
+HEAD_BYTES_MAX, RESPONSE_BYTES_MAX = 64 << 10, 1 << 20
+_STATUS, _LENGTH = re.compile(rb"HTTP/1\.[0-9] ([0-9]{3})(?![0-9])"), re.compile(rb"[0-9]{1,15}")
 #: Pauses between attempts to connect, s: short at first, since a restored instance listens already.
 _PAUSE_S, _PAUSE_MAX_S = 0.0005, 0.01
 #: Longest wait for one answer, s.
@@ -151,27 +152,60 @@ async def _exchange(sock: socket.socket, host: str, request: WarmUp, sent: Calla
     head = f"{request.method} {request.path} HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\nContent-Length: {len(body)}\r\n\r\n"
     await loop.sock_sendall(sock, head.encode() + body)
     sent()
-    data = b""
-    while len(data) < RESPONSE_BYTES_MAX:
-        piece = await loop.sock_recv(sock, 65536)
-        if not piece:
-            break
-        data += piece
-        if _complete(data):
-            break
-    if not data.startswith(b"HTTP/1."):
-        raise ValueError(f"{data[:40]!r}" if data else "an empty answer")
-    return int(data.split(None, 2)[1])
+    response = Response()
+    while not response.complete and (piece := await loop.sock_recv(sock, 65536)):
+        response.take(piece)
+    return response.status
 
 
-def _complete(data: bytes) -> bool:
-    """Whether a response with a Content-Length is all here; without one it ends with the connection."""
-    head, separator, body = data.partition(b"\r\n\r\n")
-    if not separator:
-        return False
+class Response:
+    """An answer as it arrives, in pieces of any size. The process that sends it may be hostile: of the body nothing is kept."""
+
+    def __init__(self) -> None:
+        self._head = bytearray()
+        self._in_body = False
+        self._length = -1
+        self._received = 0
+        #: All of it is here: as much as Content-Length says; without one it ends with the connection, or where nobody reads on.
+        self.complete = False
+
+    def take(self, piece: bytes) -> None:
+        """The next bytes.
+
+        Raises:
+            ValueError: the header does not end.
+        """
+        self._received += len(piece)
+        if not self._in_body:
+            searched = max(0, len(self._head) - 3)
+            self._head += piece
+            end = self._head.find(b"\r\n\r\n", searched)
+            if end < 0 and len(self._head) > HEAD_BYTES_MAX:
+                raise ValueError(f"a header of more than {HEAD_BYTES_MAX} bytes")
+            if end >= 0:
+                self._in_body, self._received = True, len(self._head) - end - 4
+                del self._head[end:]
+                self._length = _content_length(self._head)
+        if self._in_body:
+            self.complete = 0 <= self._length <= self._received or self._received > RESPONSE_BYTES_MAX
+
+    @property
+    def status(self) -> int:
+        """The status code.
+
+        Raises:
+            ValueError: it is not HTTP.
+        """
+        found = _STATUS.match(self._head)
+        if found is None:
+            raise ValueError(f"{bytes(self._head[:40])!r}" if self._head else "an empty answer")
+        return int(found.group(1))
+
+
+def _content_length(head: bytearray) -> int:
+    """What a header says of its body; -1: nothing."""
     for line in head.split(b"\r\n")[1:]:
         name, _, value = line.partition(b":")
-        if name.strip().lower() == b"content-length":
-            with contextlib.suppress(ValueError):
-                return len(body) >= int(value)
-    return False
+        if name.strip().lower() == b"content-length" and _LENGTH.fullmatch(value.strip()):
+            return int(value)
+    return -1

@@ -127,6 +127,9 @@ class Agent:
         logs = self._settings.paths.state_dir / "logs" / "instances"
         for path in (state / "images", logs):
             path.mkdir(parents=True, exist_ok=True)
+        for path in (state, logs):
+            # A function sees the node's root as everybody does: the memory of others in images, their files and output are not for it.
+            path.chmod(0o700)
         runtime = self._settings.runtime_folder
         runtime.mkdir(mode=0o700, parents=True, exist_ok=True)
         stack.callback(self._remove_runtime, runtime)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import logging
 
-import msgpack
 import msgspec
 
 from agent.api.records import StartRecord
@@ -31,7 +30,7 @@ async def read_starts(settings: KafkaSettings, since_ns: int, until_ns: int) -> 
 
 def _decode(payload: bytes | None) -> StartRecord | None:
     try:
-        return msgspec.convert(msgpack.unpackb(payload or b""), StartRecord)
-    except (ValueError, msgpack.UnpackException, msgspec.ValidationError) as error:
+        return msgspec.msgpack.decode(payload or b"", type=StartRecord)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         logger.warning("a record of %s cannot be read: %s", RESTORES_TOPIC, error)
         return None

@@ -24,6 +24,8 @@ TRACEPARENT_HEADER = "traceparent"
 EVENT_BYTES_MAX = 64 << 10
 
 Count = Annotated[int, msgspec.Meta(ge=0, le=1_000_000)]
+#: Wall clock, ns; years can be added and it is still a number of 64 bits.
+Time = Annotated[int, msgspec.Meta(ge=0, le=1 << 62)]
 Name = Annotated[str, msgspec.Meta(min_length=1, max_length=253)]
 
 
@@ -43,9 +45,9 @@ class DemandEvent(msgspec.Struct, frozen=True, kw_only=True):
 
     function: Name
     source: Name
-    epoch: Annotated[int, msgspec.Meta(ge=0)]
-    seq: Annotated[int, msgspec.Meta(ge=0)]
-    at: Annotated[int, msgspec.Meta(ge=0)]
+    epoch: Time
+    seq: Annotated[int, msgspec.Meta(ge=0, le=(1 << 63) - 1)]
+    at: Time
     in_flight: Count
     arrivals: Count = 0
     ttl: Annotated[float, msgspec.Meta(ge=0, le=86400)] = 0.0

@@ -32,7 +32,7 @@ from scaler.forecast.slot import ForecastConfig
 from scaler.holding import Holding
 from scaler.ladder import RungCosts
 from scaler.levels import NS
-from scaler.packed import Packed
+from scaler.packed import LearnedRecord, Packed
 from scaler.placement import Node
 from scaler.state import FunctionState, Standby
 
@@ -307,16 +307,29 @@ def unpack_learned(learned: bytes, terms: tuple[ForecastConfig, RungCosts]) -> L
         ForecastInvalid: it is not that, or of another format.
     """
     try:
-        number, holding, packed, measured, given_up, digest = msgspec.msgpack.decode(learned)
-        if number != FORMAT:
-            raise ForecastInvalid(f"it is of format {number}, not {FORMAT}")
-        means = _means({what: float(value) for what, value in measured.items()})
+        value = msgspec.msgpack.decode(learned)
+        if isinstance(value, list) and value and value[0] != FORMAT:
+            raise ForecastInvalid(f"it is of format {value[0]!r}, not {FORMAT}")
+        msgspec.convert(value, LearnedRecord)
+        _, holding, packed, measured, given_up, digest = value
+        means = _means(measured)
         if not packed:
-            return Learned(None, None, means, str(given_up), str(digest))
+            return Learned(None, None, means, given_up, digest)
         forecast = FunctionForecast.unpack(packed, *terms)
+        if not forecast.sound:
+            raise ForecastInvalid("its weights are no weights")
         held = Holding.unpack(holding, forecast) if holding else Holding(forecast)
-        return Learned(forecast, held, means, str(given_up), str(digest))
-    except (msgspec.MsgspecError, ValueError, TypeError, LookupError, AttributeError, struct.error) as error:
+        return Learned(forecast, held, means, given_up, digest)
+    except (
+        msgspec.MsgspecError,
+        ValueError,
+        TypeError,
+        LookupError,
+        AttributeError,
+        ArithmeticError,
+        RecursionError,
+        struct.error,
+    ) as error:
         raise ForecastInvalid(f"it is not a forecast: {error}") from error
 
 

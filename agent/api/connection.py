@@ -18,8 +18,8 @@ from agent.errors import PeerSilent, PeerUntrusted, ProtocolError
 from infra import tls
 from infra.tls import Credentials, Identity
 
-#: An inventory of 10,000 instances is about 2 MB; nothing legitimate is larger.
-FRAME_BYTES_MAX = 16 << 20
+#: An inventory of 10,000 instances is about 2 MB; nothing legitimate is larger. What a frame holds may take 60 times its size in memory.
+FRAME_BYTES_MAX = 4 << 20
 #: Unsent bytes at which a peer that does not read is cut off.
 BACKLOG_BYTES_MAX = 64 << 20
 #: A peer whose kernel does not answer for so long is gone, s. A machine that loses power, or a network that does, tells nobody: without

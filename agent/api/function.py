@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Literal
 
@@ -23,6 +24,14 @@ from agent.errors import FunctionInvalid
 Port = Annotated[int, msgspec.Meta(ge=1, le=65535)]
 Seconds = Annotated[float, msgspec.Meta(gt=0, le=86400)]
 NAME = re.compile(r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?")
+#: Longest text of documents; a broker takes records of 1 MB and the API server objects of 1.5.
+DOCUMENT_BYTES_MAX = 1 << 20
+#: Levels of a document. Its digest and its way to the agent are recursive.
+DEPTH_MAX = 64
+_NODES_MAX = 100_000
+_INDEX = re.compile("[0-9]{1,9}")
+#: libyaml where the package has it: ten times as fast.
+_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
 class _Struct(msgspec.Struct, frozen=True, forbid_unknown_fields=True, rename="camel", kw_only=True):
@@ -193,14 +202,16 @@ def read_yaml(text: str, origin: str, base: Path) -> list[Function]:
     Raises:
         FunctionInvalid: not YAML, not a Function, a wrong field; the message is ``origin:line: field: what``.
     """
+    if len(text) > DOCUMENT_BYTES_MAX:
+        raise FunctionInvalid(f"{origin}:1: {len(text)} characters; {DOCUMENT_BYTES_MAX} is the most")
     try:
-        nodes, values = list(yaml.compose_all(text, Loader=yaml.SafeLoader)), list(yaml.safe_load_all(text))
-        documents = [(node, value) for node, value in zip(nodes, values, strict=True) if value is not None]
+        documents = [(node, value) for node, value in _documents(text) if value is not None]
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = mark.line + 1 if mark else 1
         raise FunctionInvalid(f"{origin}:{line}: not valid YAML: {getattr(error, 'problem', error)}") from error
-    except (RecursionError, ValueError) as error:
+    except (RecursionError, ValueError, TypeError, LookupError, AttributeError, OverflowError) as error:
+        # What the library's constructors raise for a value that does not fit its tag, such as an empty !!int.
         raise FunctionInvalid(f"{origin}:1: not valid YAML: {error}") from error
     if not documents:
         raise FunctionInvalid(f"{origin}:1: no document; expected kind: Function")
@@ -215,6 +226,38 @@ def read_yaml(text: str, origin: str, base: Path) -> list[Function]:
     return functions
 
 
+def _documents(text: str) -> Iterator[tuple[yaml.Node, Any]]:
+    """Each document, as nodes, which know their lines, and as plain values."""
+    loader = _LOADER(text)
+    try:
+        while loader.check_node():
+            node = loader.get_node()
+            assert node is not None  # there is one, as it said
+            _measure(node, {}, 0)
+            yield node, loader.construct_document(node)
+    finally:
+        loader.dispose()
+
+
+def _measure(node: yaml.Node, known: dict[int, int], depth: int) -> int:
+    """How many nodes there are when every alias is written out: a few lines of aliases of aliases can stand for billions."""
+    if id(node) in known:
+        size = known[id(node)]
+    elif depth > DEPTH_MAX:
+        raise ValueError(f"more than {DEPTH_MAX} levels")
+    else:
+        known[id(node)] = _NODES_MAX  # met again below itself: it has no end
+        size = 1
+        if isinstance(node, yaml.MappingNode):
+            size += sum(_measure(part, known, depth + 1) for pair in node.value for part in pair)
+        elif isinstance(node, yaml.SequenceNode):
+            size += sum(_measure(part, known, depth + 1) for part in node.value)
+        known[id(node)] = size
+    if size >= _NODES_MAX:
+        raise ValueError(f"its aliases stand for more than {_NODES_MAX} values")
+    return size
+
+
 def from_builtins(value: Any) -> Function:
     """Validate plain maps as a Function.
 
@@ -223,11 +266,13 @@ def from_builtins(value: Any) -> Function:
     """
     try:
         function = msgspec.convert(value, Function)
+    except RecursionError as error:
+        raise FunctionInvalid(f"document: more than {DEPTH_MAX} levels") from error
     except msgspec.ValidationError as error:
         text, _, path = str(error).partition(" - at `")
         field = path.rstrip("`").removeprefix("$").lstrip(".") or "document"
         raise FunctionInvalid(f"{field}: {text}") from error
-    _check(function)
+    check(function)
     return function
 
 
@@ -236,8 +281,14 @@ def to_builtins(function: Function) -> Any:
     return msgspec.to_builtins(function)
 
 
-def _check(function: Function) -> None:
+def check(function: Function) -> None:
+    """What types cannot say.
+
+    Raises:
+        FunctionInvalid: the message begins with the field's path.
+    """
     spec = function.spec
+    _check_text(function)
     if not NAME.fullmatch(function.name):
         raise FunctionInvalid(f"metadata.name: {function.name!r} must be lower-case letters, digits and dashes, 63 at most, as in DNS")
     if not spec.command[0]:
@@ -280,21 +331,56 @@ def _check_template(pod: dict[str, Any]) -> None:
             for field in ("name", "image"):
                 if not isinstance(item.get(field), str) or not item[field]:
                     raise FunctionInvalid(f"spec.template.spec.{kind}[{index}].{field}: must be given")
-    _check_plain(pod, "spec.template.spec")
+    if _check_plain(pod, "spec.template.spec", 0) > _NODES_MAX:
+        raise FunctionInvalid(f"spec.template.spec: more than {_NODES_MAX} values")
 
 
-def _check_plain(value: Any, where: str) -> None:
-    """Only what JSON has: YAML has dates too, and numbers of any size."""
+def _check_text(function: Function) -> None:
+    """Half of a surrogate pair is a character for YAML and JSON, and cannot be sent anywhere."""
+    metadata, spec = function.metadata, function.spec
+    texts = [metadata.name, metadata.namespace, *metadata.labels, *metadata.labels.values(), *spec.command, spec.working_directory]
+    texts += [*spec.environment, *spec.environment.values(), spec.root, spec.readiness.path]
+    texts += [text for item in spec.files for text in (item.source, item.target)]
+    texts += [text for request in spec.warm_up for text in (request.path, request.body)]
+    if spec.template is not None:
+        labels = spec.template.metadata
+        texts += [*labels.labels, *labels.labels.values(), *labels.annotations, *labels.annotations.values()]
+    for text in texts:
+        if not _sendable(text):
+            raise FunctionInvalid(f"document: {text!r} is not text")
+    for name, text in (("spec.root", spec.root), *((f"spec.files[{at}].source", item.source) for at, item in enumerate(spec.files))):
+        if "\0" in text:
+            raise FunctionInvalid(f"{name}: {text!r} holds a NUL character")
+
+
+def _sendable(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _check_plain(value: Any, where: str, depth: int) -> int:
+    """Only what JSON has, and what can be sent: YAML has dates too, and numbers of any size. Returns how many values there are."""
+    count = 1
+    if isinstance(value, (dict, list)) and len(value) > _NODES_MAX:
+        return len(value)
+    if depth > DEPTH_MAX:
+        raise FunctionInvalid(f"spec.template.spec: more than {DEPTH_MAX} levels")
     if isinstance(value, dict):
         for key, item in value.items():
-            if not isinstance(key, str):
+            if not isinstance(key, str) or not _sendable(key):
                 raise FunctionInvalid(f"{where}: the name {key!r} must be a string")
-            _check_plain(item, f"{where}.{key}")
+            count += _check_plain(item, f"{where}.{key}", depth + 1)
     elif isinstance(value, list):
         for index, item in enumerate(value):
-            _check_plain(item, f"{where}[{index}]")
+            count += _check_plain(item, f"{where}[{index}]", depth + 1)
+    elif isinstance(value, str) and not _sendable(value):
+        raise FunctionInvalid(f"{where}: {value!r} is not text")
     elif value is not None and not isinstance(value, (str, bool, float)) and not (isinstance(value, int) and abs(value) < 1 << 63):
         raise FunctionInvalid(f"{where}: {value!r} must be a string, a number or true or false")
+    return count
 
 
 def _shape(pod: dict[str, Any]) -> Any:
@@ -333,7 +419,7 @@ def _line(node: yaml.Node, message: str) -> int:
             for key, value in node.value:
                 if key.value == step:
                     line, found = key.start_mark.line + 1, value
-        elif isinstance(node, yaml.SequenceNode) and step.isdigit() and int(step) < len(node.value):
+        elif isinstance(node, yaml.SequenceNode) and _INDEX.fullmatch(step) and int(step) < len(node.value):
             found = node.value[int(step)]
             line = found.start_mark.line + 1
         if found is None:

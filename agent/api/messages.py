@@ -10,14 +10,13 @@ happen. To a watcher (a router, the load generator) it sends :class:`Endpoints` 
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Literal
 
-import msgpack
 import msgspec
 
-from agent.api.function import Function
+from agent.api.function import Function, check
 from agent.api.records import StartRecord
-from agent.errors import ProtocolError
+from agent.errors import FunctionInvalid, ProtocolError
 
 PROTOCOL_VERSION = 1
 
@@ -307,19 +306,23 @@ AnyMessage = Hello | AgentCommand | AgentReport
 
 def encode(message: Message) -> bytes:
     """One message as msgpack."""
-    packed: bytes = msgpack.packb(msgspec.to_builtins(message))
-    return packed
+    return msgspec.msgpack.encode(message)
 
 
 def decode(payload: bytes) -> AnyMessage:
     """One message from msgpack.
 
     Raises:
-        ProtocolError: not msgpack, an unknown type, a missing or wrong field.
+        ProtocolError: not msgpack, an unknown type, a missing or wrong field, a function that cannot be one.
     """
     try:
-        value: Any = msgpack.unpackb(payload, strict_map_key=True)
-        message: AnyMessage = msgspec.convert(value, AnyMessage)
-    except (ValueError, TypeError, msgpack.UnpackException, msgspec.ValidationError, RecursionError) as error:
+        # Into the types at once: what a frame of a few MB can hold as plain maps and lists takes a hundred times its size.
+        message: AnyMessage = _DECODER.decode(payload)
+        if isinstance(message, Fetch | Prepare | Start | MakeCheckpoint):
+            check(message.function)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError, FunctionInvalid) as error:
         raise ProtocolError(f"a frame is not an agent message: {error}") from error
     return message
+
+
+_DECODER = msgspec.msgpack.Decoder(AnyMessage)

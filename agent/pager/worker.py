@@ -216,10 +216,17 @@ class Worker:
         if not payload:
             self._agent_gone()
             return
-        order = msgpack.unpackb(payload)
+        try:
+            order = decode_order(payload)
+        except PagerError as error:
+            logger.error("the agent is hung up on: %s", error)
+            for fd in fds:
+                os.close(fd)
+            self._agent_gone()
+            return
         try:
             answer = getattr(self, f"_order_{order['op']}")(order, fds)
-        except (AgentError, OSError, KeyError, ValueError, AttributeError) as error:
+        except (AgentError, OSError, LookupError, ValueError, TypeError, AttributeError) as error:
             for fd in fds:
                 os.close(fd)
             answer = {"error": f"{type(error).__name__}: {error}"}
@@ -535,6 +542,21 @@ class Worker:
         else:
             self._dispatch(serving, progress)
         self._filling.filled(restore, size, time.monotonic(), TICK_S)
+
+
+def decode_order(payload: bytes) -> dict[str, Any]:
+    """An order of the agent: ``op``, ``n``, and what else belongs to it.
+
+    Raises:
+        PagerError: it is none.
+    """
+    try:
+        order = msgpack.unpackb(payload)
+    except (ValueError, TypeError, msgpack.UnpackException) as error:
+        raise PagerError(f"an order cannot be read: {error}") from error
+    if not isinstance(order, dict) or not isinstance(order.get("op"), str) or not isinstance(order.get("n"), int):
+        raise PagerError("an order has no operation or no number")
+    return order
 
 
 def run() -> None:

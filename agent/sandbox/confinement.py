@@ -1,8 +1,8 @@
-"""Whether a restored process is confined as its pod is: user, capabilities, seccomp, cgroups, namespaces.
+"""Whether a restored process is confined as its sandbox is: user, capabilities, seccomp, cgroups, namespaces.
 
 In: /proc of the pod's PID 1, which the container runtime has confined as the pod's manifest says, and of a restored process, whose
 credentials come from an image that nobody need believe. Out: what the process has beyond that. Reading is separate from judging. Used by
-:mod:`agent.sandbox.pod` before anything restored runs.
+:mod:`agent.sandbox.pod` and :mod:`agent.sandbox.local` before anything restored runs.
 """
 
 from __future__ import annotations
@@ -92,3 +92,41 @@ def excess(pod: Confinement, process: Confinement) -> list[str]:
         found.append("cgroups of its own")
     found += [f"namespace {process.namespaces[name]}" for name, own in pod.namespaces.items() if process.namespaces[name] != own]
     return found
+
+
+def privileges(pid: int, init_pid: int, user: int) -> list[str]:
+    """What a process has beyond what ``init.c`` leaves to a function, in any of its threads, as texts; empty when nothing.
+
+    Args:
+        pid, init_pid: host pids, of the process and of the PID 1 of its sandbox.
+        user: whom functions run as.
+
+    Raises:
+        OSError: it is gone.
+    """
+    found = []
+    for task in Path(f"/proc/{pid}/task").iterdir():
+        found += unexpected((task / "status").read_bytes(), user)
+    for name in _NAMESPACES:
+        own, others = (os.readlink(f"/proc/{one}/ns/{name}") for one in (init_pid, pid))  # noqa: PTH115 (pid:[1] is no path)
+        if own != others:
+            found.append(f"namespace {others}")
+    return found
+
+
+def pid_inside(pid: int) -> int:
+    """What a host pid is in the innermost namespace.
+
+    Raises:
+        OSError: it is gone.
+    """
+    found = re.search(rb"^NSpid:.*\s(\d+)$", Path(f"/proc/{pid}/status").read_bytes(), re.MULTILINE)
+    return int(found[1]) if found else 0
+
+
+def unexpected(status: bytes, user: int) -> list[str]:
+    """Of a text in /proc/PID/status, what shows that a thread is not of ``user`` without any privilege."""
+    identity = b"\t%d" % user * 4
+    wanted = [b"Uid:" + identity, b"Gid:" + identity, b"Groups:\t ", b"NoNewPrivs:\t1", b"Seccomp:\t2"]
+    wanted += [b"%s:\t%016x" % (name.encode(), 0) for name in _SETS]
+    return [f"no {line.decode()!r}" for line in wanted if b"\n" + line + b"\n" not in status]

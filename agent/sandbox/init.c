@@ -11,7 +11,7 @@
 //   M lower                      mount the root (overlay of `lower` and our tmpfs), pivot into it   -> k | e message
 //   B hostname target... [mounts]   set the name; attach detached mounts at paths of the root       -> k | e message
 //   N address netmask gateway hardware   configure eth0 and lo; where the gateway is, without ARP   -> k | e message
-//   A uid gid nofile dir nenv env... argv...  [stdout+stderr]   start the application                -> P pid
+//   A uid gid nofile fsize dir nenv env... argv...  [stdout+stderr]   start the application          -> P pid
 //   X argv...  [exe, fds -> 100, 101, ...]    start a tool by descriptor (CRIU)                      -> P pid
 //   W argv...  [exe, fds -> 100, 101, ...]    the same, its end of a new socket pair on fd 3         -> S pid + fd
 //   S signal                     send a signal to every process but PID 1                           (no answer)
@@ -22,7 +22,10 @@
 #define _GNU_SOURCE
 #include "messages.h"
 #include <grp.h>
+#include <linux/audit.h>
 #include <linux/capability.h>
+#include <linux/filter.h>
+#include <linux/seccomp.h>
 #include <net/if.h>
 #include <net/if_arp.h>
 #include <netinet/ether.h>
@@ -30,6 +33,7 @@
 #include <arpa/inet.h>
 #include <poll.h>
 #include <sched.h>
+#include <stddef.h>
 #include <sys/ioctl.h>
 #include <sys/mount.h>
 #include <sys/prctl.h>
@@ -201,6 +205,45 @@ static void drop_privileges(uid_t uid, gid_t gid) {
     if (prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)) die("no_new_privs");
 }
 
+// Refuse system calls that an unprivileged process may make and a function need not: user namespaces give it capabilities over new parts
+// of the kernel, keys are shared by all processes of a user on this node, and what io_uring opens cannot be frozen.
+static void filter_system_calls(void) {
+    enum { NR = offsetof(struct seccomp_data, nr), ARCH = offsetof(struct seccomp_data, arch), FLAGS = offsetof(struct seccomp_data, args[0]) };
+    enum { NAMESPACES = CLONE_NEWUSER | CLONE_NEWNS | CLONE_NEWNET | CLONE_NEWPID | CLONE_NEWIPC | CLONE_NEWUTS | CLONE_NEWCGROUP | 0x80 };
+    static const int refused[] = {
+        SYS_mount, SYS_umount2, SYS_pivot_root, SYS_setns, SYS_open_tree, SYS_move_mount, SYS_fsopen, SYS_fsconfig, SYS_fsmount, SYS_fspick,
+        442 /* mount_setattr */, 467 /* open_tree_attr */, SYS_bpf, SYS_perf_event_open, SYS_userfaultfd, SYS_keyctl, SYS_add_key,
+        SYS_request_key, SYS_syslog, SYS_kexec_load, SYS_kexec_file_load, SYS_init_module, SYS_finit_module, SYS_delete_module, SYS_acct,
+        SYS_swapon, SYS_swapoff, SYS_reboot, SYS_quotactl, 443 /* quotactl_fd */, SYS_open_by_handle_at, SYS_iopl, SYS_ioperm};
+    static const int missing[] = {SYS_io_uring_setup, SYS_io_uring_enter, SYS_io_uring_register, SYS_clone3 /* libc then takes clone */};
+    enum { REFUSED = sizeof refused / sizeof *refused, MISSING = sizeof missing / sizeof *missing };
+    struct sock_filter program[16 + 2 * (REFUSED + MISSING)], *next = program;
+    const struct sock_filter refuse = BPF_STMT(BPF_RET | BPF_K, SECCOMP_RET_ERRNO | EPERM);
+    const struct sock_filter none = BPF_STMT(BPF_RET | BPF_K, SECCOMP_RET_ERRNO | ENOSYS);
+    *next++ = (struct sock_filter)BPF_STMT(BPF_LD | BPF_W | BPF_ABS, ARCH);
+    *next++ = (struct sock_filter)BPF_JUMP(BPF_JMP | BPF_JEQ | BPF_K, AUDIT_ARCH_X86_64, 1, 0);
+    *next++ = none;  // 32 bits: other numbers
+    *next++ = (struct sock_filter)BPF_STMT(BPF_LD | BPF_W | BPF_ABS, NR);
+    *next++ = (struct sock_filter)BPF_JUMP(BPF_JMP | BPF_JGE | BPF_K, 0x40000000, 0, 1);
+    *next++ = none;  // x32
+    for (int i = 0; i < REFUSED; i++) {
+        *next++ = (struct sock_filter)BPF_JUMP(BPF_JMP | BPF_JEQ | BPF_K, refused[i], 0, 1);
+        *next++ = refuse;
+    }
+    for (int i = 0; i < MISSING; i++) {
+        *next++ = (struct sock_filter)BPF_JUMP(BPF_JMP | BPF_JEQ | BPF_K, missing[i], 0, 1);
+        *next++ = none;
+    }
+    *next++ = (struct sock_filter)BPF_JUMP(BPF_JMP | BPF_JEQ | BPF_K, SYS_unshare, 1, 0);
+    *next++ = (struct sock_filter)BPF_JUMP(BPF_JMP | BPF_JEQ | BPF_K, SYS_clone, 0, 3);
+    *next++ = (struct sock_filter)BPF_STMT(BPF_LD | BPF_W | BPF_ABS, FLAGS);
+    *next++ = (struct sock_filter)BPF_JUMP(BPF_JMP | BPF_JSET | BPF_K, NAMESPACES, 0, 1);
+    *next++ = refuse;
+    *next++ = (struct sock_filter)BPF_STMT(BPF_RET | BPF_K, SECCOMP_RET_ALLOW);
+    struct sock_fprog whole = {next - program, program};
+    if (prctl(PR_SET_SECCOMP, SECCOMP_MODE_FILTER, &whole)) die("seccomp");
+}
+
 // CRIU restores processes under the pids they had: keep low ones free for PID 1, CRIU and its helpers.
 static void reserve_low_pids(void) {
     char text[16];
@@ -212,12 +255,13 @@ static void reserve_low_pids(void) {
 }
 
 static void run_application(char **arguments, int count, const int *fds, int fd_count) {
-    if (count < 6 || fd_count < 1) die("bad order");
+    if (count < 7 || fd_count < 1) die("bad order");
     uid_t uid = strtoul(arguments[0], NULL, 10);
     gid_t gid = strtoul(arguments[1], NULL, 10);
     rlim_t files = strtoul(arguments[2], NULL, 10);
-    int variables = atoi(arguments[4]);
-    if (variables < 0 || count < 6 + variables) die("bad order");
+    rlim_t size = strtoul(arguments[3], NULL, 10);
+    int variables = atoi(arguments[5]);
+    if (variables < 0 || count < 7 + variables) die("bad order");
     int null = open("/dev/null", O_RDWR);
     if (null < 0) die("/dev/null");
     place(null, 0);
@@ -225,14 +269,18 @@ static void run_application(char **arguments, int count, const int *fds, int fd_
     place(fds[0], 2);
     if (null > 2) close(null);
     setsid();
-    struct rlimit limit = {files, files}, none = {0, 0};
+    struct rlimit limit = {files, files}, length = {size, size}, none = {0, 0};
     setrlimit(RLIMIT_NOFILE, &limit);
+    // Its output is a file of the node. A write beyond is an error, not the end.
+    setrlimit(RLIMIT_FSIZE, &length);
+    signal(SIGXFSZ, SIG_IGN);
     setrlimit(RLIMIT_CORE, &none);
-    if (chdir(arguments[3])) die(arguments[3]);
+    if (chdir(arguments[4])) die(arguments[4]);
     clearenv();
-    for (int i = 0; i < variables; i++) putenv(arguments[5 + i]);
+    for (int i = 0; i < variables; i++) putenv(arguments[6 + i]);
     drop_privileges(uid, gid);
-    char **command = arguments + 5 + variables;
+    filter_system_calls();
+    char **command = arguments + 6 + variables;
     execvp(command[0], command);
     die(command[0]);
 }

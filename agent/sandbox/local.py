@@ -8,6 +8,7 @@ outlives the agent: its folder holds the socket and a record by which the next a
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import shutil
 import signal
@@ -17,7 +18,7 @@ from pathlib import Path
 
 from agent.api.function import Function
 from agent.errors import SandboxError
-from agent.sandbox import mounts, rootfs
+from agent.sandbox import confinement, mounts, rootfs
 from agent.sandbox.cgroup import Cgroup
 from agent.sandbox.control import Control
 from agent.sandbox.network import Link, Network, hardware_address
@@ -28,6 +29,8 @@ from agent.store import archive
 
 #: Open files that an instance may have.
 OPEN_FILES_MAX = 65536
+#: Length of a file that it writes, its output too; more if it may have more memory. Output is cut every :attr:`AgentSettings.reconcile_s`.
+FILE_BYTES_MAX = 1 << 30
 #: Mounts that one message to PID 1 carries (messages.h: FDS_MAX).
 _MOUNTS_MAX = 30
 #: Parts of the writable layer that travel with a checkpoint, made anew for each instance, and where the root is not the layer's.
@@ -55,6 +58,7 @@ class LocalSandbox:
         self.worker: Worker | None = None
         #: Directory descriptor of the writable layer: ``upper``, ``tmp``, ``shm``, ``run``.
         self.layer_fd = -1
+        self._file_bytes_max = FILE_BYTES_MAX
         self._cgroup = cgroup
         self._network = network
         self._user = user
@@ -102,6 +106,7 @@ class LocalSandbox:
         """Set limits and name, and put the function's files over the root, read-only."""
         limits, binds = function.spec.limits, layers.binds
         self._cgroup.limit(limits.memory_mb << 20, limits.pids + 1)
+        self._file_bytes_max = max(FILE_BYTES_MAX, limits.memory_mb << 20)  # files inside are memory
         for at in range(0, len(binds) or 1, _MOUNTS_MAX):
             some = binds[at : at + _MOUNTS_MAX]
             fds: list[int] = []
@@ -130,7 +135,7 @@ class LocalSandbox:
         """Start the function's command as an unprivileged session leader; a donor writes to a pipe."""
         user = str(self._user)
         variables = [f"{name}={value}" for name, value in process.environment.items()]
-        header = [user, user, str(OPEN_FILES_MAX), process.working_directory, str(len(variables))]
+        header = [user, user, str(OPEN_FILES_MAX), str(self._file_bytes_max), process.working_directory, str(len(variables))]
         pipe = OutputPipe(log) if donor else None
         output = pipe.write_fd if pipe else open_output(log)
         try:
@@ -170,7 +175,19 @@ class LocalSandbox:
         archive.unpack_layer(layer, _PARTS, base, _CLOSED)
 
     def confine(self) -> None:
-        """Nothing: what PID 1 starts cannot have more than the image says, which has no privileges."""
+        """Look at what was restored: CRIU gives each thread the credentials that are in the image.
+
+        Raises:
+            SandboxError: it has any privilege, or is not in the sandbox's namespaces.
+        """
+        worker = self.worker.pid if self.worker else 0  # which may not have ended yet
+        for pid in self.processes():
+            with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+                if confinement.pid_inside(pid) == worker:
+                    continue
+                more = confinement.privileges(pid, self.init_pid, self._user)
+                if more:
+                    raise SandboxError(f"a restored process has more than a function may: {', '.join(more)}", sandbox=self.id)
 
     def complete(self, pid: int) -> None:
         """Nothing: PID 1 waits on, for the agent to end it."""

@@ -3,6 +3,8 @@
 In: the subnet setting and the pid of a sandbox's PID 1. Out: :class:`Link` with an address that the node reaches and that other
 sandboxes do not (bridge ports are isolated). Used by :mod:`agent.sandbox.local`.
 
+No sandbox begins a connection, not even to the node (:mod:`infra.nftables`): it answers.
+
 Nobody asks for a hardware address in use: it follows from the address, so the node, the bridge and the sandbox are told each other's, and
 no frame for a sandbox is flooded to the others. Netlink requests block: making a pair takes under a millisecond, removing one 20 ms of
 waiting in the kernel. So each has a thread of its own, and no start waits for an end.
@@ -24,7 +26,7 @@ from typing import Any
 import msgspec
 
 from agent.errors import SandboxError
-from infra import netlink
+from infra import netlink, nftables
 from infra.netlink import Netlink
 
 logger = logging.getLogger(__name__)
@@ -128,11 +130,21 @@ class Network:
             self._maker.request(netlink.bridge(self._bridge, hardware_address(self.gateway)))
             self._index = socket.if_nametoindex(self._bridge)
             self._maker.request(netlink.link_address(self._index, self.gateway, self._net.prefixlen))
+            self._close_ports()
         except OSError as error:
             raise SandboxError(
                 f"cannot set up the bridge {self._bridge} with {self._net}: {error}; the agent must be root, and agent.bridge a free name",
                 stage="network",
             ) from error
+
+    def _close_ports(self) -> None:
+        try:
+            nftables.close(self._bridge)
+        except OSError as error:
+            logger.warning(
+                "functions can reach what listens on all addresses of this node: %s; load nf_tables, or have services listen elsewhere",
+                error,
+            )
 
     def _sweep(self) -> None:
         wanted = set(self._adopted.values())
@@ -201,6 +213,8 @@ class Network:
                 self._maker.request(netlink.no_link(self._index))  # takes its neighbours along
             except OSError as error:
                 logger.warning("bridge %s was not removed: cannot %s", self._bridge, error)
+            with contextlib.suppress(OSError):  # there are none where the kernel has no nf_tables
+                nftables.forget(self._bridge)
         self._connections.close()
 
 

@@ -5,7 +5,7 @@ pager. What is here is plain, for root's eyes only: an instance's memory is as p
 
     manifest          the encoded manifest, its digest is the directory's name
     archive           the packed archive of the head object, to verify the two below after a restart
-    layer.tar         file changes, unpacked into each sandbox
+    layer             file changes, unpacked into each sandbox
     img/              CRIU's metadata images and sparse pages files
     complete          present when every page is here; without it only the working set is sure to be
     boot              the boot of this machine in which all of this was verified and written
@@ -29,7 +29,7 @@ from agent.store.manifest import Manifest
 from infra.local.processes import boot_id
 
 logger = logging.getLogger(__name__)
-MANIFEST, ARCHIVE, LAYER, IMAGES, COMPLETE, BOOT = "manifest", "archive", "layer.tar", "img", "complete", "boot"
+MANIFEST, ARCHIVE, LAYER, IMAGES, COMPLETE, BOOT = "manifest", "archive", "layer", "img", "complete", "boot"
 
 
 @dataclass
@@ -59,7 +59,7 @@ class CachedImage:
 
     @property
     def layer(self) -> Path:
-        """The layer's tar file."""
+        """The layer's file."""
         return self.directory / LAYER
 
     def mark_complete(self) -> None:

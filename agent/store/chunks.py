@@ -29,6 +29,8 @@ _BLOCK_BYTES = 1 << 20
 #: A chunk that was written so long ago is written again with the next checkpoint that has it, s. Less than any grace period of
 #: :mod:`agent.store.garbage`, by more than a checkpoint takes and clocks differ.
 FRESH_S = 3600.0
+#: LZ4 packs no tighter: 255 bytes a byte.
+_RATIO_MAX = 256
 
 
 def digest(data: bytes | memoryview) -> bytes | None:
@@ -76,6 +78,8 @@ def unpack_pages(packed: bytes | bytearray, size: int, what: str) -> bytearray:
     Raises:
         ImageInvalid: not such blocks, or another size.
     """
+    if size > len(packed) * _RATIO_MAX:  # before room is made for it
+        raise ImageInvalid(f"{what} is corrupt: {len(packed)} bytes cannot hold {size}")
     plain = bytearray(size)
     source, target = memoryview(packed), memoryview(plain)
     try:

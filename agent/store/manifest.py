@@ -13,20 +13,24 @@ In: what :mod:`agent.checkpoint` measured. Out: msgpack whose SHA-256 is the che
 from __future__ import annotations
 
 import hashlib
-from typing import Annotated, Any
+import re
+from typing import Annotated
 
-import msgpack
 import msgspec
 
 from agent.errors import ImageInvalid
 
-#: The third is sealed.
-FORMAT = 3
+#: The third is sealed, the fourth has layers of a form of their own.
+FORMAT = 4
 CHUNK_BYTES = 1 << 20
 HEAD_MAGIC = b"THAWHEAD"
-MANIFEST_BYTES_MAX = 64 << 20
-ARCHIVE_BYTES_MAX = 1 << 30
+#: What a manifest holds may take 30 times its size in memory.
+MANIFEST_BYTES_MAX = 8 << 20
+#: Of the archive unpacked, and of the working set both packed and unpacked.
+ARCHIVE_BYTES_MAX = 512 << 20
 WORKING_SET_BYTES_MAX = 4 << 30
+#: Pages files and pids, as text.
+_NUMBER = re.compile("0|[1-9][0-9]{0,8}")
 PAGE = 4096
 
 Size = Annotated[int, msgspec.Meta(ge=0, le=1 << 44)]
@@ -128,8 +132,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 
 def encode(manifest: Manifest) -> bytes:
     """Canonical bytes."""
-    packed: bytes = msgpack.packb(msgspec.to_builtins(manifest, builtin_types=(bytes,)))
-    return packed
+    return msgspec.msgpack.encode(manifest)
 
 
 def name(encoded: bytes) -> str:
@@ -150,33 +153,38 @@ def decode(encoded: bytes, expected: str) -> Manifest:
     if name(encoded) != expected:
         raise ImageInvalid(f"the manifest of checkpoint {expected} is corrupt: its digest does not match its name")
     try:
-        value: Any = msgpack.unpackb(encoded, strict_map_key=True)
-        _check_format(value)
-        manifest = msgspec.convert(value, Manifest, builtin_types=(bytes,))
-    except (ValueError, TypeError, msgpack.UnpackException, msgspec.ValidationError, RecursionError) as error:
+        _check_format(encoded)
+        manifest = _DECODER.decode(encoded)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ImageInvalid(f"the manifest of checkpoint {expected} cannot be read: {error}") from error
     _check(manifest)
     return manifest
 
 
-def _check_format(value: Any) -> None:
+class _Format(msgspec.Struct):
+    format: int = 0
+
+
+_DECODER, _FORMATS = msgspec.msgpack.Decoder(Manifest), msgspec.msgpack.Decoder(_Format)
+
+
+def _check_format(encoded: bytes) -> None:
     """Before fields are looked at, so that another format is called that and not corrupt."""
-    found = value.get("format") if isinstance(value, dict) else None
-    if isinstance(found, int) and found != FORMAT:
+    found = _FORMATS.decode(encoded).format
+    if found != FORMAT:
         raise ImageInvalid(f"checkpoint format {found} is not known here (this is {FORMAT}); make the checkpoint again")
 
 
 def _check(manifest: Manifest) -> None:
     if manifest.chunk_bytes % PAGE:
         raise ImageInvalid("the chunk size is not a multiple of the page size")
-    if (
-        manifest.archive.unpacked > ARCHIVE_BYTES_MAX
-        or max(manifest.working_set.size, manifest.working_set.unpacked) > WORKING_SET_BYTES_MAX
-    ):
+    if max(manifest.archive.size, manifest.archive.unpacked) > ARCHIVE_BYTES_MAX:
+        raise ImageInvalid("the checkpoint's archive is larger than this version accepts")
+    if max(manifest.working_set.size, manifest.working_set.unpacked) > WORKING_SET_BYTES_MAX:
         raise ImageInvalid("the checkpoint is larger than this version accepts")
     sizes = {}
     for key, pages in manifest.pages.items():
-        if not key.isdigit() or pages.size % PAGE or len(pages.chunks) != -(-pages.size // manifest.chunk_bytes):
+        if not _NUMBER.fullmatch(key) or pages.size % PAGE or len(pages.chunks) != -(-pages.size // manifest.chunk_bytes):
             raise ImageInvalid(f"pages file {key!r}: size and number of chunks do not fit")
         if not (_in_order(pages.zeros, pages.size) and _in_order(pages.ahead, pages.size)):
             raise ImageInvalid(f"pages file {key!r}: spans are not whole pages in order")
@@ -189,7 +197,7 @@ def _check(manifest: Manifest) -> None:
     if total != manifest.working_set.unpacked:
         raise ImageInvalid("the working set and its extents differ in size")
     for pid, runs in manifest.fresh.items():
-        if not pid.isdigit() or any(run.address % PAGE or run.size % PAGE for run in runs):
+        if not _NUMBER.fullmatch(pid) or any(run.address % PAGE or run.size % PAGE for run in runs):
             raise ImageInvalid("a recorded run is not made of whole pages")
 
 

@@ -11,6 +11,7 @@ takes over reads from here instead, and knows every level without any state of i
 from __future__ import annotations
 
 import collections
+import re
 import time
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -20,6 +21,7 @@ from aiokafka import AIOKafkaConsumer, TopicPartition
 from infra.settings import ScalerSettings
 
 _SETTLED = "settled="
+_OFFSET = re.compile("[0-9]{1,19}")
 
 
 class _Live(NamedTuple):
@@ -126,6 +128,6 @@ async def replay_starts(
         if known is not None and known.offset >= 0:
             start = max(since_floor, min(known.offset, since_recent))
             text = (known.metadata or "").removeprefix(_SETTLED)
-            settled = int(text) if text.isdigit() else 0
+            settled = int(text) if _OFFSET.fullmatch(text) else 0
         starts[partition] = ReplayStart(min(start, end), end, min(settled, end))
     return starts

@@ -28,8 +28,8 @@ def decode(value: bytes) -> FunctionSnapshot:
         ValueError: it is not one.
     """
     try:
-        return msgspec.convert(msgpack.unpackb(value), FunctionSnapshot)
-    except (msgpack.UnpackException, msgspec.ValidationError, TypeError) as error:
+        return msgspec.msgpack.decode(value, type=FunctionSnapshot)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ValueError(f"not a function's state: {error}") from error
 
 

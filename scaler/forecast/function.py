@@ -60,6 +60,11 @@ class FunctionForecast:
         forecast._slots = [SlotForecast.unpack(slot, forecast.terms) for slot in packed[1]]
         return forecast
 
+    @property
+    def sound(self) -> bool:
+        """Whether all weights are such: what was unpacked may be of anybody."""
+        return self._rises.sound and all(slot.sound for slot in self._slots)
+
     def windows(self, slot: int) -> list[Window]:
         """When a slot's next request is expected by a period; see :class:`SlotForecast`."""
         return self._slots[slot].windows

@@ -77,6 +77,12 @@ class IdleTimes:
             times._chance = array("f", struct.unpack_from(halves, weights, len(weights) - 2 * len(where)))
         return times
 
+    @property
+    def sound(self) -> bool:
+        """See :attr:`scaler.forecast.function.FunctionForecast.sound`."""
+        known = len(set(self._bins)) == len(self._bins) and max(self._bins, default=0) < bins.COUNT
+        return known and all(0 <= weight <= 65504 for weight in (*self._seen, *self._chance))
+
     def expected(self, age_s: float) -> float:
         """How many idle times of that bin are remembered."""
         index = self._bins.find(bins.bin_of(age_s))

@@ -125,6 +125,14 @@ class Periods:
         periods._next = {divmod(pair, FOLLOWED): weight for pair, weight in zip(packed[3], array("f", packed[4]), strict=True)}
         return periods
 
+    @property
+    def sound(self) -> bool:
+        """See :attr:`scaler.forecast.function.FunctionForecast.sound`."""
+        figures = [(known.length_s, known.deviation_s, known.weight) for known in self._followed]
+        small = all(0 < length_s < 1e15 and 0 <= deviation_s < 1e15 and weight < 1e15 for length_s, deviation_s, weight in figures)
+        pairs = all(0 <= weight < 1e15 and max(pair) < len(figures) for pair, weight in self._next.items())
+        return small and pairs and len(figures) <= FOLLOWED and self._last < len(figures)
+
     def missed(self) -> None:
         """The slot was asked outside the histogram's and the periods' reach; forget which interval came last."""
         self._last = -1

@@ -128,6 +128,12 @@ class SlotForecast:
         return slot
 
     @property
+    def sound(self) -> bool:
+        """See :attr:`scaler.forecast.function.FunctionForecast.sound`."""
+        after = all(times.sound and times.reach <= self._idle.reach for times in self._after.values())
+        return after and self._idle.sound and self._periods.sound
+
+    @property
     def windows(self) -> list[Window]:
         """When the next request is expected by a period, from the last one on."""
         return self._periods.windows()

@@ -2,15 +2,16 @@
 
 import io
 import os
-import tarfile
 from collections.abc import Sequence
 from pathlib import Path
 
 import msgpack
+import msgspec
 import pytest
 
 from agent.errors import ImageInvalid
 from agent.store import archive, chunks
+from agent.store.archive import Member
 
 pytestmark = pytest.mark.root
 PARTS = ("upper", "tmp", "shm", "run")
@@ -33,7 +34,7 @@ def fresh(tmp_path: Path) -> Path:
 
 
 def unpack(data: bytes, tmp_path: Path, fresh: Path) -> None:
-    file = tmp_path / "layer.tar"
+    file = tmp_path / "image-layer"
     file.write_bytes(data)
 
     def base(part: str) -> int:
@@ -46,20 +47,24 @@ def packed_layer(layer: Path, mount_points: Sequence[str] = ()) -> bytes:
     return archive.pack_layer({part: layer / part for part in PARTS}, mount_points, {"run/mine"})
 
 
-def tar_of(*members: tarfile.TarInfo) -> bytes:
-    buffer = io.BytesIO()
-    with tarfile.open(fileobj=buffer, mode="w") as made:
-        for member in members:
-            made.addfile(member, io.BytesIO(b"x" * member.size))
-    return buffer.getvalue()
+def layer_of(*members: Member) -> bytes:
+    data = archive.LAYER_MAGIC
+    for item in members:
+        encoded = msgspec.msgpack.encode(item)
+        data += len(encoded).to_bytes(4, "big") + encoded + b"x" * item.size
+    return data
 
 
-def member(name: str, kind: bytes = tarfile.REGTYPE, link: str = "", **fields: int) -> tarfile.TarInfo:
-    made = tarfile.TarInfo(name)
-    made.type, made.linkname = kind, link
-    for field, value in fields.items():
-        setattr(made, field, value)
-    return made
+def member(name: str, kind: str = "file", link: str = "", mode: int = 0o644, size: int = 0) -> Member:
+    return Member(name.encode(), kind, mode, 0, 0, 0, size, link.encode(), False)  # type: ignore[arg-type]
+
+
+def names_of(data: bytes) -> list[str]:
+    names, source = [], io.BytesIO(data)
+    for item in archive._members(source):
+        names.append(item.name.decode())
+        source.seek(item.size, os.SEEK_CUR)
+    return names
 
 
 def test_everything_an_instance_can_write_travels(layer: Path, fresh: Path, tmp_path: Path) -> None:
@@ -93,9 +98,8 @@ def test_a_layer_nobody_wrote_to_is_empty_even_with_mount_points(layer: Path) ->
     (layer / "upper" / "opt" / "app" / "server").touch()
     assert packed_layer(layer, ["/opt/app/server"]) == b""
     (layer / "upper" / "opt" / "data").touch()
-    with tarfile.open(fileobj=io.BytesIO(packed_layer(layer, ["/opt/app/server"]))) as made:
-        assert "upper/opt/data" in made.getnames()
-        assert not any(name.startswith("upper/opt/app") for name in made.getnames())
+    names = names_of(packed_layer(layer, ["/opt/app/server"]))
+    assert "upper/opt/data" in names and not any(name.startswith("upper/opt/app") for name in names)
 
 
 @pytest.mark.parametrize(
@@ -104,27 +108,28 @@ def test_a_layer_nobody_wrote_to_is_empty_even_with_mount_points(layer: Path) ->
         pytest.param([member("/etc/x")], id="absolute"),
         pytest.param([member("upper/../../x")], id="parent"),
         pytest.param([member("elsewhere/x")], id="no part of a layer"),
-        pytest.param([member("upper/x", tarfile.SYMTYPE, "/etc"), member("upper/x/passwd")], id="through a link"),
-        pytest.param([member("tmp/x", tarfile.LNKTYPE, "../etc/passwd")], id="hard link outside"),
-        pytest.param(
-            [member("tmp/l", tarfile.SYMTYPE, "/etc"), member("tmp/x", tarfile.LNKTYPE, "tmp/l/passwd")], id="hard link through a link"
-        ),
-        pytest.param([member("tmp/disk", tarfile.BLKTYPE, devmajor=8)], id="device"),
-        pytest.param([member("tmp/mem", tarfile.CHRTYPE, devmajor=1, devminor=1)], id="character device"),
+        pytest.param([member("upper/x", "link", "/etc"), member("upper/x/passwd")], id="through a link"),
+        pytest.param([member("tmp/x", "hard link", "../etc/passwd")], id="hard link outside"),
+        pytest.param([member("tmp/x", "hard link", "tmp/../../etc/passwd")], id="hard link upwards"),
+        pytest.param([member("tmp/l", "link", "/etc"), member("tmp/x", "hard link", "tmp/l/passwd")], id="hard link through a link"),
+        pytest.param([member("tmp/disk", "device")], id="device"),
+        pytest.param([member("tmp/a\0b")], id="a name with a NUL"),
+        pytest.param([member("tmp/" + "d/" * 200)], id="deeper than any"),
+        pytest.param([member("tmp/x", "link", "/etc", size=9)], id="a link with content"),
         pytest.param([member("tmp/x"), member("tmp/x/y")], id="below a file"),
         pytest.param([member("upper/proc/sys/kernel/core_pattern")], id="under a mount of the sandbox"),
     ],
 )
-def test_nothing_lands_outside(members: list[tarfile.TarInfo], tmp_path: Path, fresh: Path) -> None:
+def test_nothing_lands_outside(members: list[Member], tmp_path: Path, fresh: Path) -> None:
     before = sorted(tmp_path.rglob("*"))
     with pytest.raises(ImageInvalid):
-        unpack(tar_of(*members), tmp_path, fresh)
-    assert [path for path in tmp_path.rglob("*") if path not in before and fresh not in path.parents] == [tmp_path / "layer.tar"]
+        unpack(layer_of(*members), tmp_path, fresh)
+    assert [path for path in tmp_path.rglob("*") if path not in before and fresh not in path.parents] == [tmp_path / "image-layer"]
     assert not Path("/etc/x").exists()
 
 
 def test_set_user_id_is_dropped(tmp_path: Path, fresh: Path) -> None:
-    unpack(tar_of(member("tmp/x", mode=0o6755)), tmp_path, fresh)
+    unpack(layer_of(member("tmp/x", mode=0o6755)), tmp_path, fresh)
     assert (fresh / "tmp" / "x").stat().st_mode & 0o7777 == 0o755
 
 
@@ -132,14 +137,14 @@ def test_set_user_id_is_dropped(tmp_path: Path, fresh: Path) -> None:
 def test_an_archive_with_unexpected_names_is_refused(name: str, tmp_path: Path) -> None:
     plain = msgpack.packb({"images": {name: b"x"}, "layer": b""})
     with pytest.raises(ImageInvalid, match="unexpected file"):
-        archive.unpack(chunks.compress(plain), len(plain), tmp_path, tmp_path / "layer.tar")
+        archive.unpack(chunks.compress(plain), len(plain), tmp_path, tmp_path / "image-layer")
 
 
 @pytest.mark.parametrize("value", [{"images": {}}, {"images": {"x": "text"}, "layer": b""}, {"images": [], "layer": b""}, 1, b"", {1: 2}])
 def test_what_is_no_archive_is_refused(value: object, tmp_path: Path) -> None:
     plain = msgpack.packb(value)
     with pytest.raises(ImageInvalid, match="archive is corrupt"):
-        archive.unpack(chunks.compress(plain), len(plain), tmp_path, tmp_path / "layer.tar")
+        archive.unpack(chunks.compress(plain), len(plain), tmp_path, tmp_path / "image-layer")
 
 
 def test_images_and_layer_come_back(layer: Path, tmp_path: Path) -> None:
@@ -150,7 +155,7 @@ def test_images_and_layer_come_back(layer: Path, tmp_path: Path) -> None:
     packed, size = archive.pack(images, packed_layer(layer))
     out = tmp_path / "out"
     out.mkdir()
-    archive.unpack(packed, size, out, tmp_path / "layer.tar")
+    archive.unpack(packed, size, out, tmp_path / "image-layer")
     assert [path.name for path in out.iterdir()] == ["core-1.img"]
 
 
@@ -163,8 +168,7 @@ def test_what_was_there_before_is_left_out_and_stays_when_wiped(layer: Path) -> 
     (layer / "tmp" / "new" / "deep").mkdir(parents=True)
     (layer / "tmp" / "new" / "deep" / "file").write_bytes(b"x")
     (layer / "shm" / "link").symlink_to("/etc/passwd")
-    with tarfile.open(fileobj=io.BytesIO(archive.pack_layer(parts, before=before))) as made:
-        assert made.getnames() == ["tmp/new", "tmp/new/deep", "tmp/new/deep/file", "shm/link"]
+    assert names_of(archive.pack_layer(parts, before=before)) == ["tmp/new", "tmp/new/deep", "tmp/new/deep/file", "shm/link"]
 
     def base(part: str) -> int:
         return os.open(layer / part, os.O_RDONLY | os.O_DIRECTORY)

@@ -60,3 +60,40 @@ def test_a_real_process_is_read() -> None:
     found = confinement.read(os.getpid())
     assert isinstance(found, Confinement)
     assert found.users[0] == os.getuid() and found.namespaces["pid"].startswith("pid:[")
+
+
+RESTORED = b"""Name:\tpython3
+Umask:\t0022
+NSpid:\t4711\t1000
+Uid:\t65534\t65534\t65534\t65534
+Gid:\t65534\t65534\t65534\t65534
+Groups:\t\x20
+CapInh:\t0000000000000000
+CapPrm:\t0000000000000000
+CapEff:\t0000000000000000
+CapBnd:\t0000000000000000
+CapAmb:\t0000000000000000
+NoNewPrivs:\t1
+Seccomp:\t2
+Seccomp_filters:\t1
+"""
+
+
+def test_a_function_has_no_privileges() -> None:
+    assert confinement.unexpected(RESTORED, 65534) == []
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        (b"Uid:\t65534\t65534", b"Uid:\t65534\t0"),
+        (b"Gid:\t65534", b"Gid:\t0"),
+        (b"Groups:\t ", b"Groups:\t27 "),
+        (b"CapPrm:\t0000000000000000", b"CapPrm:\t0000000000000001"),
+        (b"CapBnd:\t0000000000000000", b"CapBnd:\t000001ffffffffff"),
+        (b"NoNewPrivs:\t1", b"NoNewPrivs:\t0"),
+        (b"Seccomp:\t2", b"Seccomp:\t0"),
+    ],
+)
+def test_a_restored_thread_with_more_is_found(old: bytes, new: bytes) -> None:
+    assert len(confinement.unexpected(RESTORED.replace(old, new), 65534)) == 1
