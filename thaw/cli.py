@@ -39,6 +39,7 @@ COMMANDS = {
     "simulate": "thaw.simulate:simulate",
     "simulate-faults": "thaw.simulate_faults:command",
     "stack": "thaw.stack:stack",
+    "status": "thaw.status:command",
     "trace": "thaw.trace:trace",
 }
 

@@ -28,6 +28,7 @@ from agent.store.pointer import Generations, Pointer
 from agent.store.seal import Sealer
 from infra import imagekeys
 from infra.errors import ObjectMissing, StoreUnavailable
+from infra.guard import Condition
 from infra.settings import AgentSettings
 from infra.tasks import TaskGroup
 
@@ -45,8 +46,13 @@ class Store:
         self.open = threading.Event()
         self.open.set()
         self.down = False
+        self.guard = self
+        self.reason = ""
 
-    def get(self, key: str, *, size_max: int) -> bytes:
+    def condition(self) -> Condition:
+        return Condition(not self.reason, 0.0, self.reason)
+
+    def get(self, key: str, *, size_max: int, timeout_s: float | None = None) -> bytes:
         self.gets[key.rsplit("/", 1)[1]] += 1
         assert self.open.wait(5)
         if self.down:
@@ -316,6 +322,36 @@ async def test_a_store_that_is_down_is_asked_again_only_after_a_while(world: Wor
     world.store.down = False
     found[0].ask_again_at = 0.0
     assert (await world.catalog.resolve(function)).image is not None
+
+
+async def test_without_a_store_a_whole_checkpoint_of_this_node_serves(world: World) -> None:
+    function = world.function()
+    name = world.publish(function, await world.files_digest())
+    image = (await world.catalog.resolve(function)).image
+    assert image is not None
+    world.catalog.forget("it")  # as the next agent on this node, which finds the cache and knows nothing else
+    world.store.down = True
+    partly = await world.catalog.resolve(function)
+    assert partly.image is None and "cannot be fetched" in partly.reason
+    image.mark_complete()
+    whole = await world.catalog.resolve(function, refresh=True)
+    assert whole.image is image and image.checkpoint == name
+    assert world.catalog.usable(function, whole) == (image, whole.reason) and "down" in whole.reason
+    other = await world.catalog.resolve(world.function(port=81))
+    assert other.image is None, "never one of another version of the function"
+
+
+async def test_a_checkpoint_that_is_partly_here_is_not_used_while_the_rest_cannot_be_had(world: World) -> None:
+    function = world.function()
+    world.publish(function, await world.files_digest())
+    found = await world.catalog.resolve(function)
+    assert world.catalog.usable(function, found) == (found.image, "")
+    world.store.reason = "no answer"
+    image, reason = world.catalog.usable(function, found)
+    assert image is None and "only partly on this node" in reason and "no answer" in reason
+    assert found.image is not None
+    found.image.mark_complete()
+    assert world.catalog.usable(function, found) == (found.image, "")
 
 
 async def test_files_that_are_missing_are_told_to_every_start(world: World) -> None:

@@ -359,6 +359,28 @@ def test_pods_read_settings_that_thaw_knows(tmp_path: Path) -> None:
     assert (named_by_environment.agent.node_name, named_by_environment.agent.listen_host) == ("x", "x")
 
 
+def test_health_and_metrics_are_where_probes_and_prometheus_look() -> None:
+    told = tomllib.loads(named("ConfigMap", "thaw")["data"]["thaw.toml"])["telemetry"]
+    [endpoint] = named("ServiceMonitor", "thaw")["spec"]["endpoints"]
+    for kind, name in (("DaemonSet", "thaw-agent"), ("Deployment", "thaw-scaler")):
+        container = named(kind, name)["spec"]["template"]["spec"]["containers"][0]
+        [port] = [item for item in container["ports"] if item["name"] == endpoint["port"]]
+        assert (port["containerPort"], told["health_host"]) == (told["health_port"], "0.0.0.0")
+        probes = {probe: container[f"{probe}Probe"]["httpGet"] for probe in ("startup", "liveness", "readiness")}
+        assert {probe: item["path"] for probe, item in probes.items()} == {
+            "startup": "/healthz",
+            "liveness": "/healthz",
+            "readiness": "/readyz",
+        }
+        assert all(item["port"] == port["name"] for item in probes.values())
+        service = named("Service", name)
+        assert endpoint["port"] in [item["name"] for item in service["spec"]["ports"]]
+        assert named("ServiceMonitor", "thaw")["spec"]["selector"]["matchLabels"].items() <= service["metadata"]["labels"].items()
+    assert named("NetworkPolicy", "thaw-metrics")["spec"]["ingress"] == [{"ports": [{"port": told["health_port"], "protocol": "TCP"}]}]
+    module = (MANIFESTS.parents[1] / "terraform" / "modules" / "kubernetes" / "main.tf").read_text()
+    assert f'health_port = "{told["health_port"]}"' in module
+
+
 def test_terraform_knows_the_sections_of_settings() -> None:
     variables = (MANIFESTS.parents[1] / "terraform" / "modules" / "kubernetes" / "variables.tf").read_text()
     found = re.search(r"contains\(\[(.*?)\], section\)", variables)
