@@ -155,7 +155,9 @@ class PodBench:
         for record in await read_starts(on.settings.kafka, began_ns, time.time_ns()):
             part, mode, _ = run.asked.get(trace_id(record.traceparent), ("", "", None))
             if part:
-                self._book.start(part, mode, record)
+                # What had to wait for a pod was no start into a ready one, whatever it became then.
+                waited = any(phase.name == "wait" for phase in record.phases) and record.outcome == "ready"
+                self._book.start(part, mode, msgspec.structs.replace(record, outcome="waited for a pod") if waited else record)
         return figures(run, self._book.measured)
 
 
@@ -185,7 +187,7 @@ class _Run:
     async def all(self, starts: int, others: int) -> None:
         """Bring about every start."""
         await self._apply(standby=0)
-        await self._until(lambda: self.routes.quiet(standbys=0), "a pod waits")
+        await self._until(lambda: self._quiet(0), "a pod waits")
         await self._one("first", "cold", _DIRECT)
         await self._on.until(lambda state: all(item.get("checkpoint") for item in state.values()), _CHECKPOINT_S, "it has a checkpoint")
         for block in range(_BLOCKS):
@@ -212,13 +214,15 @@ class _Run:
 
     async def _when_at_rest(self, mode: str) -> None:
         """Wait until a start would be of this mode, and nothing else goes on in the cluster."""
-        await self._until(lambda: self.routes.quiet(standbys=int(mode == "thaw")), "pods wait and none comes or goes")
+        await self._until(lambda: self._quiet(int(mode == "thaw")), "pods wait and none comes or goes")
         give_up = time.monotonic() + _STATE_S
         while not self._holds(await link.inventory(self._on.settings), mode):
             if time.monotonic() > give_up:
                 raise LoadImpossible(f"waited {_STATE_S:.0f} s in vain until the node is as a start of mode {mode} needs it")
             await asyncio.sleep(_POLL_S)
-        await asyncio.sleep(_REST_S)
+
+    def _quiet(self, standbys: int) -> bool:
+        return self.routes.quiet(standbys=standbys, now_ns=time.time_ns())
 
     def _holds(self, node: Any, mode: str) -> bool:
         if any(item.function == self._sample.name for item in node.instances):

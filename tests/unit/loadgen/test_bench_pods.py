@@ -36,16 +36,17 @@ def test_each_step_is_noted_when_it_is_first_seen() -> None:
 
 
 def test_the_cluster_is_at_rest_when_pods_wait_and_none_comes_or_goes() -> None:
-    found = Routes("f")
-    assert not found.quiet(standbys=0)
+    found, later_ns = Routes("f"), round(routes.STILL_S * 1e9) + 10
+    assert not found.quiet(standbys=0, now_ns=later_ns)
     found.take_pods(Listed([pod("a"), pod("b", gate="False", reason="Standby")]), 1)
-    assert found.quiet(standbys=1) and not found.quiet(standbys=0)
+    assert found.quiet(standbys=1, now_ns=later_ns) and not found.quiet(standbys=0, now_ns=later_ns)
+    assert not found.quiet(standbys=1, now_ns=1000), "an agent has not prepared them yet"
     found.take_pods(Changed(pod("c", deletionTimestamp="2026-01-01T00:00:00Z")), 2)
-    assert not found.quiet(standbys=1)
+    assert not found.quiet(standbys=1, now_ns=later_ns)
     found.take_pods(Changed(pod("c"), gone=True), 3)
-    assert found.quiet(standbys=1)
+    assert found.quiet(standbys=1, now_ns=later_ns)
     found.take_pods(Changed(pod("d", gate="True", reason="Answers")), 4)
-    assert not found.quiet(standbys=1)
+    assert not found.quiet(standbys=1, now_ns=later_ns)
 
 
 def test_hops_add_up_whatever_was_seen_first() -> None:
