@@ -21,7 +21,7 @@ from rich.table import Table
 from infra import settings as settings_module
 from infra.settings import Settings
 from loadgen.bench import costs as bench_costs
-from loadgen.bench import goals, report
+from loadgen.bench import goals, pod_figures, report
 from loadgen.bench import planner as planner_bench
 from loadgen.bench import pods as pods_bench
 from loadgen.bench import safety as bench_safety
@@ -248,12 +248,12 @@ def _pod_tables(result: dict[str, Any]) -> None:
     shown = Table(title=f"{result['function']} in pods: ms from the demand record to the first response")
     for heading in ("", "n", "p50", "p90", "p99"):
         shown.add_column(heading, justify="right" if heading else "left")
-    for name, found in pods_bench.lines(result):
+    for name, found in pod_figures.lines(result):
         shown.add_row(name, *(f"{found[field]:g}" for field in ("n", "p50_ms", "p90_ms", "p99_ms")))
     console.print(shown)
     for name, value in result["ratios"].items():
         console.print(f"{name}: {value:g}x")
-    _show(pods_bench.judge(result), console)
+    _show(pod_figures.judge(result), console)
 
 
 def _goals(result: dict[str, Any], console: Console) -> None:
