@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from agent.api.function import Function
 from agent.api.records import PhaseClock
-from agent.errors import AgentError, ImageInvalid
+from agent.errors import AgentError, ImageInvalid, PagerError
 from agent.fetch import Fetched, Fetcher
 from agent.pager.client import PagerClient
 from agent.sandbox.rootfs import RootLayers
@@ -122,6 +122,9 @@ class Catalog:
             resolution = Resolution(function.digest, await layers, image, reason, ask_again_at)
         except AgentError as error:
             return error
+        if image is not None and self._cache.get(image.checkpoint) is not image:
+            # Evicted since it was found: nobody had taken it yet. The next start fetches it again.
+            resolution.image, resolution.reason, resolution.ask_again_at = None, "the checkpoint was evicted meanwhile", 0.0
         if reason:
             logger.warning("function %s is started cold on this node: %s", function.name, reason)
         if self._known.get(function.name) is before:  # else a checkpoint was made here meanwhile
@@ -219,5 +222,6 @@ class Catalog:
                 known.image, known.ask_again_at = None, 0.0
         if image.opened:
             image.opened = False
-            await self._pager().close_image(image.checkpoint)
+            with contextlib.suppress(PagerError):  # it is gone: the next one knows nothing of the image
+                await self._pager().close_image(image.checkpoint)
         await asyncio.to_thread(self._cache.evict, image.checkpoint)

@@ -70,6 +70,8 @@ class Pager:
         self.opened.append(image)
 
     async def close_image(self, image: str) -> None:
+        if self.fails:
+            raise PagerError("gone")
         self.opened.remove(image)
 
 
@@ -350,3 +352,35 @@ async def test_a_pager_that_is_gone_does_not_fail_the_fetch(world: World) -> Non
     world.pager.fails = False
     await world.catalog.open(image)
     assert world.pager.opened == [image.checkpoint]
+
+
+async def test_a_pager_that_is_gone_does_not_fail_the_eviction(world: World) -> None:
+    function = world.function()
+    name = world.publish(function, await world.files_digest())
+    image = (await world.catalog.resolve(function)).image
+    assert image is not None
+    world.pager.fails = True
+    await world.catalog.evict("it")
+    assert world.left() == [] and world.cache.get(name) is None
+
+
+async def test_an_image_that_is_evicted_while_it_is_found_is_not_given_out(world: World) -> None:
+    function = world.function()
+    name = world.publish(function, await world.files_digest())
+    image = (await world.catalog.resolve(function)).image
+    assert image is not None
+    layers, held = world.catalog._layers, threading.Event()
+
+    def slowly(function: Function) -> rootfs.RootLayers:
+        assert held.wait(5)
+        return layers(function)
+
+    world.catalog._layers = slowly
+    world.catalog.forget("it")
+    other = asyncio.gather(world.catalog.resolve(function))
+    await asyncio.sleep(0.1)  # it has the image, and waits for the files
+    await world.catalog._drop(image)
+    held.set()
+    (found,) = await other
+    assert found.image is None, "its directory is gone"
+    assert (await world.catalog.resolve(function)).image is world.cache.get(name) is not None
