@@ -29,6 +29,7 @@ from thaw import isolated
 )
 @click.option("--fault", "kinds", multiple=True, type=click.Choice([kind.name for kind in KINDS]), help="May be repeated; default: all.")
 @click.option("--calm", "calm_s", type=click.FloatRange(min=1), default=20.0, show_default=True, help="Before the first fault, s.")
+@click.option("--pace", type=click.FloatRange(0.1, 10), default=1.0, show_default=True, help="How many times as fast faults come and go.")
 @click.option("--json", "as_json", is_flag=True, help="Print the JSON line alone.")
 @click.option("--out", type=click.Path(file_okay=False, path_type=Path), help="Folder of the report; default: reports/chaos-TIME here.")
 @click.pass_obj
@@ -40,6 +41,7 @@ def chaos(
     samples: tuple[str, ...],
     kinds: tuple[str, ...],
     calm_s: float,
+    pace: float,
     as_json: bool,
     out: Path | None,
 ) -> None:
@@ -51,7 +53,7 @@ def chaos(
         click.echo(f"[{time.monotonic() - began:6.1f} s] {line}", err=True)
 
     chosen = tuple(kind_named(name) for name in kinds) or KINDS
-    options = ChaosOptions(minutes * 60, seed, folder, samples, chosen, calm_s)
+    options = ChaosOptions(minutes * 60, seed, folder, samples, chosen, calm_s, pace)
     with isolated.installation(settings, "chaos") as (own, arguments):
         outcome = Chaos(own, arguments, options, say).run()
     result = {**report.write(folder, outcome, minutes=minutes, seed=seed), "report": str(folder)}

@@ -71,6 +71,7 @@ class ChaosOptions:
         seed: of faults and load.
         samples: sample functions that are asked.
         kinds: faults that are done.
+        pace: how many times as fast faults come and go.
         out: folder of the report.
         deadline_s: a request without an answer after this long is lost.
     """
@@ -81,6 +82,7 @@ class ChaosOptions:
     samples: Sequence[str]
     kinds: Sequence[Kind] = KINDS
     calm_s: float = 20.0
+    pace: float = 1.0
     deadline_s: float = 60.0
 
 
@@ -251,7 +253,7 @@ class Chaos:
     ) -> tuple[LoadResult, list[Injected], int]:
         options = self._options
         arrivals = load_of(options, list(functions))
-        planned = schedule(options.calm_s, options.seconds - _AFTER_S, options.seed, options.kinds)
+        planned = schedule(options.calm_s, options.seconds - _AFTER_S, options.seed, options.kinds, options.pace)
         self._say(f"load: {len(arrivals)} requests in {options.seconds:.0f} s; {len(planned)} faults from {options.calm_s:.0f} s on")
         targets = {name: target_of(function) for name, function in functions.items()}
         state = driver.Progress(len(arrivals))

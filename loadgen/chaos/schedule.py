@@ -68,10 +68,10 @@ KINDS: tuple[Kind, ...] = (
     Kind("scaler", "pause", "SIGSTOP of one of the two scalers", 1, _SHORT, 4.0),
     Kind("agent", "kill", "SIGKILL of the agent", 4, apart_s=4.5),
     Kind("agent", "pause", "SIGSTOP of the agent", 1, _SHORT),
-    Kind("pager-worker", "kill", "SIGKILL of the process that serves pages", 3),
+    Kind("pager-worker", "kill", "SIGKILL of the process that serves pages", 4),
     Kind("pager-keeper", "kill", "SIGKILL of the process that replaces it", 2),
     Kind("pager-worker", "pause", "SIGSTOP of the process that serves pages", 1, _SHORT),
-    Kind("instance", "kill", "SIGKILL of an instance's processes", 5, apart_s=2.0),
+    Kind("instance", "kill", "SIGKILL of an instance's processes", 7, apart_s=2.0),
     Kind("instance", "pause", "SIGSTOP of an instance's processes", 1, _SHORT),
     Kind("broker", "kill", "SIGKILL of the broker", 2, apart_s=8.0),
     Kind("broker", "pause", "SIGSTOP of the broker", 1, _SHORT),
@@ -102,14 +102,21 @@ def kind_named(name: str) -> Kind:
     return {kind.name: kind for kind in KINDS}[name]
 
 
-def schedule(first_s: float, until_s: float, seed: int, kinds: Sequence[Kind] = KINDS) -> list[Planned]:
-    """Faults from ``first_s`` on, the last one early enough to be over at ``until_s``."""
+def schedule(first_s: float, until_s: float, seed: int, kinds: Sequence[Kind] = KINDS, pace: float = 1.0) -> list[Planned]:
+    """Faults from ``first_s`` on, the last one early enough to be over at ``until_s``.
+
+    Args:
+        first_s, until_s: seconds after the start of the load.
+        seed: of everything.
+        kinds: faults to draw from.
+        pace: how many times as fast faults come and go.
+    """
     source = random.Random(seed)
     planned: list[Planned] = []
     at_s = first_s
     for kind in _drawn(source, kinds):
-        lasts_s = source.uniform(*kind.lasts_s)
-        pause_s = kind.apart_s * source.uniform(0.8, 1.2)
+        lasts_s = source.uniform(*kind.lasts_s) / pace
+        pause_s = kind.apart_s * source.uniform(0.8, 1.2) / pace
         if at_s + lasts_s + pause_s > until_s:
             return planned
         planned.append(Planned(len(planned) + 1, at_s, kind, lasts_s, source.random()))
