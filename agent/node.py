@@ -112,6 +112,7 @@ class Node:
         self._checkpointing: set[str] = set()
         #: Commands that take a while and are not answered yet.
         self._underway: dict[str, CommandTaken] = {}
+        self._commands: set[asyncio.Task[None]] = set()
 
     def inventory(self) -> Inventory:
         """Everything that is here now."""
@@ -148,7 +149,16 @@ class Node:
         self._answers[command.id] = None
         while len(self._answers) > _ANSWERS_MAX:
             self._answers.popitem(last=False)
-        self._tasks.spawn(self._carry_out(command, received_ns), f"command {command.id}")
+        task = self._tasks.spawn(self._carry_out(command, received_ns), f"command {command.id}")
+        self._commands.add(task)
+        task.add_done_callback(self._commands.discard)
+
+    async def end_commands(self) -> None:
+        """Give up what is under way, and wait until nothing is left of it; for the agent's own end, while sandboxes can be removed."""
+        commands = list(self._commands)
+        for task in commands:
+            task.cancel()
+        await asyncio.gather(*commands, return_exceptions=True)
 
     async def release_all(self) -> None:
         """End every instance; for the agent's own end."""

@@ -214,6 +214,7 @@ class Agent:
             await self._pager.close()
 
     async def _release_all(self, node: Node) -> None:
+        await node.end_commands()
         if not self._inherits:
             await node.release_all()
 
