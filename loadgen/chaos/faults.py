@@ -72,6 +72,13 @@ class Faults:
         self._proxies = proxies
         self._disks = disks
         self._tasks = tasks
+        #: Waits for the return of what was killed.
+        self._watching: set[asyncio.Task[None]] = set()
+
+    async def settled(self) -> None:
+        """Wait until everything that was killed has a successor, or had half a minute for it."""
+        if self._watching:
+            await asyncio.wait(self._watching)
 
     async def inject(self, planned: Planned) -> Injected | None:
         """Do a fault and undo it after its time; None when there was nothing that it could happen to."""
@@ -91,7 +98,7 @@ class Faults:
                     fault.kills = _signal_all(chosen, signal.SIGKILL)
                     if not fault.kills:
                         return None
-                    self._tasks.spawn(self._watch(fault, kind.target, chosen), f"return of {fault.what}")
+                    self._watch(fault, kind.target, chosen)
                     return fault
             case "full":
                 disk = self._disks[kind.target]
@@ -103,7 +110,7 @@ class Faults:
                 finally:
                     disk.free()
                 # It may not have survived that.
-                self._tasks.spawn(self._watch(fault, kind.target, []), f"return of {kind.target}")
+                self._watch(fault, kind.target, [])
                 return fault
             case action:
                 proxy = self._proxies[kind.target]
@@ -123,7 +130,12 @@ class Faults:
         finally:
             fault.ended_ns = time.time_ns()
 
-    async def _watch(self, fault: Injected, role: str, gone: list[int]) -> None:
+    def _watch(self, fault: Injected, role: str, gone: list[int]) -> None:
+        task = self._tasks.spawn(self._note_return(fault, role, gone), f"return of {fault.what}")
+        self._watching.add(task)
+        task.add_done_callback(self._watching.discard)
+
+    async def _note_return(self, fault: Injected, role: str, gone: list[int]) -> None:
         if await self._supervision.back(role, gone):
             fault.back_ns = time.time_ns()
 

@@ -253,8 +253,8 @@ class Chaos:
     ) -> tuple[LoadResult, list[Injected], int]:
         options = self._options
         arrivals = load_of(options, list(functions))
-        planned = schedule(options.calm_s, options.seconds - _AFTER_S, options.seed, options.kinds, options.pace)
-        self._say(f"load: {len(arrivals)} requests in {options.seconds:.0f} s; {len(planned)} faults from {options.calm_s:.0f} s on")
+        planned = schedule(options.seconds - _AFTER_S - options.calm_s, options.seed, options.kinds, options.pace)
+        self._say(f"load: {len(arrivals)} requests in {options.seconds:.0f} s; up to {len(planned)} faults from {options.calm_s:.0f} s on")
         targets = {name: target_of(function) for name, function in functions.items()}
         state = driver.Progress(len(arrivals))
 
@@ -280,10 +280,12 @@ class Chaos:
         return load, done, skipped
 
     async def _inject(self, planned: Sequence[Planned], faults: Faults, done: list[Injected], state: driver.Progress) -> int:
-        """Do each fault at its time, or as soon as the one before is over; returns how many could not be done."""
-        began, skipped = time.monotonic(), 0
+        """Do one fault after the other while there is time; returns how many could not be done."""
+        until, skipped = time.monotonic() + self._options.seconds - _AFTER_S, 0
+        await asyncio.sleep(self._options.calm_s)
         for item in planned:
-            await asyncio.sleep(max(0.0, began + item.at_s - time.monotonic()))
+            if time.monotonic() + item.lasts_s + item.pause_s > until:
+                break
             fault = await faults.inject(item)
             if fault is None:
                 skipped += 1
@@ -295,6 +297,8 @@ class Chaos:
                 f"fault {item.number} of {len(planned)}: {fault.kind} ({fault.what}); {state.answered} answered, {waiting} waiting, "
                 f"{state.wrong} wrong, {state.failed} lost"
             )
+            await faults.settled()
+            await asyncio.sleep(item.pause_s)
         return skipped
 
     # What is left

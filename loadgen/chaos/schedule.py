@@ -26,7 +26,8 @@ class Kind:
         says: the same for people.
         weight: how often it is in the deck.
         lasts_s: shortest and longest time until it is undone; kills are not.
-        apart_s: from its end to the next fault: time to come right, so that what is noticed is noticed of one fault.
+        apart_s: from its end, and the return of what was killed, to the next fault: time to come right, so that what is noticed is
+            noticed of one fault.
     """
 
     target: Target
@@ -34,7 +35,7 @@ class Kind:
     says: str
     weight: int
     lasts_s: tuple[float, float] = (0.0, 0.0)
-    apart_s: float = 3.0
+    apart_s: float = 2.5
 
     @property
     def name(self) -> str:
@@ -48,35 +49,35 @@ class Planned:
 
     Attributes:
         number: from 1.
-        at_s: seconds after the start of the load.
         kind: what happens.
         lasts_s: until it is undone.
+        pause_s: from then, and the return of what was killed, to the next fault.
         pick: in [0, 1): which one, when the target is several.
     """
 
     number: int
-    at_s: float
     kind: Kind
     lasts_s: float
+    pause_s: float
     pick: float
 
 
 _SHORT, _LONG = (1.0, 2.5), (2.0, 4.0)
 KINDS: tuple[Kind, ...] = (
-    Kind("scaler", "kill", "SIGKILL of one of the two scalers", 4, apart_s=5.0),
-    Kind("scalers", "kill", "SIGKILL of both scalers at once", 2, apart_s=5.0),
-    Kind("scaler", "pause", "SIGSTOP of one of the two scalers", 1, _SHORT, 4.0),
-    Kind("agent", "kill", "SIGKILL of the agent", 4, apart_s=4.5),
+    Kind("scaler", "kill", "SIGKILL of one of the two scalers", 4, apart_s=3.0),
+    Kind("scalers", "kill", "SIGKILL of both scalers at once", 2, apart_s=3.5),
+    Kind("scaler", "pause", "SIGSTOP of one of the two scalers", 1, _SHORT, 3.0),
+    Kind("agent", "kill", "SIGKILL of the agent", 4, apart_s=3.0),
     Kind("agent", "pause", "SIGSTOP of the agent", 1, _SHORT),
     Kind("pager-worker", "kill", "SIGKILL of the process that serves pages", 4),
     Kind("pager-keeper", "kill", "SIGKILL of the process that replaces it", 2),
     Kind("pager-worker", "pause", "SIGSTOP of the process that serves pages", 1, _SHORT),
     Kind("instance", "kill", "SIGKILL of an instance's processes", 7, apart_s=2.0),
     Kind("instance", "pause", "SIGSTOP of an instance's processes", 1, _SHORT),
-    Kind("broker", "kill", "SIGKILL of the broker", 2, apart_s=8.0),
+    Kind("broker", "kill", "SIGKILL of the broker", 2, apart_s=3.0),
     Kind("broker", "pause", "SIGSTOP of the broker", 1, _SHORT),
-    Kind("broker", "cut", "connections to the broker are reset, new ones refused", 1, _SHORT, 3.5),
-    Kind("broker", "silent", "connections to the broker carry nothing", 1, _SHORT, 3.5),
+    Kind("broker", "cut", "connections to the broker are reset, new ones refused", 1, _SHORT, 3.0),
+    Kind("broker", "silent", "connections to the broker carry nothing", 1, _SHORT, 3.0),
     Kind("broker", "slow", "connections to the broker carry everything 150 ms late", 1, _LONG),
     Kind("store", "kill", "SIGKILL of the object store", 2),
     Kind("store", "pause", "SIGSTOP of the object store", 1, _LONG),
@@ -89,7 +90,7 @@ KINDS: tuple[Kind, ...] = (
     Kind("link", "silent", "streams between scalers and agent carry nothing", 1, _SHORT),
     Kind("cache", "full", "no byte is left on the disk of the node's cache", 1, _LONG),
     Kind("store", "full", "no byte is left on the store's disk", 1, _LONG),
-    Kind("broker", "full", "no byte is left on the broker's disk", 1, _SHORT, 9.0),
+    Kind("broker", "full", "no byte is left on the broker's disk", 1, _SHORT, 4.0),
 )
 
 
@@ -102,25 +103,24 @@ def kind_named(name: str) -> Kind:
     return {kind.name: kind for kind in KINDS}[name]
 
 
-def schedule(first_s: float, until_s: float, seed: int, kinds: Sequence[Kind] = KINDS, pace: float = 1.0) -> list[Planned]:
-    """Faults from ``first_s`` on, the last one early enough to be over at ``until_s``.
+def schedule(seconds: float, seed: int, kinds: Sequence[Kind] = KINDS, pace: float = 1.0) -> list[Planned]:
+    """As many faults as there is time for when whatever is killed returns at once.
 
     Args:
-        first_s, until_s: seconds after the start of the load.
+        seconds: from the first fault to the end of the pause after the last.
         seed: of everything.
         kinds: faults to draw from.
         pace: how many times as fast faults come and go.
     """
     source = random.Random(seed)
     planned: list[Planned] = []
-    at_s = first_s
     for kind in _drawn(source, kinds):
         lasts_s = source.uniform(*kind.lasts_s) / pace
         pause_s = kind.apart_s * source.uniform(0.8, 1.2) / pace
-        if at_s + lasts_s + pause_s > until_s:
-            return planned
-        planned.append(Planned(len(planned) + 1, at_s, kind, lasts_s, source.random()))
-        at_s += lasts_s + pause_s
+        seconds -= lasts_s + pause_s
+        if seconds < 0:
+            break
+        planned.append(Planned(len(planned) + 1, kind, lasts_s, pause_s, source.random()))
     return planned
 
 
