@@ -220,8 +220,15 @@ class Catalog:
         for known in self._known.values():  # first, so that no start takes what is being deleted
             if known.image is image:
                 known.image, known.ask_again_at = None, 0.0
-        if image.opened:
-            image.opened = False
-            with contextlib.suppress(PagerError):  # it is gone: the next one knows nothing of the image
-                await self._pager().close_image(image.checkpoint)
+        if image.opening is not None:
+            await asyncio.wait([image.opening])
+        image.opened = False
+        pager = self._pager()
+        try:
+            # Also when it was not opened by this agent: a pager outlives its agent.
+            await pager.close_image(image.checkpoint)
+        except PagerError as error:
+            if not pager.lost.done():
+                raise ImageInvalid(f"checkpoint {image.checkpoint} cannot be closed: {error}") from error
+            # The next pager knows nothing of the image.
         await asyncio.to_thread(self._cache.evict, image.checkpoint)

@@ -24,7 +24,8 @@ _DENIED = {"403", "AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMatch",
 _EXPIRED = {"ExpiredToken", "ExpiredTokenException", "TokenRefreshRequired"}
 #: What botocore raises where it looks for credentials, or renews them; a provider that gives expired ones is a RuntimeError.
 _CREDENTIALS = (NoCredentialsError, PartialCredentialsError, CredentialRetrievalError, RuntimeError)
-_FAILURES = (BotoCoreError, ClientError, OSError, RuntimeError)
+#: What boto3 raises. ValueError: a header that is none, of an answer that was corrupted on its way.
+_FAILURES = (BotoCoreError, ClientError, OSError, RuntimeError, ValueError)
 #: Open connections of a process in which starts wait for GETs: pointer, then head and working set, of two starts at once.
 WARM_CONNECTIONS = 4
 

@@ -12,6 +12,7 @@ import contextlib
 import dataclasses
 import functools
 import json
+import signal
 import sys
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
@@ -36,6 +37,7 @@ from loadgen.chaos.schedule import KINDS, Kind, Planned, schedule
 from loadgen.chaos.supervision import Supervision
 from loadgen.chaos.targets import Targets
 from loadgen.checks import target_of
+from loadgen.errors import LoadImpossible
 from loadgen.installation import Installation, Say
 from loadgen.result import LoadResult
 from loadgen.traces import SHIPPED, read, replay
@@ -123,15 +125,22 @@ class Chaos:
         self._thaw = [*thaw, *(word for name, value in _AGENT.items() for word in ("--set", f"agent.{name}={value}"))]
 
     def run(self) -> Outcome:
-        """Do everything; what was started is stopped on every way out.
+        """Do everything; what was started is stopped on every way out, also after SIGTERM.
 
         Raises:
-            LoadImpossible: a step failed; the message names its log.
+            LoadImpossible: a step failed, or it was told to stop; the message says which.
         """
-        return asyncio.run(self._run())
+        try:
+            return asyncio.run(self._run())
+        except asyncio.CancelledError as error:
+            raise LoadImpossible("it was told to stop; nothing was counted") from error
 
     async def _run(self) -> Outcome:
         options, settings = self._options, self._settings
+        running = asyncio.current_task()
+        assert running is not None
+        for number in (signal.SIGINT, signal.SIGTERM):  # SIGINT too: a shell's background jobs ignore it
+            asyncio.get_running_loop().add_signal_handler(number, running.cancel)
         self._say(f"preparing the sample functions in {settings.paths.cache_dir}")
         documents = functions_setup.prepare(settings.paths.cache_dir, self._say, samples=options.samples)
         tasks = TaskGroup("chaos")

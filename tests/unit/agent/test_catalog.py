@@ -62,6 +62,7 @@ class Pager:
     def __init__(self) -> None:
         self.opened: list[str] = []
         self.fails = False
+        self.lost: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
     async def open_image(self, image: str, directory: Path, *, complete: bool) -> None:
         assert (directory / "manifest").exists() and (directory / "img" / "pages-1.img").stat().st_size == 1 << 20
@@ -72,7 +73,8 @@ class Pager:
     async def close_image(self, image: str) -> None:
         if self.fails:
             raise PagerError("gone")
-        self.opened.remove(image)
+        if image in self.opened:
+            self.opened.remove(image)
 
 
 class World:
@@ -357,11 +359,33 @@ async def test_a_pager_that_is_gone_does_not_fail_the_fetch(world: World) -> Non
 async def test_a_pager_that_is_gone_does_not_fail_the_eviction(world: World) -> None:
     function = world.function()
     name = world.publish(function, await world.files_digest())
-    image = (await world.catalog.resolve(function)).image
-    assert image is not None
+    assert (await world.catalog.resolve(function)).image is not None
     world.pager.fails = True
+    world.pager.lost.set_result(None)
     await world.catalog.evict("it")
     assert world.left() == [] and world.cache.get(name) is None
+
+
+async def test_what_the_pager_does_not_close_is_not_deleted(world: World) -> None:
+    function = world.function()
+    name = world.publish(function, await world.files_digest())
+    assert (await world.catalog.resolve(function)).image is not None
+    world.pager.fails = True
+    with pytest.raises(ImageInvalid, match="cannot be closed"):
+        await world.catalog.evict("it")
+    assert world.left() == [name]
+    world.pager.fails = False
+    assert (await world.catalog.resolve(function)).image is world.cache.get(name) is not None
+
+
+async def test_what_an_earlier_agent_had_opened_is_closed_too(world: World) -> None:
+    function = world.function()
+    name = world.publish(function, await world.files_digest())
+    image = (await world.catalog.resolve(function)).image
+    assert image is not None and world.pager.opened == [name]
+    image.opened, image.opening = False, None  # all that the next agent knows
+    await world.catalog.evict("it")
+    assert world.pager.opened == [] and world.left() == []
 
 
 async def test_an_image_that_is_evicted_while_it_is_found_is_not_given_out(world: World) -> None:
