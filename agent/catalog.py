@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from agent.api.function import Function
 from agent.api.records import PhaseClock
-from agent.errors import AgentError, ImageInvalid
+from agent.errors import AgentError, ImageInvalid, PagerError
 from agent.fetch import Fetched, Fetcher
 from agent.pager.client import PagerClient
 from agent.sandbox.rootfs import RootLayers
@@ -133,6 +133,9 @@ class Catalog:
             resolution = Resolution(function.digest, await layers, image, reason, ask_again_at)
         except AgentError as error:
             return error
+        if image is not None and self._cache.get(image.checkpoint) is not image:
+            # Evicted since it was found: nobody had taken it yet. The next start fetches it again.
+            resolution.image, resolution.reason, resolution.ask_again_at = None, "the checkpoint was evicted meanwhile", 0.0
         if reason:
             how = "from the checkpoint that is here" if image is not None else "cold"
             logger.warning("function %s is started %s on this node: %s", function.name, how, reason)
@@ -235,7 +238,15 @@ class Catalog:
         for known in self._known.values():  # first, so that no start takes what is being deleted
             if known.image is image:
                 known.image, known.ask_again_at = None, 0.0
-        if image.opened:
-            image.opened = False
-            await self._pager().close_image(image.checkpoint)
+        if image.opening is not None:
+            await asyncio.wait([image.opening])
+        image.opened = False
+        pager = self._pager()
+        try:
+            # Also when it was not opened by this agent: a pager outlives its agent.
+            await pager.close_image(image.checkpoint)
+        except PagerError as error:
+            if not pager.lost.done():
+                raise ImageInvalid(f"checkpoint {image.checkpoint} cannot be closed: {error}") from error
+            # The next pager knows nothing of the image.
         await asyncio.to_thread(self._cache.evict, image.checkpoint)

@@ -8,6 +8,7 @@ node. Used by :mod:`agent.catalog`.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -172,7 +173,8 @@ class Fetcher:
         if image.opening is not None:
             await asyncio.wait([image.opening])
         if image.opened:
-            await self._pager().close_image(image.checkpoint)
+            with contextlib.suppress(AgentError):  # it is gone, or finds out by itself when the image is opened again
+                await self._pager().close_image(image.checkpoint)
         await asyncio.wrap_future(self._threads.submit(self._cache.abandon, image))
 
     def _begin(self, key: str, head: bytes, current: Pointer) -> CachedImage:

@@ -116,8 +116,7 @@ class Node:
         self._checkpointing: set[str] = set()
         #: Commands that take a while and are not answered yet.
         self._underway: dict[str, CommandTaken] = {}
-        #: Commands that make something, in progress or waiting for their turn.
-        self._making: set[asyncio.Task[None]] = set()
+        self._commands: set[asyncio.Task[None]] = set()
         #: Fetches are for starts to come: they let those in progress go first, but not for ever.
         self.fetches = Background("fetches", _FETCHES, workshop.settings.background_waiting_max, quiet, _FETCH_YIELD_S)
 
@@ -157,16 +156,18 @@ class Node:
         while len(self._answers) > _ANSWERS_MAX:
             self._answers.popitem(last=False)
         task = self._tasks.spawn(self._carry_out(command, received_ns), f"command {command.id}")
-        if not isinstance(command, Release | Evict):
-            self._making.add(task)
-            task.add_done_callback(self._making.discard)
+        self._commands.add(task)
+        task.add_done_callback(self._commands.discard)
+
+    async def end_commands(self) -> None:
+        """Give up what is under way, and wait until nothing is left of it; for the agent's own end, while sandboxes can be removed."""
+        commands = list(self._commands)
+        for task in commands:
+            task.cancel()
+        await asyncio.gather(*commands, return_exceptions=True)
 
     async def release_all(self) -> None:
-        """End every instance, those that are being made too; for the agent's own end."""
-        making = list(self._making)
-        for task in making:
-            task.cancel()
-        await asyncio.gather(*making, return_exceptions=True)
+        """End every instance; for the agent's own end."""
         await self._end_now("released", list(self.instances.values()), list(self._leaving.values()))
 
     async def pager_lost(self) -> None:

@@ -230,6 +230,7 @@ class Agent:
             await self._pager.close()
 
     async def _release_all(self, node: Node) -> None:
+        await node.end_commands()
         if not self._inherits:
             await node.release_all()
 
@@ -245,8 +246,11 @@ class Agent:
     async def _reconcile(self, node: Node) -> None:
         while True:
             await asyncio.sleep(self._settings.agent.reconcile_s)
-            await node.reconcile()
-            await self._site.reconcile()
+            try:
+                await node.reconcile()
+                await self._site.reconcile()
+            except (AgentError, OSError) as error:
+                logger.warning("housekeeping: %s; tried again in %g s", error, self._settings.agent.reconcile_s)
 
     def _check_exposure(self, listener: socket.socket) -> None:
         """Say what it means when TLS is off.

@@ -21,7 +21,7 @@ from agent.admission import Admission
 from agent.api.function import Function
 from agent.api.messages import Start
 from agent.api.records import PhaseClock, StartRecord
-from agent.catalog import Catalog
+from agent.catalog import Catalog, Resolution
 from agent.cold import start_cold
 from agent.errors import AgentError, CriuError, ImageInvalid, InstanceGone, NotReady, Overloaded, PagerError
 from agent.fetch import Fetched
@@ -148,6 +148,17 @@ class Starter:
         # Before admission: a function whose files are being copied must not keep others from their restores.
         resolution = await self._catalog.resolve(function, clock=clock, fetched=attempt.fetched, timeout_s=attempt.restore_left_s)
         image, attempt.reason = self._catalog.usable(function, resolution)
+        with image.held() if image is not None else contextlib.nullcontext():
+            instance = await self._warm(attempt, image, resolution)
+        if instance is not None:
+            return instance
+        async with self._turn(self.colds, function):
+            clock.add("agent.queue", attempt.waiting_since_ns, time.time_ns())
+            return await start_cold(self._workshop, function, resolution.layers, instance_id(function), command.deadline_ns, clock)
+
+    async def _warm(self, attempt: _Attempt, image: CachedImage | None, resolution: Resolution) -> Instance | None:
+        """A standby or a restore; None when there is no image, or nothing of it works."""
+        function, clock = attempt.command.function, attempt.clock
         if image is not None:
             while (standby := self._standbys.take(function, image)) is not None:
                 clock.add("agent.queue", attempt.waiting_since_ns, time.time_ns())
@@ -156,12 +167,8 @@ class Starter:
         self._workshop.pool.check_room(function, function.spec.limits.memory_mb)  # a standby has its place already
         if image is not None:
             clock.add("agent.queue", attempt.waiting_since_ns, time.time_ns())
-            restored = await self._tried(attempt, image, self._restored(attempt, image, resolution.layers))
-            if restored is not None:
-                return restored
-        async with self._turn(self.colds, function):
-            clock.add("agent.queue", attempt.waiting_since_ns, time.time_ns())
-            return await start_cold(self._workshop, function, resolution.layers, instance_id(function), command.deadline_ns, clock)
+            return await self._tried(attempt, image, self._restored(attempt, image, resolution.layers))
+        return None
 
     async def _tried(
         self, attempt: _Attempt, image: CachedImage, start: Coroutine[Any, Any, tuple[Instance, PhaseClock]]

@@ -32,7 +32,8 @@ _CLOCK = "RequestTimeTooSkewed"
 _EXPIRED = {"ExpiredToken", "ExpiredTokenException", "TokenRefreshRequired"}
 #: What botocore raises where it looks for credentials, or renews them; a provider that gives expired ones is a RuntimeError.
 _CREDENTIALS = (NoCredentialsError, PartialCredentialsError, CredentialRetrievalError, RuntimeError)
-_FAILURES = (BotoCoreError, ClientError, OSError, RuntimeError)
+#: What boto3 raises. ValueError: a header that is none, of an answer that was corrupted on its way.
+_FAILURES = (BotoCoreError, ClientError, OSError, RuntimeError, ValueError)
 #: Open connections of a process in which starts wait for GETs: pointer, then head and working set, of two starts at once.
 WARM_CONNECTIONS = 4
 #: No such object is ever made: a store that says so works.
@@ -86,6 +87,7 @@ class ObjectStore:
         self._client: Any = session.client(
             "s3", endpoint_url=settings.endpoint_url or None, region_name=settings.region, config=config, verify=trusted
         )
+        self._client.meta.events.register_last("before-call.s3", _expect_nothing)
         credentials = session.get_credentials()
         self._get: SignedGet | None = None
         if credentials is not None:  # else boto3 says what is missing
@@ -279,3 +281,12 @@ def _server_side_encryption(settings: S3Settings) -> dict[str, str]:
         raise SettingsError("setting s3.sse_kms_key_id needs s3.sse=aws:kms")
     said = {"ServerSideEncryption": settings.sse, "SSEKMSKeyId": settings.sse_kms_key_id}
     return {name: value for name, value in said.items() if value}
+
+
+def _expect_nothing(params: dict[str, Any], **_: Any) -> None:
+    """Send a body without asking whether it is wanted.
+
+    Of an answer to that question which breaks off botocore reads the rest for ever (``_consume_headers`` in its ``awsrequest``): the thread
+    never ends, and takes a processor. And the question costs a round trip.
+    """
+    params["headers"].pop("Expect", None)

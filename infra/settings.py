@@ -100,6 +100,8 @@ class StackSettings:
     listen_host: str = "127.0.0.1"
     kafka_port: int = 0
     s3_port: int = 0
+    #: Port that the broker tells its clients to use, where something that passes connections on is in front of it. 0: its own.
+    kafka_advertised_port: int = 0
     #: Longest wait for one part to become healthy, s.
     start_timeout_s: float = 60.0
     #: For tests of infra/terraform: folder laid out as a filesystem mirror of Terraform's that has hashicorp/aws. Empty: looked for in

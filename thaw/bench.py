@@ -30,6 +30,7 @@ from loadgen.bench.pods import PodBench, PodOptions
 from loadgen.bench.run import SUBJECT, Bench, BenchOptions
 from loadgen.checks import PROGRAMS
 from thaw import isolated
+from thaw.chaos import chaos
 
 #: What ``thaw bench`` measures when it is told nothing.
 _FANOUT, _DENSITY = (1, 5, 25, 100), 200
@@ -214,6 +215,9 @@ def costs(folder: Path, function: str) -> None:
     result = json.loads((folder / report.RESULT_FILE).read_text())
     measured = [msgspec.json.decode(line, type=Measured) for line in (folder / report.STARTS_FILE).read_bytes().splitlines()]
     click.echo(json.dumps(bench_costs.costs(result, measured, function), indent=1))
+
+
+bench.add_command(chaos)
 
 
 def _tables(result: dict[str, Any], check: bool) -> None:

@@ -68,6 +68,7 @@ class Pager:
     def __init__(self) -> None:
         self.opened: list[str] = []
         self.fails = False
+        self.lost: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
     async def open_image(self, image: str, directory: Path, *, complete: bool) -> None:
         assert (directory / "manifest").exists() and (directory / "img" / "pages-1.img").stat().st_size == 1 << 20
@@ -76,7 +77,10 @@ class Pager:
         self.opened.append(image)
 
     async def close_image(self, image: str) -> None:
-        self.opened.remove(image)
+        if self.fails:
+            raise PagerError("gone")
+        if image in self.opened:
+            self.opened.remove(image)
 
 
 class World:
@@ -386,3 +390,57 @@ async def test_a_pager_that_is_gone_does_not_fail_the_fetch(world: World) -> Non
     world.pager.fails = False
     await world.catalog.open(image)
     assert world.pager.opened == [image.checkpoint]
+
+
+async def test_a_pager_that_is_gone_does_not_fail_the_eviction(world: World) -> None:
+    function = world.function()
+    name = world.publish(function, await world.files_digest())
+    assert (await world.catalog.resolve(function)).image is not None
+    world.pager.fails = True
+    world.pager.lost.set_result(None)
+    await world.catalog.evict("it")
+    assert world.left() == [] and world.cache.get(name) is None
+
+
+async def test_what_the_pager_does_not_close_is_not_deleted(world: World) -> None:
+    function = world.function()
+    name = world.publish(function, await world.files_digest())
+    assert (await world.catalog.resolve(function)).image is not None
+    world.pager.fails = True
+    with pytest.raises(ImageInvalid, match="cannot be closed"):
+        await world.catalog.evict("it")
+    assert world.left() == [name]
+    world.pager.fails = False
+    assert (await world.catalog.resolve(function)).image is world.cache.get(name) is not None
+
+
+async def test_what_an_earlier_agent_had_opened_is_closed_too(world: World) -> None:
+    function = world.function()
+    name = world.publish(function, await world.files_digest())
+    image = (await world.catalog.resolve(function)).image
+    assert image is not None and world.pager.opened == [name]
+    image.opened, image.opening = False, None  # all that the next agent knows
+    await world.catalog.evict("it")
+    assert world.pager.opened == [] and world.left() == []
+
+
+async def test_an_image_that_is_evicted_while_it_is_found_is_not_given_out(world: World) -> None:
+    function = world.function()
+    name = world.publish(function, await world.files_digest())
+    image = (await world.catalog.resolve(function)).image
+    assert image is not None
+    layers, held = world.catalog._layers, threading.Event()
+
+    def slowly(function: Function) -> rootfs.RootLayers:
+        assert held.wait(5)
+        return layers(function)
+
+    world.catalog._layers = slowly
+    world.catalog.forget("it")
+    other = asyncio.gather(world.catalog.resolve(function))
+    await asyncio.sleep(0.1)  # it has the image, and waits for the files
+    await world.catalog._drop(image)
+    held.set()
+    (found,) = await other
+    assert found.image is None, "its directory is gone"
+    assert (await world.catalog.resolve(function)).image is world.cache.get(name) is not None
