@@ -16,7 +16,7 @@ from infra.errors import InfraError
 from infra.local import ports
 from infra.local.health import check_kafka
 from infra.local.parts import Part
-from infra.settings import Settings
+from infra.settings import KafkaSettings, Settings
 from loadgen.chaos.targets import Targets
 
 #: From the death of a part to its next start, s, as systemd's RestartSec; and longest wait until one is back.
@@ -95,7 +95,7 @@ class Supervision:
 
     def _broker_answers(self) -> bool:
         try:
-            check_kafka(self._broker.address, write=False, timeout_s=2.0)
+            check_kafka(KafkaSettings(bootstrap_servers=self._broker.address), write=False, timeout_s=2.0)
         except InfraError:
             return False
         return True
