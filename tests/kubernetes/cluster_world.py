@@ -19,6 +19,8 @@ from infra.kubernetes.cluster.api import Api
 from infra.kubernetes.cluster.layout import Layout
 from infra.settings import Settings
 
+#: Not the default, which is what tests of agents use: those of one run and those of another on this machine go on at the same time.
+SUBNET = "100.119.0.0/16"
 #: Where parts of a cluster would leave something.
 _FOLDERS = ("/run", "/var/lib", "/var/log", "/opt", "/etc/cni", "/etc/kubernetes", "/usr/libexec", "/usr/lib/cni", "/root/.kube")
 #: How such things are called; other tests and the machine itself leave files there too.
