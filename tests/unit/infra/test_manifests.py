@@ -328,9 +328,8 @@ def test_pods_read_settings_that_thaw_knows(tmp_path: Path) -> None:
     agent = named("DaemonSet", "thaw-agent")["spec"]["template"]["spec"]["containers"][0]
     mounts = {mount["mountPath"] for mount in agent["volumeMounts"]}
     assert {str(loaded.paths.state_dir), str(loaded.paths.runtime_dir), "/etc/thaw"} <= mounts
-    volumes = named("DaemonSet", "thaw-agent")["spec"]["template"]["spec"]["volumes"]
-    keys = next(volume for volume in volumes if volume["name"] == "image-keys")
-    assert keys["secret"] == {"secretName": named("Secret", "thaw-image-keys")["metadata"]["name"], "defaultMode": 0o400}
+    volumes = {volume["name"]: volume for volume in named("DaemonSet", "thaw-agent")["spec"]["template"]["spec"]["volumes"]}
+    assert volumes["image-keys"]["secret"] == {"secretName": named("Secret", "thaw-image-keys")["metadata"]["name"], "defaultMode": 0o400}
     assert next(item["value"] for item in agent["env"] if item["name"] == "THAW_IMAGES_KEYS") in mounts
     assert agent["ports"][0]["containerPort"] == loaded.agent.listen_port
     assert loaded.scaler.agents == loaded.scaler.functions == "kubernetes"
