@@ -129,9 +129,9 @@ async def replay_starts(
         known = committed.get(partition)
         start, settled, missed = since_floor, 0, 0
         if known is not None and known.offset >= 0:
-            missed = max(0, begins[partition] - known.offset)
             start = max(since_floor, min(known.offset, since_recent))
             text = (known.metadata or "").removeprefix(_SETTLED)
             settled = int(text) if _OFFSET.fullmatch(text) else 0
+            missed = max(0, begins[partition] - max(known.offset, settled))  # what is before the settled offset was read once
         starts[partition] = ReplayStart(min(start, end), end, min(settled, end), missed)
     return starts

@@ -16,7 +16,7 @@ from tests.integration.agent.harness import AgentUnderTest, a_function, ask, hos
 
 pytestmark = [pytest.mark.root, pytest.mark.stack]
 #: Addresses of its own, so that it may run beside other tests.
-NETWORK = {"agent.bridge": "thawover0", "agent.subnet": "10.214.0.0/20"}
+NETWORK = {"agent.bridge": "thawover0", "agent.subnet": "10.88.0.0/20"}
 
 
 def send_start(agent: AgentUnderTest, function) -> str:

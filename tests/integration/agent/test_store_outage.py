@@ -16,7 +16,7 @@ from tests.integration.agent.harness import AgentUnderTest, a_function, ask, hos
 from tests.integration.faulty_store import FaultyStore, faulty_store
 
 #: Addresses of its own, so that it may run beside other tests.
-NETWORK = {"agent.bridge": "thawstore0", "agent.subnet": "10.213.0.0/20"}
+NETWORK = {"agent.bridge": "thawstore0", "agent.subnet": "10.87.0.0/20"}
 pytestmark = [pytest.mark.root, pytest.mark.stack]
 
 

@@ -136,7 +136,7 @@ async def _for_ever(*_: Any, **__: Any) -> Any:
 )
 async def test_a_command_of_which_a_stage_hangs_is_answered_at_its_deadline(tmp_path: Path, command: Any) -> None:
     tasks, reports = TaskGroup("test"), list[Message]()
-    workshop: Any = SimpleNamespace(tasks=tasks)
+    workshop: Any = SimpleNamespace(settings=AgentSettings(), tasks=tasks)
     hanging: Any = SimpleNamespace(resolve=_for_ever, evict=_for_ever)
     nothing: Any = None
     epochs = Epochs(tmp_path / "e")
@@ -152,7 +152,7 @@ async def test_a_command_of_which_a_stage_hangs_is_answered_at_its_deadline(tmp_
 
 async def test_what_is_being_made_is_told_to_every_scaler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tasks, reports, starter = TaskGroup("test"), list[Message](), _Starter()
-    workshop: Any = SimpleNamespace(tasks=tasks)
+    workshop: Any = SimpleNamespace(settings=AgentSettings(), tasks=tasks)
     catalog: Any = SimpleNamespace(images=list)
     nothing: Any = None
     epochs = Epochs(tmp_path / "e")

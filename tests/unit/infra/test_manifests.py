@@ -378,7 +378,9 @@ def test_health_and_metrics_are_where_probes_and_prometheus_look() -> None:
         service = named("Service", name)
         assert endpoint["port"] in [item["name"] for item in service["spec"]["ports"]]
         assert named("ServiceMonitor", "thaw")["spec"]["selector"]["matchLabels"].items() <= service["metadata"]["labels"].items()
-    assert named("NetworkPolicy", "thaw-metrics")["spec"]["ingress"] == [{"ports": [{"port": told["health_port"], "protocol": "TCP"}]}]
+    for name in ("thaw-agent", "thaw-scaler"):
+        rule = named("NetworkPolicy", name)["spec"]["ingress"][-1]
+        assert rule == {"from": [{"namespaceSelector": {}}], "ports": [{"port": told["health_port"], "protocol": "TCP"}]}
     module = (MANIFESTS.parents[1] / "terraform" / "modules" / "kubernetes" / "main.tf").read_text()
     assert f'health_port = "{told["health_port"]}"' in module
 
