@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from agent.api.function import Function
 from agent.api.records import PhaseClock
-from agent.errors import AgentError, ImageInvalid
+from agent.errors import AgentError, ImageInvalid, PagerError
 from agent.fetch import Fetched, Fetcher
 from agent.pager.client import PagerClient
 from agent.sandbox.rootfs import RootLayers
@@ -37,7 +37,7 @@ class Resolution:
     digest: str
     layers: RootLayers
     image: CachedImage | None
-    #: Why there is no image to restore from; empty when there is one or when none was ever made.
+    #: Why there is no image to restore from, or why it may not be the current one; empty when it is, or when none was ever made.
     reason: str = ""
     #: Monotonic seconds after which S3 is asked again; infinity when the answer was definite.
     ask_again_at: float = float("inf")
@@ -71,7 +71,13 @@ class Catalog:
         self._resolving: dict[tuple[str, str], asyncio.Task[Resolution | AgentError]] = {}
 
     async def resolve(
-        self, function: Function, *, refresh: bool = False, clock: PhaseClock | None = None, fetched: Fetched | None = None
+        self,
+        function: Function,
+        *,
+        refresh: bool = False,
+        clock: PhaseClock | None = None,
+        fetched: Fetched | None = None,
+        timeout_s: float | None = None,
     ) -> Resolution:
         """Root layers and the current checkpoint of ``function``, fetched to the node if need be.
 
@@ -83,6 +89,7 @@ class Catalog:
             clock: gets the phases ``resolve.wait``, ``files``, ``fetch.pointer``, ``fetch.head``, ``unpack.head``,
                 ``pager.open``, ``fetch.working_set``, ``unpack`` and ``check_host`` when they happen.
             fetched: counts what is read from S3.
+            timeout_s: longest wait for a checkpoint on its way from S3; of whoever asks first.
 
         Raises:
             FunctionInvalid, NoRoom: its files are not on this node. An unusable or unreachable checkpoint raises nothing: see ``reason``.
@@ -96,7 +103,7 @@ class Catalog:
         if known and known.digest == function.digest and not refresh and time.monotonic() < known.ask_again_at:
             return known
         if key not in self._resolving:
-            work = self._resolve(function, None if refresh else known, clock, fetched)
+            work = self._resolve(function, None if refresh else known, clock, fetched, timeout_s)
             self._resolving[key] = self._tasks.spawn(work, f"resolution of {function.name}")
             self._resolving[key].add_done_callback(lambda _: self._resolving.pop(key, None))
         found = await asyncio.shield(self._resolving[key])
@@ -104,7 +111,9 @@ class Catalog:
             raise found
         return found
 
-    async def _resolve(self, function: Function, known: Resolution | None, clock: PhaseClock, fetched: Fetched) -> Resolution | AgentError:
+    async def _resolve(
+        self, function: Function, known: Resolution | None, clock: PhaseClock, fetched: Fetched, timeout_s: float | None
+    ) -> Resolution | AgentError:
         before = self._known.get(function.name)
         layers = self._root_layers(function, known, clock)
         image, reason, ask_again_at = None, "", float("inf")
@@ -112,18 +121,24 @@ class Catalog:
             if function.spec.policy.checkpoint == "off":
                 ask_again_at = 0.0  # nothing was asked
             else:
-                image = await self._fetcher.current(function, layers, clock, fetched)
+                image = await self._fetcher.current(function, layers, clock, fetched, timeout_s=timeout_s)
         except (StoreError, OSError) as error:
             reason = f"the checkpoint cannot be fetched: {error}"
             ask_again_at = time.monotonic() + _ASK_AGAIN_S
+            with contextlib.suppress(AgentError):  # told below, or of no use on this host
+                image = await self._fetcher.held(function, layers, clock)
         except AgentError as error:
             reason = str(error)
         try:
             resolution = Resolution(function.digest, await layers, image, reason, ask_again_at)
         except AgentError as error:
             return error
+        if image is not None and self._cache.get(image.checkpoint) is not image:
+            # Evicted since it was found: nobody had taken it yet. The next start fetches it again.
+            resolution.image, resolution.reason, resolution.ask_again_at = None, "the checkpoint was evicted meanwhile", 0.0
         if reason:
-            logger.warning("function %s is started cold on this node: %s", function.name, reason)
+            how = "from the checkpoint that is here" if image is not None else "cold"
+            logger.warning("function %s is started %s on this node: %s", function.name, how, reason)
         if self._known.get(function.name) is before:  # else a checkpoint was made here meanwhile
             self._known[function.name] = resolution
         return resolution
@@ -154,7 +169,10 @@ class Catalog:
         self._known.pop(function_name, None)
 
     def usable(self, function: Function, resolution: Resolution) -> tuple[CachedImage | None, str]:
-        """The image to restore from, or None and why there is none (empty when none is wanted or none was ever made)."""
+        """The image to restore from, or None and why there is none (empty when none is wanted or none was ever made).
+
+        An image that may not be the current one comes with the reason too.
+        """
         image = resolution.image
         if function.spec.policy.checkpoint == "off":
             return None, ""
@@ -164,7 +182,10 @@ class Catalog:
             return None, f"checkpoint {image.checkpoint} is quarantined: {image.unusable}"
         if image.failures >= self._settings.quarantine_after:
             return None, f"checkpoint {image.checkpoint} is quarantined after {image.failures} failed restores"
-        return image, ""
+        if not image.complete and (trouble := self._fetcher.trouble()):
+            # Its instance would wait for pages that don't come, and be ended with the requests that it has accepted.
+            return None, f"checkpoint {image.checkpoint} is only partly on this node, and the rest cannot be fetched: {trouble}"
+        return image, resolution.reason
 
     async def open(self, image: CachedImage) -> None:
         """Make the image known to the pager."""
@@ -217,7 +238,15 @@ class Catalog:
         for known in self._known.values():  # first, so that no start takes what is being deleted
             if known.image is image:
                 known.image, known.ask_again_at = None, 0.0
-        if image.opened:
-            image.opened = False
-            await self._pager().close_image(image.checkpoint)
+        if image.opening is not None:
+            await asyncio.wait([image.opening])
+        image.opened = False
+        pager = self._pager()
+        try:
+            # Also when it was not opened by this agent: a pager outlives its agent.
+            await pager.close_image(image.checkpoint)
+        except PagerError as error:
+            if not pager.lost.done():
+                raise ImageInvalid(f"checkpoint {image.checkpoint} cannot be closed: {error}") from error
+            # The next pager knows nothing of the image.
         await asyncio.to_thread(self._cache.evict, image.checkpoint)

@@ -5,6 +5,8 @@ AgentError
 ├── ProtocolError            a peer broke the agent protocol
 │   └── PeerUntrusted        its certificate is not trusted, or does not let it do this
 ├── Refused                  the agent will not do it (room, epoch, quarantine); another node may
+│   ├── NoRoom
+│   └── Overloaded           too much waits already
 ├── SandboxError             namespaces, mounts, network or cgroup of an instance
 ├── CriuError                CRIU failed; carries its own words
 │   └── NotFreezable         the function holds something CRIU cannot freeze
@@ -76,6 +78,12 @@ class NoRoom(Refused):
     """The node has no memory for one more instance now."""
 
     reason = "no_room"
+
+
+class Overloaded(Refused):
+    """Too much waits on the node already."""
+
+    reason = "overloaded"
 
 
 class SandboxError(AgentError):

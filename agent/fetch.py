@@ -8,6 +8,7 @@ node. Used by :mod:`agent.catalog`.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -28,8 +29,10 @@ from infra.s3 import ObjectStore
 from infra.tasks import TaskGroup
 
 logger = logging.getLogger(__name__)
-#: Longest wait for the pointer, s: a start goes on without the checkpoint when the store is that slow.
-_POINTER_TIMEOUT_S = 2.0
+#: Longest wait for the pointer, s: a start goes on without it when the store is that slow. Second: with the wait for a thread.
+_POINTER_TIMEOUT_S, _POINTER_IN_ALL_S = 1.0, 2.0
+#: The same for head and working set, when the caller sets no limit, s.
+_IMAGE_TIMEOUT_S = 60.0
 #: Sealed: one tag more for each 16 MiB.
 _HEAD_BYTES_MAX = (manifest.ARCHIVE_BYTES_MAX + manifest.MANIFEST_BYTES_MAX) * 1001 // 1000 + OVERHEAD_BYTES_MAX
 _WORKING_SET_BYTES_MAX = manifest.WORKING_SET_BYTES_MAX * 1001 // 1000 + OVERHEAD_BYTES_MAX
@@ -69,29 +72,40 @@ class Fetcher:
         self._threads = ThreadPoolExecutor(parallel, thread_name_prefix="fetch")
 
     async def current(
-        self, function: Function, layers: asyncio.Future[RootLayers], clock: PhaseClock, fetched: Fetched
+        self,
+        function: Function,
+        layers: asyncio.Future[RootLayers],
+        clock: PhaseClock,
+        fetched: Fetched,
+        *,
+        timeout_s: float | None = None,
     ) -> CachedImage | None:
         """The image of the checkpoint that the pointer names; None when there is none of this version of the function.
+
+        Args:
+            function, layers: whose.
+            clock, fetched: get the phases, and what was read.
+            timeout_s: longest wait for head and working set, if not :data:`_IMAGE_TIMEOUT_S`.
 
         Raises:
             AgentError, StoreError, OSError: it cannot be fetched, or not be restored here.
         """
         key = manifest.pointer_key(function.name)
         try:
-            async with asyncio.timeout(_POINTER_TIMEOUT_S):
-                data = await asyncio.wrap_future(self._get("fetch.pointer", key, pointer.BYTES_MAX, clock))
+            async with asyncio.timeout(_POINTER_IN_ALL_S):
+                current, size = await self._blocking("fetch.pointer", clock, self._get_pointer, function.name)
         except ObjectMissing:
             return None
         except TimeoutError as error:
-            text = f"the object store did not answer within {_POINTER_TIMEOUT_S:.0f} s"
+            text = f"the object store did not answer within {_POINTER_IN_ALL_S:.0f} s"
             raise StoreUnavailable(text, bucket=self._store.bucket, key=key) from error
-        _count(fetched, data)
-        current = await asyncio.wrap_future(self._threads.submit(self._read_pointer, function.name, data))
+        _count(fetched, size)
         if current.function_digest != function.digest:
             return None  # of an earlier version of the function: a new checkpoint will be made
         image = self._cache.get(current.checkpoint)
         if image is None:
-            image, checked = await self._fetch(current, layers, clock, fetched)
+            limit_s = _IMAGE_TIMEOUT_S if timeout_s is None else timeout_s
+            image, checked = await self._fetch(current, layers, clock, fetched, limit_s)
         else:
             (checked,) = await asyncio.gather(self._check(image, layers, clock), return_exceptions=True)
         if current.files_digest != (await layers).files_digest:
@@ -101,13 +115,36 @@ class Fetcher:
             raise checked
         return image
 
-    def _read_pointer(self, function: str, data: bytes) -> Pointer:
+    def _get_pointer(self, function: str) -> tuple[Pointer, int]:
+        data = self._store.get(manifest.pointer_key(function), size_max=pointer.BYTES_MAX, timeout_s=_POINTER_TIMEOUT_S)
         found = pointer.read(self._sealer, function, data)
         self._generations.accept(found)
-        return found
+        return found, len(data)
+
+    async def held(self, function: Function, layers: asyncio.Future[RootLayers], clock: PhaseClock) -> CachedImage | None:
+        """The newest whole checkpoint of this very function on this node, for when the pointer can't be read.
+
+        Raises:
+            AgentError: it can't be restored here.
+        """
+        files_digest = (await layers).files_digest
+        wanted = (function.name, function.digest, files_digest)
+        found = [
+            image
+            for image in self._cache
+            if image.complete and (image.manifest.function, image.manifest.function_digest, image.manifest.files_digest) == wanted
+        ]
+        image = max(found, key=lambda item: item.manifest.created_ns, default=None)
+        if image is not None:
+            await self._check(image, layers, clock)
+        return image
+
+    def trouble(self) -> str:
+        """Why the store is not asked now; empty: it is."""
+        return self._store.guard.condition().reason
 
     async def _fetch(
-        self, current: Pointer, layers: asyncio.Future[RootLayers], clock: PhaseClock, fetched: Fetched
+        self, current: Pointer, layers: asyncio.Future[RootLayers], clock: PhaseClock, fetched: Fetched, timeout_s: float
     ) -> tuple[CachedImage, BaseException | None]:
         """Head and working set side by side; while the second is on its way the first is unpacked, opened by the pager, and checked.
 
@@ -116,9 +153,9 @@ class Fetcher:
         """
         function, checkpoint = current.function, current.checkpoint
         working_set_key, head_key = manifest.working_set_key(function, checkpoint), manifest.head_key(function, checkpoint)
-        working_set = self._get("fetch.working_set", working_set_key, _WORKING_SET_BYTES_MAX, clock)
-        head = await asyncio.wrap_future(self._get("fetch.head", head_key, _HEAD_BYTES_MAX, clock))
-        _count(fetched, head)
+        working_set = self._get("fetch.working_set", working_set_key, _WORKING_SET_BYTES_MAX, clock, timeout_s)
+        head = await asyncio.wrap_future(self._get("fetch.head", head_key, _HEAD_BYTES_MAX, clock, timeout_s))
+        _count(fetched, len(head))
         image = await self._blocking("unpack.head", clock, self._begin, head_key, head, current)
         # Page maps: nobody waits for them before CRIU has restored half of the process.
         image.opening = self._tasks.spawn(self._open(image), f"opening of checkpoint {checkpoint}")
@@ -129,14 +166,15 @@ class Fetcher:
             await self._abandon(image)
             raise failure
         self._cache.add(image)
-        _count(fetched, working_set.result())
+        _count(fetched, len(working_set.result()))
         return image, checked
 
     async def _abandon(self, image: CachedImage) -> None:
         if image.opening is not None:
             await asyncio.wait([image.opening])
         if image.opened:
-            await self._pager().close_image(image.checkpoint)
+            with contextlib.suppress(AgentError):  # it is gone, or finds out by itself when the image is opened again
+                await self._pager().close_image(image.checkpoint)
         await asyncio.wrap_future(self._threads.submit(self._cache.abandon, image))
 
     def _begin(self, key: str, head: bytes, current: Pointer) -> CachedImage:
@@ -166,10 +204,10 @@ class Fetcher:
         else:
             image.opened = pager is self._pager()  # a new pager knows nothing of it
 
-    def _get(self, phase: str, key: str, size_max: int, clock: PhaseClock) -> Future[bytes]:
+    def _get(self, phase: str, key: str, size_max: int, clock: PhaseClock, timeout_s: float) -> Future[bytes]:
         def get() -> bytes:
             with clock.phase(phase):
-                return self._store.get(key, size_max=size_max)
+                return self._store.get(key, size_max=size_max, timeout_s=timeout_s)
 
         return self._threads.submit(get)
 
@@ -192,6 +230,6 @@ def _match(image: CachedImage, current: Pointer) -> None:
         raise ImageInvalid("the pointer names a checkpoint of something else", function=current.function)
 
 
-def _count(fetched: Fetched, data: bytes) -> None:
+def _count(fetched: Fetched, size: int) -> None:
     fetched.gets += 1
-    fetched.bytes += len(data)
+    fetched.bytes += size

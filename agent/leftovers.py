@@ -56,7 +56,7 @@ class Journal:
 
     Attributes:
         agent: one of this name lives.
-        sandboxes: those whose PID 1 lives, or that a living agent is making: id → (its pid, its link).
+        sandboxes: those whose PID 1 lives, that a living agent is making, or that are pods: id → (its pid, its link), as far as known.
     """
 
     agent: bool
@@ -76,6 +76,9 @@ def journal(settings: Settings, *, agent: bool) -> Journal:
             known[folder.name] = (record.init.pid, record.link.name)
         elif record is None and agent and folder.exists():
             known.setdefault(folder.name, (0, ""))
+    for folder in _folders(settings.runtime_folder / "pods"):
+        # The next agent of a Kubernetes node looks which of them live, and the pager serves them until then.
+        known.setdefault(folder.name, (0, ""))
     return Journal(agent, known)
 
 
@@ -249,8 +252,7 @@ def _files(settings: Settings, known: Journal) -> Iterator[Leftover]:
         return
     if settings.agent_file.exists():
         yield Leftover("file", str(settings.agent_file), "address of an agent that is gone")
-    # What pods hold is journalled there, and is Kubernetes' to remove.
-    if runtime.exists() and not _folders(runtime / "pods"):
+    if runtime.exists():
         yield Leftover("folder", str(runtime), "sockets and records of an agent that is gone")
 
 

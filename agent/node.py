@@ -46,6 +46,7 @@ from agent.api.messages import (
     StartFailed,
 )
 from agent.api.records import StartRecord
+from agent.background import Background
 from agent.catalog import Catalog
 from agent.checkpoint import Checkpointer
 from agent.drain import Drainer
@@ -73,6 +74,8 @@ _KINDS: dict[type[Command], Literal["start", "prepare", "checkpoint"]] = {
     Prepare: "prepare",
     MakeCheckpoint: "checkpoint",
 }
+#: Fetches at once, and how long one lets starts go first, s.
+_FETCHES, _FETCH_YIELD_S = 2, 2.0
 #: Output files of ended instances that are kept.
 _LOGS_MAX = 200
 
@@ -92,6 +95,7 @@ class Node:
         epochs: Epochs,
         lease: Scalers,
         report: Callable[[Message], None],
+        quiet: asyncio.Event,
     ) -> None:
         self.name = name
         self._workshop = workshop
@@ -112,6 +116,9 @@ class Node:
         self._checkpointing: set[str] = set()
         #: Commands that take a while and are not answered yet.
         self._underway: dict[str, CommandTaken] = {}
+        self._commands: set[asyncio.Task[None]] = set()
+        #: Fetches are for starts to come: they let those in progress go first, but not for ever.
+        self.fetches = Background("fetches", _FETCHES, workshop.settings.background_waiting_max, quiet, _FETCH_YIELD_S)
 
     def inventory(self) -> Inventory:
         """Everything that is here now."""
@@ -148,7 +155,16 @@ class Node:
         self._answers[command.id] = None
         while len(self._answers) > _ANSWERS_MAX:
             self._answers.popitem(last=False)
-        self._tasks.spawn(self._carry_out(command, received_ns), f"command {command.id}")
+        task = self._tasks.spawn(self._carry_out(command, received_ns), f"command {command.id}")
+        self._commands.add(task)
+        task.add_done_callback(self._commands.discard)
+
+    async def end_commands(self) -> None:
+        """Give up what is under way, and wait until nothing is left of it; for the agent's own end, while sandboxes can be removed."""
+        commands = list(self._commands)
+        for task in commands:
+            task.cancel()
+        await asyncio.gather(*commands, return_exceptions=True)
 
     async def release_all(self) -> None:
         """End every instance; for the agent's own end."""
@@ -284,7 +300,9 @@ class Node:
         return PrepareDone(command_id=command.id, standby=_standby_info(instance), seconds=seconds)
 
     async def _fetch(self, command: Fetch) -> Message:
-        resolution = await self._catalog.resolve(command.function, refresh=True)
+        left_s = (command.deadline_ns - time.time_ns()) / 1e9
+        async with asyncio.timeout(max(0.0, left_s)), self.fetches.place(command.deadline_ns):
+            resolution = await self._catalog.resolve(command.function, refresh=True)
         image, _ = self._catalog.usable(command.function, resolution)
         if image is not None:
             await self._catalog.open(image)

@@ -44,6 +44,7 @@ from agent.instance import Workshop
 from agent.lease import Scalers
 from agent.leftovers import claim_name
 from agent.node import Node, endpoint, failed
+from agent.observed import observe
 from agent.pager.client import PagerClient
 from agent.sandbox import mounts
 from agent.sites import LocalSite, PodSite, Site
@@ -52,11 +53,12 @@ from agent.starts import Starter
 from agent.store.cache import ImageCache
 from agent.store.pointer import Generations
 from agent.store.seal import Sealer
-from infra import imagekeys, tls
+from infra import health, imagekeys, tls
 from infra.errors import InfraError
 from infra.s3 import WARM_CONNECTIONS, ObjectStore
 from infra.settings import AgentSettings, Settings
 from infra.tasks import TaskGroup
+from infra.vitals import Kept, Vitals
 
 logger = logging.getLogger(__name__)
 #: Handshakes at once; the next peers wait. Each ends within seconds.
@@ -83,8 +85,11 @@ class Tools:
 class Agent:
     """One node agent."""
 
-    def __init__(self, settings: Settings, tools: Tools) -> None:
+    def __init__(self, settings: Settings, tools: Tools, vitals: Vitals | None = None) -> None:
         self._settings = settings
+        self._vitals = vitals or Vitals("agent", settings.agent.node_name)
+        self._pager_well = Kept("not started yet")
+        self._pager_restarts = 0
         self._tools = tools
         self._state = settings.paths.state_dir / "agent"
         self._scalers = Scalers(settings.agent.lease_s)
@@ -112,6 +117,7 @@ class Agent:
             node = await self._open(stack)
             accepting = self._tasks.spawn(self._accept(node, listener), "accept", essential=True)
             self._publish(listener)
+            self._vitals.depends_on("node", Kept(), essential=True)
             self._inherits = self._site.outlives
             stack.push_async_callback(self._hang_up, accepting)
             stopping = self._tasks.spawn(stop.wait(), "wait for the end")
@@ -140,6 +146,7 @@ class Agent:
         store = ObjectStore(self._settings.s3, settings.store_parallel, warm=WARM_CONNECTIONS)
         stack.callback(store.close)
         self._pager = await self._start_pager()
+        self._pager_well.set("")
         stack.push_async_callback(self._close_pager)
         cache = ImageCache(state / "images", settings.cache_mb << 20)
         cached = await asyncio.to_thread(cache.adopt)
@@ -165,8 +172,14 @@ class Agent:
         drainer = Drainer()
         stack.callback(drainer.close)
         epochs = Epochs(runtime / "epochs.json")
-        node = Node(settings.node_name, workshop, catalog, starter, standbys, checkpointer, drainer, epochs, self._scalers, self._report)
+        node = Node(
+            settings.node_name, workshop, catalog, starter, standbys, checkpointer, drainer, epochs, self._scalers, self._report, quiet
+        )
         node.adopt(instances)
+        observe(
+            self._vitals, settings, node, starter, standbys, cache, store.guard, self._pager_well,
+            lambda: self._pager_restarts, lambda: len(self._scalers),
+        )  # fmt: skip
         stack.push_async_callback(self._release_all, node)
         self._keeping = self._tasks.spawn(self._keep_pager(node), "watch of the pager", essential=True)
         self._tasks.spawn(self._reconcile(node), "housekeeping", essential=True)
@@ -217,20 +230,27 @@ class Agent:
             await self._pager.close()
 
     async def _release_all(self, node: Node) -> None:
+        await node.end_commands()
         if not self._inherits:
             await node.release_all()
 
     async def _keep_pager(self, node: Node) -> None:
         while True:
             await asyncio.shield(self._pager.lost)
+            self._pager_well.set("it was lost, another one is being started")
             self._pager = await self._start_pager()
+            self._pager_well.set("")
+            self._pager_restarts += 1
             await node.pager_lost()
 
     async def _reconcile(self, node: Node) -> None:
         while True:
             await asyncio.sleep(self._settings.agent.reconcile_s)
-            await node.reconcile()
-            await self._site.reconcile()
+            try:
+                await node.reconcile()
+                await self._site.reconcile()
+            except (AgentError, OSError) as error:
+                logger.warning("housekeeping: %s; tried again in %g s", error, self._settings.agent.reconcile_s)
 
     def _check_exposure(self, listener: socket.socket) -> None:
         """Say what it means when TLS is off.
@@ -301,7 +321,10 @@ class Agent:
         while len(self._complaints) >= _COMPLAINTS_MAX:
             del self._complaints[next(iter(self._complaints))]
         self._complaints[about] = now
-        logger.warning("stream of %s is closed: %s", connection.peer if connection else "a peer", text)
+        if connection is None:
+            logger.warning("a stream is refused: %s", text)
+        else:
+            logger.warning("the stream of %s is closed: %s", connection.peer, text)
 
     async def _hang_up(self, accepting: asyncio.Task[None]) -> None:
         accepting.cancel()
@@ -389,7 +412,11 @@ async def serve(settings: Settings, tools: Tools) -> None:
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
+    vitals = Vitals("agent", settings.agent.node_name)
+    # Until it listens it is not ready, whatever else works.
+    vitals.depends_on("node", Kept("it is being opened"), essential=True)
     try:
-        await Agent(settings, tools).run(stop)
+        async with health.serving(vitals, settings):
+            await Agent(settings, tools, vitals).run(stop)
     except (SandboxError, PagerError, CriuError) as error:
         raise AgentError(f"the agent cannot run: {error}") from error

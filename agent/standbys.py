@@ -7,6 +7,7 @@ priority, while no start is in progress; they cost their resident pages and kern
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import functools
 import time
 from collections.abc import Callable
@@ -14,6 +15,7 @@ from collections.abc import Callable
 from agent.api.function import Function
 from agent.api.messages import Prepare
 from agent.api.records import PhaseClock
+from agent.background import Background
 from agent.catalog import Catalog
 from agent.errors import Refused
 from agent.instance import Instance, Workshop
@@ -43,24 +45,23 @@ class Standbys:
         self._workshop = workshop
         self._catalog = catalog
         self._pager = pager
-        self._quiet = quiet
-        self._one = asyncio.Lock()
+        self.queue = Background("standbys", 1, workshop.settings.background_waiting_max, quiet)
         self._held: dict[str, list[Instance]] = {}
 
     async def make(self, command: Prepare, instance_id: str) -> tuple[Instance, dict[str, float]]:
         """Make one; returns it, and the seconds of each step.
 
         Raises:
-            Refused: there is no checkpoint to make it from. AgentError: the restore failed; nothing of it is left.
+            Refused: there is no checkpoint to make it from, or too many wait. AgentError: the restore failed; nothing of it is left.
         """
         function, clock = command.function, PhaseClock()
         resolution = await self._catalog.resolve(function)
         image, reason = self._catalog.usable(function, resolution)
         if image is None:
             raise Refused(reason or "there is no checkpoint of this function yet", function=function.name)
-        async with self._one:
+        async with contextlib.AsyncExitStack() as held:
             with clock.phase("wait"):
-                await self._quiet.wait()
+                await held.enter_async_context(self.queue.place(command.deadline_ns))
             self._lease.check()
             what = Restoration(
                 image, function, resolution.layers, instance_id, command.deadline_ns, functools.partial(self._catalog.open, image),

@@ -12,6 +12,7 @@ import contextlib
 import functools
 import logging
 import time
+from collections import Counter
 from collections.abc import AsyncIterator, Callable, Coroutine
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,9 +21,9 @@ from agent.admission import Admission
 from agent.api.function import Function
 from agent.api.messages import Start
 from agent.api.records import PhaseClock, StartRecord
-from agent.catalog import Catalog
+from agent.catalog import Catalog, Resolution
 from agent.cold import start_cold
-from agent.errors import AgentError, CriuError, ImageInvalid, InstanceGone, NotReady, PagerError
+from agent.errors import AgentError, CriuError, ImageInvalid, InstanceGone, NotReady, Overloaded, PagerError
 from agent.fetch import Fetched
 from agent.instance import Instance, Workshop
 from agent.lease import Scalers
@@ -31,10 +32,15 @@ from agent.restore import Restoration, RestoreEvidence, evidence_of, resume, sta
 from agent.sandbox.rootfs import RootLayers
 from agent.standbys import Standbys
 from agent.store.cache import CachedImage
+from infra.vitals import Distribution
 
 logger = logging.getLogger(__name__)
 #: Share of the time until the deadline that a restore may use; the rest is for the cold start after it.
 _RESTORE_SHARE = 0.4
+#: A cold start that has taken longer than this waits for its function more than for a processor, s.
+_COLD_PLACE_S = 10.0
+#: Restores that may have a sandbox for each that may use a processor.
+_SANDBOXES_A_PLACE = 4
 #: Failures that speak against the image, not against the host.
 _IMAGE_FAULTS = (CriuError, ImageInvalid, NotReady, InstanceGone)
 
@@ -76,8 +82,17 @@ class Starter:
         self._quiet.set()
         self._active = 0
         # Apart, so that restores of 10 ms do not queue behind cold starts of seconds. A thaw takes no place: it is over too soon.
-        self._restores = Admission(workshop.settings.starts_in_flight)
-        self._colds = Admission(workshop.settings.starts_in_flight)
+        places, waiting = workshop.settings.starts_in_flight, workshop.settings.starts_waiting_max
+        self.restores, self.colds = Admission(places, waiting), Admission(places, waiting, _COLD_PLACE_S)
+        # Before those for restores: how many have a sandbox made. Making one is mostly waiting for the kernel, but a burst must not have
+        # hundreds made, and all others wait for that.
+        self.sandboxes = Admission(_SANDBOXES_A_PLACE * places, waiting)
+        #: Starts that ended, by mode and outcome.
+        self.ended: Counter[tuple[str, str]] = Counter()
+        #: How long those took that are ready, s, by mode.
+        self.durations: Distribution | None = None
+        #: Pages that instances waited for until their first response.
+        self.pages_faulted = 0
 
     async def start(
         self,
@@ -131,8 +146,19 @@ class Starter:
         command, clock = attempt.command, attempt.clock
         function = command.function
         # Before admission: a function whose files are being copied must not keep others from their restores.
-        resolution = await self._catalog.resolve(function, clock=clock, fetched=attempt.fetched)
+        resolution = await self._catalog.resolve(function, clock=clock, fetched=attempt.fetched, timeout_s=attempt.restore_left_s)
         image, attempt.reason = self._catalog.usable(function, resolution)
+        with image.held() if image is not None else contextlib.nullcontext():
+            instance = await self._warm(attempt, image, resolution)
+        if instance is not None:
+            return instance
+        async with self._turn(self.colds, function):
+            clock.add("agent.queue", attempt.waiting_since_ns, time.time_ns())
+            return await start_cold(self._workshop, function, resolution.layers, instance_id(function), command.deadline_ns, clock)
+
+    async def _warm(self, attempt: _Attempt, image: CachedImage | None, resolution: Resolution) -> Instance | None:
+        """A standby or a restore; None when there is no image, or nothing of it works."""
+        function, clock = attempt.command.function, attempt.clock
         if image is not None:
             while (standby := self._standbys.take(function, image)) is not None:
                 clock.add("agent.queue", attempt.waiting_since_ns, time.time_ns())
@@ -141,12 +167,8 @@ class Starter:
         self._workshop.pool.check_room(function, function.spec.limits.memory_mb)  # a standby has its place already
         if image is not None:
             clock.add("agent.queue", attempt.waiting_since_ns, time.time_ns())
-            restored = await self._tried(attempt, image, self._restored(attempt, image, resolution.layers))
-            if restored is not None:
-                return restored
-        async with self._turn(self._colds, function):
-            clock.add("agent.queue", attempt.waiting_since_ns, time.time_ns())
-            return await start_cold(self._workshop, function, resolution.layers, instance_id(function), command.deadline_ns, clock)
+            return await self._tried(attempt, image, self._restored(attempt, image, resolution.layers))
+        return None
 
     async def _tried(
         self, attempt: _Attempt, image: CachedImage, start: Coroutine[Any, Any, tuple[Instance, PhaseClock]]
@@ -155,6 +177,8 @@ class Starter:
         started_ns = time.time_ns()
         try:
             instance, clock = await start
+        except Overloaded:
+            raise  # a cold start would be one load more
         except (AgentError, OSError) as error:
             if isinstance(error, _IMAGE_FAULTS):
                 image.failures += 1
@@ -181,7 +205,11 @@ class Starter:
         what = Restoration(
             image, function, layers, instance_id(function), attempt.restore_deadline_ns, functools.partial(self._catalog.open, image)
         )
-        instance = await start_restored(self._workshop, self._pager(), what, clock, place=self._turn(self._restores, function))
+        async with contextlib.AsyncExitStack() as waiting:
+            with clock.phase("admission.sandbox"):
+                await waiting.enter_async_context(self.sandboxes.place(function.name))
+            place = _given_up(waiting, self._turn(self.restores, function))
+            instance = await start_restored(self._workshop, self._pager(), what, clock, place=place)
         return instance, clock
 
     @contextlib.asynccontextmanager
@@ -199,6 +227,11 @@ class Starter:
         mode = instance.start_mode if instance else "cold"
         if mode == "restore" and fetched.gets > 1:
             mode = "remote"  # the head came from S3 within this start, even if every page came along with it
+        self.ended[mode, error.reason if error else "ready"] += 1
+        self.pages_faulted += evidence.pages_faulted
+        ended_ns = instance.started_ns if instance else time.time_ns()
+        if self.durations is not None and instance is not None:
+            self.durations.record((ended_ns - attempt.received_ns) / 1e9, {"mode": mode})
         return StartRecord(
             command_id=command.id,
             function=command.function.name,
@@ -210,7 +243,7 @@ class Starter:
             fallback_reason=attempt.reason,
             traceparent=command.traceparent,
             started_ns=attempt.received_ns,
-            ended_ns=instance.started_ns if instance else time.time_ns(),
+            ended_ns=ended_ns,
             phases=sorted(attempt.clock.phases, key=lambda phase: phase.start_ns),
             bytes_by_tier=tiers,
             s3_gets=fetched.gets + evidence.s3_gets,
@@ -218,6 +251,16 @@ class Starter:
             pages_faulted=evidence.pages_faulted,
             criu=evidence.criu,
         )
+
+
+@contextlib.asynccontextmanager
+async def _given_up(earlier: contextlib.AsyncExitStack, place: contextlib.AbstractAsyncContextManager[None]) -> AsyncIterator[None]:
+    """A place, after which an earlier one is given up too: who waits until an instance is ready needs neither."""
+    try:
+        async with place:
+            yield
+    finally:
+        await earlier.aclose()
 
 
 @dataclass
@@ -242,8 +285,12 @@ class _Attempt:
     @property
     def restore_deadline_ns(self) -> int:
         """When to give up a restore; the rest of the time is for the cold start after it."""
-        now_ns = time.time_ns()
-        return now_ns + int((self.command.deadline_ns - now_ns) * _RESTORE_SHARE)
+        return time.time_ns() + int(self.restore_left_s * 1e9)
+
+    @property
+    def restore_left_s(self) -> float:
+        """How long a restore, or what it needs from S3, may take from now on."""
+        return max(0.0, (self.command.deadline_ns - time.time_ns()) / 1e9 * _RESTORE_SHARE)
 
 
 def instance_id(function: Function) -> str:

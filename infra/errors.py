@@ -20,6 +20,7 @@ InfraError
 ├── TlsError
 └── StoreError
     ├── StoreUnavailable
+    ├── StoreRefused
     ├── ObjectMissing
     └── ObjectConflict
 """
@@ -128,6 +129,10 @@ class StoreError(InfraError):
 
 class StoreUnavailable(StoreError):
     """The store does not answer, or answers with an error that may pass."""
+
+
+class StoreRefused(StoreError):
+    """The store does not take us for who we are: credentials that are wrong or have expired, a clock that is too far off."""
 
 
 class ObjectMissing(StoreError):

@@ -28,6 +28,8 @@ logger = logging.getLogger(__name__)
 #: Longest wait for a client to say goodbye, s.
 _CLOSE_S = 3.0
 _MECHANISMS = ("PLAIN", "SCRAM-SHA-256", "SCRAM-SHA-512")
+#: Longest wait for the answer to :func:`trouble`, s.
+_PING_S = 3.0
 
 
 @dataclass(frozen=True)
@@ -216,6 +218,16 @@ def ensure_alive(client: Any, settings: KafkaSettings) -> None:
         check_alive(client)
     except KafkaError as error:
         raise unavailable(settings, error) from error
+
+
+async def trouble(client: AIOKafkaProducer, settings: KafkaSettings) -> str:
+    """Ask the broker for something small; what is wrong with it, or nothing."""
+    try:
+        async with asyncio.timeout(min(_PING_S, settings.request_timeout_ms / 1000)):
+            await client.client.fetch_all_metadata()
+    except (KafkaError, OSError) as error:
+        return str(unavailable(settings, error))
+    return ""
 
 
 async def close(client: Any) -> None:

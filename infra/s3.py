@@ -1,12 +1,16 @@
 """The object store: one small synchronous client over boto3, with errors that name bucket and key.
 
 In: S3 settings. Out: bytes, or an exception of :mod:`infra.errors`. Thread-safe; callers on an event loop use worker threads. Whole objects
-come by :mod:`infra.s3get`, and by boto3 when that cannot have them. Next: :mod:`agent.store`, :mod:`infra.local.objectstore`.
+come by :mod:`infra.s3get`, and by boto3 when that cannot have them, repeated and bounded by :mod:`infra.guard`.
+Next: :mod:`agent.store`, :mod:`infra.local.objectstore`.
 """
 
 from __future__ import annotations
 
-from typing import Any
+import contextlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import boto3
 import botocore.session
@@ -14,19 +18,36 @@ from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError, CredentialRetrievalError, NoCredentialsError, PartialCredentialsError
 from botocore.httpsession import get_cert_path
 
-from infra.errors import ObjectConflict, ObjectMissing, SettingsError, StoreError, StoreUnavailable
+from infra.errors import ObjectConflict, ObjectMissing, SettingsError, StoreError, StoreRefused, StoreUnavailable
+from infra.guard import Guard, Limits
 from infra.s3get import SignedGet
 from infra.settings import S3Settings
 
 _MISSING = {"404", "NoSuchKey", "NoSuchBucket", "NotFound"}
 _CONFLICT = {"412", "PreconditionFailed", "409", "ConditionalRequestConflict"}
-_DENIED = {"403", "AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMatch", "401", "InvalidToken"}
+_DENIED = {"403", "AccessDenied", "401"}
+#: These are about who asks, so that every request will be refused; so will be those with credentials that have expired.
+_STRANGER = {"InvalidAccessKeyId", "SignatureDoesNotMatch", "InvalidToken", "RequestExpired"}
+_CLOCK = "RequestTimeTooSkewed"
 _EXPIRED = {"ExpiredToken", "ExpiredTokenException", "TokenRefreshRequired"}
 #: What botocore raises where it looks for credentials, or renews them; a provider that gives expired ones is a RuntimeError.
 _CREDENTIALS = (NoCredentialsError, PartialCredentialsError, CredentialRetrievalError, RuntimeError)
-_FAILURES = (BotoCoreError, ClientError, OSError, RuntimeError)
+#: What boto3 raises. ValueError: a header that is none, of an answer that was corrupted on its way.
+_FAILURES = (BotoCoreError, ClientError, OSError, RuntimeError, ValueError)
 #: Open connections of a process in which starts wait for GETs: pointer, then head and working set, of two starts at once.
 WARM_CONNECTIONS = 4
+#: No such object is ever made: a store that says so works.
+_PROBE_KEY = "health/probe"
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class StoredObject:
+    """An object as a listing tells it: its key, bytes, and when it was written, s since 1970."""
+
+    key: str
+    size: int
+    written_at: float
 
 
 class ObjectStore:
@@ -66,6 +87,7 @@ class ObjectStore:
         self._client: Any = session.client(
             "s3", endpoint_url=settings.endpoint_url or None, region_name=settings.region, config=config, verify=trusted
         )
+        self._client.meta.events.register_last("before-call.s3", _expect_nothing)
         credentials = session.get_credentials()
         self._get: SignedGet | None = None
         if credentials is not None:  # else boto3 says what is missing
@@ -81,14 +103,26 @@ class ObjectStore:
                 read_timeout_s=settings.read_timeout_s,
             )
 
-    def get(self, key: str, *, size_max: int) -> bytes:
+        self.guard = Guard(
+            f"the object store at {self._endpoint}", settings.attempts, settings.read_timeout_s, self._probe if warm and self._get else None
+        )
+
+    def get(self, key: str, *, size_max: int, timeout_s: float | None = None) -> bytes:
         """One whole object.
 
+        Args:
+            key: its name.
+            size_max: largest size that is read.
+            timeout_s: longest wait, repetitions included.
+
         Raises:
-            ObjectMissing, StoreUnavailable, StoreError: also when the object is larger than ``size_max`` bytes.
+            ObjectMissing, StoreUnavailable, StoreRefused, StoreError: also when the object is larger than ``size_max`` bytes.
         """
+        return self.guard.run(lambda limits: self._get_once(key, size_max, limits), timeout_s)
+
+    def _get_once(self, key: str, size_max: int, limits: Limits) -> bytes:
         try:
-            data = self._get.get(key, size_max) if self._get else None
+            data = self._get.get(key, size_max, limits) if self._get else None
             if data is not None:
                 return data
             answer = self._client.get_object(Bucket=self.bucket, Key=key)
@@ -102,13 +136,18 @@ class ObjectStore:
             raise StoreUnavailable(f"the object was cut short: {len(data)} of {size} bytes", bucket=self.bucket, key=key)
         return data
 
+    def _probe(self, limits: Limits) -> None:
+        with contextlib.suppress(ObjectMissing):
+            self._get_once(_PROBE_KEY, 1 << 20, limits)
+
     def get_with_tag(self, key: str, *, size_max: int) -> tuple[bytes, str]:
         """A small object and its ETag, for a conditional :meth:`put` later."""
-        try:
+
+        def request() -> tuple[bytes, str]:
             answer = self._client.get_object(Bucket=self.bucket, Key=key)
             return answer["Body"].read(size_max), str(answer["ETag"])
-        except _FAILURES as error:
-            raise self._explain(error, key) from error
+
+        return self._watched(request, key)
 
     def put(self, key: str, body: bytes, *, only_if_absent: bool = False, only_if_tag: str = "") -> None:
         """Write one object.
@@ -124,42 +163,80 @@ class ObjectStore:
             condition["IfNoneMatch"] = "*"
         if only_if_tag:
             condition["IfMatch"] = only_if_tag
-        try:
-            self._client.put_object(Bucket=self.bucket, Key=key, Body=body, **condition)
-        except _FAILURES as error:
-            raise self._explain(error, key) from error
+        self._watched(lambda: self._client.put_object(Bucket=self.bucket, Key=key, Body=body, **condition), key)
 
     def exists(self, key: str) -> bool:
         """Whether there is such an object."""
         try:
-            self._client.head_object(Bucket=self.bucket, Key=key)
-        except _FAILURES as error:
-            explained = self._explain(error, key)
-            if isinstance(explained, ObjectMissing):
-                return False
-            raise explained from error
+            self._watched(lambda: self._client.head_object(Bucket=self.bucket, Key=key), key)
+        except ObjectMissing:
+            return False
         return True
 
     def delete(self, key: str) -> None:
         """Remove one object; no error when it is not there."""
-        try:
-            self._client.delete_object(Bucket=self.bucket, Key=key)
-        except _FAILURES as error:
-            raise self._explain(error, key) from error
+        self._watched(lambda: self._client.delete_object(Bucket=self.bucket, Key=key), key)
 
     def list(self, prefix: str) -> list[str]:
         """Keys that begin with ``prefix``."""
-        try:
+
+        def request() -> list[str]:
             pages = self._client.get_paginator("list_objects_v2").paginate(Bucket=self.bucket, Prefix=prefix)
             return [item["Key"] for page in pages for item in page.get("Contents", [])]
-        except _FAILURES as error:
-            raise self._explain(error, prefix) from error
+
+        return self._watched(request, prefix)
+
+    def objects(self, prefix: str) -> Sequence[StoredObject]:
+        """What begins with ``prefix``, with sizes and times."""
+
+        def request() -> list[StoredObject]:
+            pages = self._client.get_paginator("list_objects_v2").paginate(Bucket=self.bucket, Prefix=prefix)
+            return [
+                StoredObject(item["Key"], int(item["Size"]), item["LastModified"].timestamp())
+                for page in pages
+                for item in page.get("Contents", [])
+            ]
+
+        return self._watched(request, prefix)
+
+    def folders(self, prefix: str) -> Sequence[str]:
+        """What comes after ``prefix`` in keys, up to the next slash."""
+
+        def request() -> list[str]:
+            pages = self._client.get_paginator("list_objects_v2").paginate(Bucket=self.bucket, Prefix=prefix, Delimiter="/")
+            return [item["Prefix"][len(prefix) : -1] for page in pages for item in page.get("CommonPrefixes", [])]
+
+        return self._watched(request, prefix)
+
+    def written_at(self, key: str) -> float | None:
+        """When an object was last written, s since 1970; None when there is none."""
+
+        def request() -> float:
+            modified: float = self._client.head_object(Bucket=self.bucket, Key=key)["LastModified"].timestamp()
+            return modified
+
+        try:
+            return self._watched(request, key)
+        except ObjectMissing:
+            return None
 
     def close(self) -> None:
         """Close connections."""
+        self.guard.close()
         if self._get:
             self._get.close()
         self._client.close()
+
+    def _watched(self, request: Callable[[], T], key: str) -> T:
+        """Anything but a GET: boto3 repeats it by itself, and it is made even if the store seems to be dead."""
+
+        def explained() -> T:
+            try:
+                return request()
+            except _FAILURES as error:
+                raise self._explain(error, key) from error
+
+        return self.guard.watched(explained)
 
     def _explain(self, error: Exception, key: str) -> StoreError:
         if isinstance(error, ClientError):
@@ -173,10 +250,14 @@ class ObjectStore:
                     f"the credentials for the object store at {self._endpoint} have expired ({code}); set new ones (s3.access_key, "
                     "s3.secret_key, s3.session_token), or leave s3.access_key empty and let the environment or the instance renew them"
                 )
-                return StoreError(text, bucket=self.bucket, key=key)
-            if code in _DENIED:
+                return StoreRefused(text, bucket=self.bucket, key=key)
+            if code == _CLOCK:
+                text = f"the object store at {self._endpoint} refuses the time of this machine ({code}): one of the clocks is wrong"
+                return StoreRefused(text, bucket=self.bucket, key=key)
+            if code in _DENIED | _STRANGER:
                 text = f"the object store at {self._endpoint} refuses the credentials ({code}); check settings s3.access_key"
-                return StoreError(text, bucket=self.bucket, key=key)
+                kind = StoreRefused if code in _STRANGER else StoreError
+                return kind(text, bucket=self.bucket, key=key)
             return StoreUnavailable(f"the object store at {self._endpoint} answered {code}: {error}", bucket=self.bucket, key=key)
         if isinstance(error, _CREDENTIALS):
             text = (
@@ -200,3 +281,12 @@ def _server_side_encryption(settings: S3Settings) -> dict[str, str]:
         raise SettingsError("setting s3.sse_kms_key_id needs s3.sse=aws:kms")
     said = {"ServerSideEncryption": settings.sse, "SSEKMSKeyId": settings.sse_kms_key_id}
     return {name: value for name, value in said.items() if value}
+
+
+def _expect_nothing(params: dict[str, Any], **_: Any) -> None:
+    """Send a body without asking whether it is wanted.
+
+    Of an answer to that question which breaks off botocore reads the rest for ever (``_consume_headers`` in its ``awsrequest``): the thread
+    never ends, and takes a processor. And the question costs a round trip.
+    """
+    params["headers"].pop("Expect", None)

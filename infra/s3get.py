@@ -1,7 +1,8 @@
 """GETs that a start waits for: signed by botocore, sent over warm connections of ``http.client``.
 
-In: bucket, credentials, keys. Out: whole objects, or None for :mod:`infra.s3` to ask again through boto3, which knows redirects, retries
-and what each error means. boto3's own request path costs 1.4 ms of CPU each, this one 0.3. Proxies of the environment are not used.
+In: bucket, credentials, keys. Out: whole objects, or StoreUnavailable when another attempt may help, or None for :mod:`infra.s3` to ask
+again through boto3, which knows redirects and what each refusal means. boto3's own request path costs 1.4 ms of CPU each, this one 0.3.
+Proxies of the environment are not used.
 
 Sources: AWS Signature Version 4, in ``botocore.auth``; RFC 9112 section 9.3 for connections that a server closes while nobody looks.
 """
@@ -9,7 +10,10 @@ Sources: AWS Signature Version 4, in ``botocore.auth``; RFC 9112 section 9.3 for
 from __future__ import annotations
 
 import http.client
+import io
 import logging
+import re
+import socket
 import ssl
 import threading
 import time
@@ -20,7 +24,8 @@ from urllib.parse import quote, urlsplit
 from botocore.auth import S3SigV4Auth
 from botocore.awsrequest import AWSRequest
 
-from infra.errors import ObjectMissing, StoreError
+from infra.errors import ObjectMissing, StoreError, StoreUnavailable
+from infra.guard import Limits
 
 logger = logging.getLogger(__name__)
 #: A connection that was not used for so long is replaced by a new one: most servers close it soon, s.
@@ -29,6 +34,11 @@ IDLE_S = 15.0
 _LOOK_S = 2.0
 #: What a broken connection raises; also what an answer that is no HTTP does.
 _BROKEN = (OSError, http.client.HTTPException)
+#: Statuses that another attempt may change.
+_LATER = {408, 425, 429}
+#: Of an error's body so much is read, for its code.
+_ERROR_BYTES_MAX = 4096
+_CODE = re.compile(rb"<Code>([A-Za-z0-9.]{1,100})</Code>")
 
 
 class SignedGet:
@@ -76,61 +86,77 @@ class SignedGet:
         if warm:
             threading.Thread(target=self._keep_warm, name="store-connections", daemon=True).start()
 
-    def get(self, key: str, size_max: int) -> bytes | None:
+    def get(self, key: str, size_max: int, limits: Limits | None = None) -> bytes | None:
         """One whole object; None when it could not be had this way.
 
         Raises:
-            ObjectMissing: the store says so. StoreError: it is larger than ``size_max``.
+            ObjectMissing: the store says so. StoreUnavailable: it does not answer, not in time, not to the end, or says: later.
+            StoreError: the object is larger than ``size_max``.
         """
+        limits = limits or Limits(float("inf"), self._read_timeout_s)
         connection = self._take()
         if connection is not None:
             try:
-                return self._ask(connection, key, size_max)
+                return self._ask(connection, key, size_max, limits)
+            except TimeoutError as error:
+                raise self._unavailable(key, error) from error
             except _BROKEN:
                 self._drop_idle()  # the server was restarted: the others are as dead
         try:
-            return self._ask(self._connect(), key, size_max)
+            return self._ask(self._connect(limits), key, size_max, limits)
         except _BROKEN as error:
-            logger.info("GET of s3://%s/%s is repeated: %s", self._bucket, key, error or type(error).__name__)
-            return None
+            raise self._unavailable(key, error) from error
 
     def close(self) -> None:
         """Close what waits."""
         self._closed.set()
         self._drop_idle()
 
-    def _ask(self, connection: http.client.HTTPConnection, key: str, size_max: int) -> bytes | None:
+    def _ask(self, connection: http.client.HTTPConnection, key: str, size_max: int, limits: Limits) -> bytes | None:
         """Send one request. The connection waits for the next one only after an answer that was read to its end."""
         path = self._path + quote(key, safe="/~")
         body = None
+        will_close = True
         try:
+            sock = connection.sock  # with an answer after which the server closes, it is the answer's alone
+            sock.settimeout(limits.idle_left_s())
             connection.request("GET", path, headers=self._signed(path))
             answer = connection.getresponse()
-            size = answer.length
+            size, will_close = answer.length, answer.will_close
             if answer.status == 404:
                 raise ObjectMissing("there is no such object", bucket=self._bucket, key=key)
+            if answer.status >= 500 or answer.status in _LATER:
+                code = _CODE.search(answer.read(_ERROR_BYTES_MAX))
+                text = f"the object store at {self._base} answered {code[1].decode() if code else answer.reason} ({answer.status})"
+                raise StoreUnavailable(text, bucket=self._bucket, key=key)
             if answer.status == 200 and size is not None:
                 if size > size_max:
                     raise StoreError(f"the object has {size} bytes, {size_max} at most were expected", bucket=self._bucket, key=key)
-                body = answer.read()  # shorter than announced: IncompleteRead
+                body = _read(sock, answer, size, limits)
         finally:
-            if body is None or answer.will_close or self._closed.is_set() or len(self._idle) >= self._most:
+            if body is None or will_close or self._closed.is_set() or len(self._idle) >= self._most:
                 connection.close()
             else:
                 self._idle.append((connection, time.monotonic()))
         return body
+
+    def _unavailable(self, key: str, error: Exception) -> StoreUnavailable:
+        why = str(error) or type(error).__name__
+        text = f"the object store at {self._base} does not answer: {why}; check settings s3.endpoint_url and that it runs"
+        return StoreUnavailable(text, bucket=self._bucket, key=key)
 
     def _signed(self, path: str) -> dict[str, str]:
         request = AWSRequest("GET", self._base + path)
         S3SigV4Auth(self._credentials.get_frozen_credentials(), "s3", self._region).add_auth(request)
         return dict(request.headers.items())
 
-    def _connect(self) -> http.client.HTTPConnection:
+    def _connect(self, limits: Limits | None = None) -> http.client.HTTPConnection:
         """A new connection, TLS included."""
+        timeout_s = min(self._connect_timeout_s, limits.idle_left_s() if limits else self._connect_timeout_s)
         if self._tls is None:
-            connection = http.client.HTTPConnection(self._host, self._port, timeout=self._connect_timeout_s)
+            connection = http.client.HTTPConnection(self._host, self._port, timeout=timeout_s)
         else:
-            connection = http.client.HTTPSConnection(self._host, self._port, timeout=self._connect_timeout_s, context=self._tls)
+            connection = http.client.HTTPSConnection(self._host, self._port, timeout=timeout_s, context=self._tls)
         connection.connect()
         connection.sock.settimeout(self._read_timeout_s)
         return connection
@@ -187,3 +213,22 @@ class SignedGet:
                 self._idle.appendleft((self._connect(), time.monotonic()))
         except _BROKEN as error:
             logger.debug("no warm connection to %s: %s", self._base, error)
+
+
+def _read(sock: socket.socket, answer: http.client.HTTPResponse, size: int, limits: Limits) -> bytes:
+    """The body, piece by piece as it comes: a timeout of the socket's alone would let a server that sends a byte a second go on for ever.
+
+    Raises:
+        TimeoutError: the time is over. IncompleteRead: it is shorter than announced.
+    """
+    buffer = io.BytesIO(bytes(size))  # filled in place: what getvalue returns in the end is not copied
+    with buffer.getbuffer() as view:
+        filled = 0
+        while filled < size:
+            sock.settimeout(limits.idle_left_s())
+            count = answer.fp.readinto1(view[filled:])
+            if not count:
+                raise http.client.IncompleteRead(bytes(view[:0]), size - filled)
+            filled += count
+    answer.close()
+    return buffer.getvalue()

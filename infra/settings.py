@@ -100,6 +100,8 @@ class StackSettings:
     listen_host: str = "127.0.0.1"
     kafka_port: int = 0
     s3_port: int = 0
+    #: Port that the broker tells its clients to use, where something that passes connections on is in front of it. 0: its own.
+    kafka_advertised_port: int = 0
     #: Longest wait for one part to become healthy, s.
     start_timeout_s: float = 60.0
     #: For tests of infra/terraform: folder laid out as a filesystem mirror of Terraform's that has hashicorp/aws. Empty: looked for in
@@ -179,6 +181,10 @@ class AgentSettings:
     pool_size: int = 8
     #: Starts in progress at once; the rest waits in order. About twice the cores (measured, FACTS: fan-out).
     starts_in_flight: int = field(default_factory=lambda: 2 * (os.cpu_count() or 1))
+    #: Starts that wait for their turn, restores and cold starts each; beyond that the function with most of them is refused one.
+    starts_waiting_max: int = 1000
+    #: Standbys and fetches that wait, each; beyond that the ones that would be of use for the shortest time are refused.
+    background_waiting_max: int = 256
     #: Parallel GETs and PUTs to the store.
     store_parallel: int = 16
     #: Trial restores that record the working set of a new checkpoint; what any of them touched belongs to it.
@@ -237,16 +243,22 @@ class ScalerSettings:
     #: A node whose stream is down this long counts as lost and its instances are started elsewhere, s. Short, because a start too
     #: many costs 10 ms and is released again, while a missing instance costs requests.
     node_grace_s: float = 1.0
+    #: A scaler that finds no broker when it begins tries again for this long, s, then it ends; 0: it ends at once.
+    broker_patience_s: float = 0.0
     #: A scaler that takes over reads demand at most this old, s: longer ttls of sources do not outlive a change of scaler.
     replay_max_s: float = 3600.0
 
 
 @dataclass(frozen=True)
 class TelemetrySettings:
-    """Logs, traces."""
+    """Logs, traces, metrics, health."""
 
-    #: OTLP/HTTP endpoint, e.g. http://collector:4318. Empty: JSON lines in state_dir/traces only.
+    #: OTLP/HTTP endpoint for traces and metrics, e.g. http://collector:4318. Empty: traces go to JSON lines in state_dir/traces only.
     otlp_endpoint: str = ""
+    #: Where agent and scaler answer /healthz, /readyz, /status and /metrics. Port 0: a free one, published in state_dir/health for ``thaw
+    #: status``; -1: nowhere.
+    health_host: str = "127.0.0.1"
+    health_port: int = 0
     log_level: str = "INFO"
 
 

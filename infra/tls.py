@@ -27,6 +27,7 @@ from infra.settings import Settings
 
 logger = logging.getLogger(__name__)
 SCHEME = "thaw"
+ROLES = ("agent", "scaler", "watcher")
 #: As the name of an agent: of any node.
 ANY = "*"
 #: A certificate that ends so soon is warned of.

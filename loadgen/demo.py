@@ -8,11 +8,11 @@ counts what the host holds; the difference is ``leaked``.
 from __future__ import annotations
 
 import asyncio
+import functools
 import json
 import math
-import subprocess
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,12 +32,8 @@ from loadgen.traces import read, replay
 
 #: Function, then number, p50 and p99 in ms of requests that waited for a restored start, and the same for cold ones.
 Row = tuple[str, int, float, float, int, float, float]
-#: Longest wait for all checkpoints after a cold start of each, s, and how often that is tried.
-_CHECKPOINTS_S, _CHECKPOINT_ATTEMPTS = 60.0, 3
 #: Descriptors that agent and pager may hold more after the load than before: connections to the store, images.
 _SPARE_DESCRIPTORS = 32
-#: Longest wait until every instance of the run before is released, s.
-_IDLE_S = 60.0
 
 
 @dataclass(frozen=True)
@@ -102,7 +98,7 @@ class Demo:
         path = report.write(self._options.out, product, baseline, machine=facts, method=self._method(arrivals))
         time.sleep(0.5)  # the kernel takes namespaces down a moment after their last process
         leaked = [*self._leaked, *leaks.difference(before, leaks.census(marks=self._marks), only=self._marks)]
-        leaked += [f"file {path}" for path in self._scratch_files()]
+        leaked += [f"file {path}" for path in self._installation.scratch_files()]
         for line in leaked:
             self._say(f"leaked: {line}")
         return summary(product, baseline, leaked, path), by_function(product, baseline)
@@ -115,8 +111,8 @@ class Demo:
         tracer = telemetry.configure("loadgen", settings)
         try:
             functions = self._apply(documents, "auto")
-            await self._checkpoint_all(settings, functions, tracer)
-            await self._until_idle()
+            await self._installation.until_checkpointed(list(functions), functools.partial(self._ask_once, settings, functions, tracer))
+            await self._installation.until_idle()
             before = await asyncio.to_thread(self._descriptors, settings)
             product = await self._run(settings, functions, arrivals, tracer, "restored", "with checkpoints")
             functions = self._apply(documents, "off")
@@ -126,24 +122,6 @@ class Demo:
         finally:
             tracer.close()
         return product, baseline
-
-    async def _checkpoint_all(self, settings: Settings, functions: Mapping[str, Function], tracer: telemetry.Tracer) -> None:
-        """Start each function cold once, and wait for its checkpoint; again for those whose checkpoint a crash came in between."""
-        missing = list(functions)
-
-        def checkpointed(state: dict[str, Any]) -> bool:
-            missing[:] = [name for name in functions if not state.get(name, {}).get("checkpoint")]
-            return not missing
-
-        for attempt in range(1, _CHECKPOINT_ATTEMPTS + 1):
-            self._say(f"one cold start of each of {', '.join(missing)}; a checkpoint of each follows by itself")
-            await self._load(settings, functions, [Arrival(0.0, name, 1, "") for name in missing], tracer, "first")
-            try:
-                await self._until(checkpointed, _CHECKPOINTS_S, "each has a checkpoint")
-                return
-            except LoadImpossible:
-                if attempt == _CHECKPOINT_ATTEMPTS:
-                    raise
 
     def _apply(self, documents: Sequence[Path], checkpoint: str) -> dict[str, Function]:
         """Apply the samples with the demo's policy."""
@@ -162,7 +140,7 @@ class Demo:
         began_ns = time.time_ns()
         async with memory.sampled(settings.agent.node_name) as samples:
             result = await self._load(settings, functions, arrivals, tracer, name)
-        await self._until_idle()
+        await self._installation.until_idle()
         found = await starts.read_starts(settings.kafka, began_ns, time.time_ns())
         self._say(f"  {result.answered} of {result.requests} answered, {result.wrong} wrong, {_modes(found)}")
         return report.RunData(name, title, result, found, samples, sorted((self._state / "traces").glob("*.jsonl")))
@@ -175,38 +153,16 @@ class Demo:
         targets = {key: target_of(function) for key, function in functions.items()}
         return await driver.run(settings, arrivals, targets, tracer, out=out)
 
-    async def _until_idle(self) -> None:
-        def idle(state: dict[str, Any]) -> bool:
-            return all(item.get("instances") == [] and item.get("starting") == item.get("level") == 0 for item in state.values())
-
-        await self._until(idle, _IDLE_S, "all instances are released")
-        await asyncio.sleep(1.0)  # the pool of sandboxes fills up again
+    async def _ask_once(
+        self, settings: Settings, functions: Mapping[str, Function], tracer: telemetry.Tracer, names: Sequence[str]
+    ) -> None:
+        await self._load(settings, functions, [Arrival(0.0, name, 1, "") for name in names], tracer, "first")
 
     def _descriptors(self, settings: Settings) -> leaks.Census:
         """Open descriptors of the agent and its pager, while nothing runs."""
         agent = int(json.loads(settings.agent_file.read_text())["pid"])
         children = [int(pid) for task in Path(f"/proc/{agent}/task").iterdir() for pid in (task / "children").read_text().split()]
         return leaks.Census(descriptors=leaks.descriptors([agent, *children]))
-
-    def _scratch_files(self) -> list[Path]:
-        """Files that an instance or a checkpoint should have taken along."""
-        agent = self._state / "agent"
-        return [*(agent / "work").glob("*"), *(agent / "mount").glob("*"), *agent.rglob(".building-*")]
-
-    async def _until(self, reached: Callable[[dict[str, Any]], bool], timeout_s: float, what: str) -> None:
-        """Poll ``thaw get functions`` until its answer fulfils a condition."""
-        give_up = time.monotonic() + timeout_s
-        self._say(f"$ thaw get functions   (until {what})")
-        while True:
-            arguments = [*self._thaw, "get", "functions", "-o", "json"]
-            process = await asyncio.create_subprocess_exec(*arguments, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
-            text, _ = await process.communicate()
-            state = {item["metadata"]["name"]: item.get("status", {}) for item in json.loads(text or b"[]")}
-            if state and reached(state):
-                return
-            if time.monotonic() > give_up:
-                raise LoadImpossible(f"waited {timeout_s:.0f} s in vain until {what}: {state}; see {self._installation.keep_logs()}")
-            await asyncio.sleep(0.3)
 
     # Results
 

@@ -7,14 +7,17 @@ In: settings with a state folder of its own and the ``thaw`` command line. Out: 
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
+import json
 import os
 import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -25,6 +28,10 @@ from loadgen.errors import LoadImpossible
 
 Say = Callable[[str], None]
 _AGENT_S, _STOP_S = 60.0, 60.0
+#: Longest wait for all checkpoints after a cold start of each, s, and how often that is tried.
+_CHECKPOINTS_S, _CHECKPOINT_ATTEMPTS = 60.0, 3
+#: Longest wait until every instance is released, s.
+_IDLE_S = 60.0
 
 
 class Installation:
@@ -43,7 +50,8 @@ class Installation:
         self.state = settings.paths.state_dir
         self.marks = (str(self.state), f"thaw-{settings.agent.node_name}", settings.agent.bridge[:6])
         self._log = self.state / "logs" / "installation.log"
-        self._environment = {**os.environ, "THAW_RUN": str(self.state)}
+        #: Of every command.
+        self.environment = {**os.environ, "THAW_RUN": str(self.state)}
         self._log.parent.mkdir(parents=True, exist_ok=True)
 
     @contextlib.contextmanager
@@ -56,21 +64,21 @@ class Installation:
             self.command("stack", "down", "--purge", check=False)
 
     @contextlib.contextmanager
-    def background(self, name: str) -> Iterator[None]:
+    def background(self, *arguments: str) -> Iterator[None]:
         """``thaw run`` or ``thaw agent`` until the end of the block; begins when the agent listens.
 
         Raises:
             LoadImpossible: it does not come up.
         """
-        self._say(f"$ thaw {name}   (logs in {self._log.parent})")
+        self._say(f"$ thaw {' '.join(arguments)}   (logs in {self._log.parent})")
         with self._log.open("ab") as log:
             process = subprocess.Popen(
-                [*self._thaw, name],
+                [*self._thaw, *arguments],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
                 start_new_session=True,
-                env=self._environment,
+                env=self.environment,
             )
         try:
             give_up = time.monotonic() + _AGENT_S
@@ -102,7 +110,7 @@ class Installation:
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
                 text=True,
-                env=self._environment,
+                env=self.environment,
             ) as process,
         ):
             assert process.stdout is not None
@@ -139,6 +147,73 @@ class Installation:
             paths += ["-f", str(path)]
         self.command("apply", *paths)
         return functions
+
+    async def until(self, reached: Callable[[dict[str, Any]], bool], timeout_s: float, what: str) -> None:
+        """Poll ``thaw get functions`` until its answer, the status of each function by name, fulfils a condition.
+
+        Raises:
+            LoadImpossible: it does not within ``timeout_s``.
+        """
+        give_up = time.monotonic() + timeout_s
+        self._say(f"$ thaw get functions   (until {what})")
+        while True:
+            process = await asyncio.create_subprocess_exec(
+                *[*self._thaw, "get", "functions", "-o", "json"],
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                env=self.environment,
+            )
+            text, _ = await process.communicate()
+            state = {item["metadata"]["name"]: item.get("status", {}) for item in json.loads(text or b"[]")}
+            if state and reached(state):
+                return
+            if time.monotonic() > give_up:
+                raise LoadImpossible(f"waited {timeout_s:.0f} s in vain until {what}: {state}; see {self.keep_logs()}")
+            await asyncio.sleep(0.3)
+
+    async def until_idle(self, timeout_s: float = _IDLE_S) -> None:
+        """Wait until every instance is released and the pool of sandboxes is full again.
+
+        Raises:
+            LoadImpossible: there are some after ``timeout_s``.
+        """
+
+        def idle(state: dict[str, Any]) -> bool:
+            return all(item.get("instances") == [] and item.get("starting") == item.get("level") == 0 for item in state.values())
+
+        await self.until(idle, timeout_s, "all instances are released")
+        await asyncio.sleep(1.0)
+
+    async def until_checkpointed(self, names: Sequence[str], ask_once: Callable[[Sequence[str]], Awaitable[None]]) -> None:
+        """Start functions cold once, and wait for their checkpoints; again for those whose checkpoint a crash came in between.
+
+        Args:
+            names: of the functions.
+            ask_once: sends one request to each function that it is given.
+
+        Raises:
+            LoadImpossible: one has no checkpoint in the end.
+        """
+        missing = list(names)
+
+        def checkpointed(state: dict[str, Any]) -> bool:
+            missing[:] = [name for name in names if not state.get(name, {}).get("checkpoint")]
+            return not missing
+
+        for attempt in range(1, _CHECKPOINT_ATTEMPTS + 1):
+            self._say(f"one cold start of each of {', '.join(missing)}; a checkpoint of each follows by itself")
+            await ask_once(tuple(missing))
+            try:
+                await self.until(checkpointed, _CHECKPOINTS_S, "each has a checkpoint")
+                return
+            except LoadImpossible:
+                if attempt == _CHECKPOINT_ATTEMPTS:
+                    raise
+
+    def scratch_files(self) -> list[Path]:
+        """Files that an instance or a checkpoint should have taken along."""
+        agent = self.state / "agent"
+        return [*(agent / "work").glob("*"), *(agent / "mount").glob("*"), *agent.rglob(".building-*")]
 
     def keep_logs(self) -> Path:
         """Copy the logs to where they outlive the state folder."""

@@ -131,15 +131,18 @@ class AgentWatcher:
         return connection
 
     async def _follow(self, name: str, find: Callable[[], _Address], connection: Connection | None) -> None:
-        pause = RECONNECT_S[0]
+        pause, trouble = RECONNECT_S[0], ""
         while True:
             try:
                 connection = connection or await self._connect(name, find, 5.0)
-                pause = RECONNECT_S[0]
+                pause, trouble = RECONNECT_S[0], ""
                 await self._listen(name, connection)
                 logger.warning("agent %s closed its stream; trying again", name)
             except (OSError, ProtocolError, LoadImpossible) as error:
-                logger.warning("no stream to agent %s: %s", name, error or type(error).__name__)
+                text = str(error) or type(error).__name__
+                if text != trouble:  # said once, not with every attempt
+                    logger.warning("no stream to agent %s: %s", name, text)
+                    trouble = text
             finally:
                 self._pool.lost(name)
                 if connection is not None:

@@ -131,6 +131,9 @@ class Functions:
         """What is stored of those that sleep; their names and the entries of dictionaries come to it."""
         return sum(map(len, self._asleep.values()))
 
+    def __len__(self) -> int:
+        return len(self._awake) + len(self._asleep)
+
     def __iter__(self) -> Iterator[str]:
         yield from self._awake
         yield from self._asleep

@@ -18,6 +18,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from scaler import checkpoints, forecasts, instances, placeholders, reports, standbys
+from scaler.census import Census, NodeCensus
 from scaler.commands import Need, NodeCommand
 from scaler.errors import ForecastInvalid
 from scaler.events import (
@@ -161,6 +162,23 @@ class Planner:
     def functions(self) -> list[str]:
         """Names of all functions that it remembers."""
         return list(self._world.functions)
+
+    def census(self) -> Census:
+        """How much there is."""
+        world = self._world
+        return Census(
+            functions=len(world.functions),
+            asleep=world.functions.asleep,
+            commands=len(world.pending),
+            shards={number: (shard.epoch, shard.ready) for number, shard in world.owned.items()},
+            nodes={
+                name: NodeCensus(
+                    node.up, len(node.instances), len(node.standbys), len(node.starts), node.memory_mb, max(0, node.memory_free_mb)
+                )
+                for name, node in world.nodes.items()
+            },
+            counters=dict(world.counters),
+        )
 
     def _demand_seen(self, event: DemandSeen, now_ns: int) -> None:
         world, demand = self._world, event.event

@@ -15,6 +15,7 @@ import contextlib
 import gc
 import logging
 import os
+import random
 import secrets
 import signal
 import socket
@@ -25,17 +26,21 @@ from aiokafka import AIOKafkaProducer
 from aiokafka.errors import KafkaError
 
 from agent.api.messages import InstanceExited, StartDone, StartFailed
-from infra import kafka
-from infra.errors import SettingsError
+from infra import health, kafka
+from infra.breaker import backoff_s
+from infra.errors import KafkaUnavailable, SettingsError
+from infra.guard import Condition
 from infra.settings import ScalerSettings, Settings
 from infra.tasks import TaskGroup
 from infra.telemetry import Tracer
+from infra.vitals import Kept, Vitals
 from scaler.demand import DEMAND_TOPIC
 from scaler.edges.agents import DISCOVER, Agents
 from scaler.edges.functions import FunctionsFeed
 from scaler.edges.kafka import DemandFeed, DemandRecord
 from scaler.edges.learned import LearnedFeed
 from scaler.edges.membership import Membership
+from scaler.edges.observed import observe
 from scaler.edges.publisher import Publisher
 from scaler.edges.starts import StartBook
 from scaler.edges.statefeed import StateFeed
@@ -74,6 +79,8 @@ TOPIC, KUBERNETES = "topic", "kubernetes"
 _STALL_S = 1.0
 #: Then nothing is released for so long, s: long enough to read the demand that has come meanwhile, or to hear that the shards are lost.
 _CATCH_UP_S = 2.0
+#: Pauses between attempts to begin without a broker: first and longest, s.
+_PAUSES_S = (0.5, 5.0)
 
 
 def planner_config(settings: ScalerSettings) -> PlannerConfig:
@@ -94,11 +101,36 @@ def tame_collector() -> None:
     gc.set_threshold(20_000, 20, 50)
 
 
+class Patience:
+    """How long to wait for a broker, with pauses that grow and differ between scalers.
+
+    Args:
+        longest_s: from the first failure on; 0: not at all.
+    """
+
+    def __init__(self, longest_s: float) -> None:
+        self._longest_s = longest_s
+        self._failures = 0
+        self._last = self._first = 0.0
+
+    def pause_s(self) -> float | None:
+        """How long to wait before the next attempt; None: it is over. Failures long after the last one count anew."""
+        now = time.monotonic()
+        if not self._failures or now > self._last + 10 * _PAUSES_S[1]:
+            self._failures, self._first = 0, now
+        self._failures, self._last = self._failures + 1, now
+        if now - self._first >= self._longest_s:
+            return None
+        return backoff_s(self._failures, *_PAUSES_S, random.random())
+
+
 class Service:
     """One scaler replica."""
 
-    def __init__(self, settings: Settings, tracer: Tracer) -> None:
+    def __init__(self, settings: Settings, tracer: Tracer, vitals: Vitals | None = None) -> None:
         self._settings = settings
+        self._vitals = vitals or Vitals("scaler", "")
+        self._broker = Kept("not connected yet")
         self._tracer = tracer
         self._replayed: dict[int, None] = {}
         self._nodes_known = False
@@ -143,6 +175,8 @@ class Service:
             if KUBERNETES in (settings.scaler.functions, settings.scaler.agents):
                 await self._join_cluster(stack, tasks, identity)
             demand = DemandFeed(settings, self, publisher, shard_of, partitions)
+            observe(self._vitals, self._planner, publisher, self._starts, demand, self._agents, self._broker)
+            self._vitals.depends_on("functions", self._functions_known, essential=True)
             sending = tasks.spawn(publisher.run(), "publisher", essential=True)
             tasks.spawn(self._starts.run(), "start records", essential=True)
             tasks.spawn(self._functions.run(), "functions", essential=True)
@@ -182,6 +216,10 @@ class Service:
             tasks.spawn(follow_agents(server, settings, table.take, SELECTOR), "watch of agents", essential=True)
         if settings.scaler.functions == KUBERNETES:
             self._functions = self._operator = Operator(settings, server, self._planner, self._known, tasks, identity)
+
+    def _functions_known(self) -> Condition:
+        known = self._functions.loaded.is_set()
+        return Condition(known, self._vitals.since_s, "" if known else "the table of functions has not been read yet")
 
     # What the edges tell
 
@@ -321,6 +359,7 @@ class Service:
         while True:
             await asyncio.sleep(_HOUSEKEEPING_S)
             kafka.ensure_alive(producer, self._settings.kafka)
+            self._broker.set(await kafka.trouble(producer, self._settings.kafka))
 
 
 async def serve(settings: Settings, tracer: Tracer) -> None:
@@ -333,4 +372,22 @@ async def serve(settings: Settings, tracer: Tracer) -> None:
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
-    await Service(settings, tracer).run(stop)
+    vitals = Vitals("scaler", f"scaler-{socket.gethostname()}-{os.getpid()}")
+    broker = Kept("not connected yet")
+    vitals.depends_on("broker", broker, essential=True)
+    patience = Patience(settings.scaler.broker_patience_s)
+    async with health.serving(vitals, settings):
+        while not stop.is_set():
+            try:
+                await Service(settings, tracer, vitals).run(stop)
+            except KafkaUnavailable as error:
+                # A process that ends is started again ever later: kubelets wait for up to 5 minutes.
+                pause_s = patience.pause_s()
+                if pause_s is None:
+                    raise
+                broker.set(str(error))
+                vitals.depends_on("broker", broker, essential=True)
+                logger.warning("%s; trying again in %.1f s", error, pause_s)
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(pause_s):
+                        await stop.wait()

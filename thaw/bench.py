@@ -21,7 +21,7 @@ from rich.table import Table
 from infra import settings as settings_module
 from infra.settings import Settings
 from loadgen.bench import costs as bench_costs
-from loadgen.bench import goals, report
+from loadgen.bench import goals, pod_figures, report
 from loadgen.bench import planner as planner_bench
 from loadgen.bench import pods as pods_bench
 from loadgen.bench import safety as bench_safety
@@ -30,6 +30,7 @@ from loadgen.bench.pods import PodBench, PodOptions
 from loadgen.bench.run import SUBJECT, Bench, BenchOptions
 from loadgen.checks import PROGRAMS
 from thaw import isolated
+from thaw.chaos import chaos
 
 #: What ``thaw bench`` measures when it is told nothing.
 _FANOUT, _DENSITY = (1, 5, 25, 100), 200
@@ -216,6 +217,9 @@ def costs(folder: Path, function: str) -> None:
     click.echo(json.dumps(bench_costs.costs(result, measured, function), indent=1))
 
 
+bench.add_command(chaos)
+
+
 def _tables(result: dict[str, Any], check: bool) -> None:
     console = Console(width=130)
     shown = Table(title="p50 ms from the command at the agent to the first response")
@@ -248,12 +252,12 @@ def _pod_tables(result: dict[str, Any]) -> None:
     shown = Table(title=f"{result['function']} in pods: ms from the demand record to the first response")
     for heading in ("", "n", "p50", "p90", "p99"):
         shown.add_column(heading, justify="right" if heading else "left")
-    for name, found in pods_bench.lines(result):
+    for name, found in pod_figures.lines(result):
         shown.add_row(name, *(f"{found[field]:g}" for field in ("n", "p50_ms", "p90_ms", "p99_ms")))
     console.print(shown)
     for name, value in result["ratios"].items():
         console.print(f"{name}: {value:g}x")
-    _show(pods_bench.judge(result), console)
+    _show(pod_figures.judge(result), console)
 
 
 def _goals(result: dict[str, Any], console: Console) -> None:

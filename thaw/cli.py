@@ -22,6 +22,8 @@ COMMANDS = {
     "agent": "thaw.agent:command",
     "apply": "thaw.functions:apply",
     "bench": "thaw.bench:bench",
+    "certificate": "thaw.certificate:command",
+    "checkpoints": "thaw.checkpoints:checkpoints",
     "cluster": "thaw.cluster:cluster",
     "delete": "thaw.functions:delete",
     "demo": "thaw.demo:command",
@@ -37,6 +39,7 @@ COMMANDS = {
     "simulate": "thaw.simulate:simulate",
     "simulate-faults": "thaw.simulate_faults:command",
     "stack": "thaw.stack:stack",
+    "status": "thaw.status:command",
     "trace": "thaw.trace:trace",
 }
 

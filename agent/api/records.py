@@ -40,7 +40,7 @@ class StartRecord(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         start_mode: what happened, not what was asked.
         outcome: ``ready`` or the reason of the failure.
-        fallback_reason: why a restore was given up for a cold start; empty when none was.
+        fallback_reason: why a restore was given up for a cold start, or was made without asking S3; empty when neither was.
         started_ns, ended_ns: demand event time to first response, wall clock ns.
         phases: in order; gaps between them are the ``unaccounted`` time.
         bytes_by_tier: bytes read for this start until the first response, by ``memory``, ``disk``, ``s3``.

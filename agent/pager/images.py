@@ -66,6 +66,10 @@ class Image:
         self._on_complete: list[Callable[[str], None]] = []
         self.layout = cache(self._make_layout)
 
+    def is_at(self, directory: Path) -> bool:
+        """Whether this is the directory of that name, and not an earlier one of the same name."""
+        return self._pages.are_at(directory / IMAGES)
+
     @property
     def complete(self) -> bool:
         """Whether all pages are on the node."""

@@ -142,6 +142,15 @@ class ImagePages:
         """Whether every page of every file is here."""
         return all(file.complete for file in self.files.values())
 
+    def are_at(self, directory: Path) -> bool:
+        """Whether the files of these names in ``directory`` are the open ones. (Which keep their inodes; a deleted directory does not.)"""
+        try:
+            return all(
+                os.path.samestat(os.fstat(file.fd), (directory / f"pages-{pages_id}.img").stat()) for pages_id, file in self.files.items()
+            )
+        except FileNotFoundError:
+            return False
+
     def missing(self) -> list[tuple[int, int]]:
         """(pages id, chunk index) of chunks that are not wholly here."""
         return [(pages_id, index) for pages_id, file in self.files.items() for index in file.missing_chunks(self.chunk_bytes)]

@@ -262,6 +262,9 @@ class Worker:
 
     def _order_open(self, order: dict[str, Any], _: list[int]) -> dict[str, Any]:
         name, directory, complete = order["image"], order["directory"], order["complete"]
+        if name in self._images and not self._images[name].is_at(Path(directory)):
+            # It was deleted and fetched again, and whoever did that could not say so. What is here of the old one says nothing of the new.
+            self._order_close(order, [])
         if name not in self._images:
             self._images[name] = Image(name, Path(directory), self._downloads, complete=complete)
             self._note(Kind.IMAGE, [name, directory, complete])

@@ -71,8 +71,15 @@ class SandboxFactory:
         """
         self._serial += 1
         folder = self._folders / f"{self._prefix}-{self._serial}"
+        spawning = asyncio.get_running_loop().run_in_executor(None, self._spawn, folder)
         try:
-            cgroup, pid = await asyncio.to_thread(self._spawn, folder)
+            cgroup, pid = await asyncio.shield(spawning)
+        except asyncio.CancelledError:
+            # The thread can't be stopped: what it makes would be nobody's.
+            await asyncio.wait([spawning])
+            if spawning.exception() is None:
+                await self._undo(folder, *spawning.result())
+            raise
         except (OSError, ValueError, subprocess.SubprocessError) as error:
             raise SandboxError(f"cannot make a sandbox: {error}", stage="sandbox") from error
         sandbox = LocalSandbox(folder, pid, _connect(folder), cgroup, self._network, self._user)
@@ -122,6 +129,12 @@ class SandboxFactory:
         if record is not None and record.init.alive():
             with contextlib.suppress(ProcessLookupError):
                 os.kill(record.init.pid, signal.SIGKILL)
+        await asyncio.to_thread(cgroup.remove)
+        await asyncio.to_thread(shutil.rmtree, folder, True)
+
+    async def _undo(self, folder: Path, cgroup: Cgroup, pid: int) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
         await asyncio.to_thread(cgroup.remove)
         await asyncio.to_thread(shutil.rmtree, folder, True)
 

@@ -14,6 +14,7 @@ pager. What is here is plain, for root's eyes only: an instance's memory is as p
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 import shutil
@@ -61,6 +62,15 @@ class CachedImage:
     def layer(self) -> Path:
         """The layer's file."""
         return self.directory / LAYER
+
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        """Keep it from being evicted for the length of a block."""
+        self.users += 1
+        try:
+            yield
+        finally:
+            self.users -= 1
 
     def mark_complete(self) -> None:
         """Note, for a later agent too, that every page is here."""

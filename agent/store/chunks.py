@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import time
 
 import cramjam
 import zstandard
@@ -25,6 +26,9 @@ _LEVEL = 1
 #: The working set is LZ4 blocks of so many bytes inside: a start waits for it, and LZ4 unpacks 2.5 times as fast as zstd for 1.4 times
 #: the bytes.
 _BLOCK_BYTES = 1 << 20
+#: A chunk that was written so long ago is written again with the next checkpoint that has it, s. Less than any grace period of
+#: :mod:`agent.store.garbage`, by more than a checkpoint takes and clocks differ.
+FRESH_S = 3600.0
 #: LZ4 packs no tighter: 255 bytes a byte.
 _RATIO_MAX = 256
 
@@ -115,10 +119,13 @@ class ChunkStore:
         return frozenset(chunk_key(self._function, key.removeprefix(prefix)) for key in self._store.list(prefix))
 
     def upload(self, digest: bytes, data: bytes, suspects: frozenset[str] = frozenset()) -> int:
-        """Store a chunk unless it is there and nobody found it corrupt; returns the bytes sent."""
+        """Store a chunk unless it is there, young, and nobody found it corrupt; returns the bytes sent.
+
+        One that is older may be about to be deleted, because no checkpoint had it: written again, it is young.
+        """
         key = self.key(digest)
         suspected = key in suspects
-        if not suspected and self._store.exists(key):
+        if not suspected and (written_at := self._store.written_at(key)) is not None and time.time() - written_at < FRESH_S:
             return 0
         sealed = self._sealer.seal(key, compress(data), self._key_id)
         self._store.put(key, sealed)

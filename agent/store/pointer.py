@@ -33,8 +33,17 @@ from infra.s3 import ObjectStore
 logger = logging.getLogger(__name__)
 BYTES_MAX = 4096
 _CHECKPOINT = re.compile(r"[0-9a-f]{32}")
+#: So many of the checkpoints before are remembered.
+_REPLACED_MAX = 50
 #: What a signature is for: no other message of Thaw is signed as if it were a pointer.
 _PURPOSE = b"thaw checkpoint pointer 3\n"
+
+
+class Replaced(msgspec.Struct, frozen=True, array_like=True):
+    """A checkpoint that was the current one, and until when, ns since 1970."""
+
+    checkpoint: str
+    until_ns: int
 
 
 class Pointer(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -45,6 +54,7 @@ class Pointer(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
         checkpoint: name of the current one.
         function_digest, files_digest: what it is a checkpoint of.
         generation: greater than that of every pointer before.
+        replaced: the checkpoints before, the newest last: for a while they are still in use (:mod:`agent.store.garbage`).
     """
 
     function: str
@@ -52,6 +62,7 @@ class Pointer(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
     function_digest: str
     files_digest: str
     generation: int
+    replaced: list[Replaced] = []
 
 
 class _Signed(msgspec.Struct, frozen=True, array_like=True):
@@ -151,13 +162,16 @@ def publish(store: ObjectStore, sealer: Sealer, generations: Generations, manife
     """
     key = pointer_key(manifest.function)
     newest, _ = generations.newest(manifest.function)
+    replaced: list[Replaced] = []
     try:
         before, tag = store.get_with_tag(key, size_max=BYTES_MAX)
     except ObjectMissing:
         tag = ""
     else:
         try:
-            newest = max(newest, read(sealer, manifest.function, before).generation)
+            old = read(sealer, manifest.function, before)
+            newest = max(newest, old.generation)
+            replaced = [*old.replaced, Replaced(old.checkpoint, time.time_ns())][-_REPLACED_MAX:]
         except KeyUnknown:
             raise
         except ImageInvalid as error:
@@ -168,6 +182,7 @@ def publish(store: ObjectStore, sealer: Sealer, generations: Generations, manife
         function_digest=manifest.function_digest,
         files_digest=manifest.files_digest,
         generation=max(newest + 1, time.time_ns()),
+        replaced=[item for item in replaced if item.checkpoint != checkpoint],
     )
     try:
         store.put(key, seal(sealer, pointer, manifest.key), only_if_absent=not tag, only_if_tag=tag)

@@ -9,9 +9,11 @@ protect nothing. Rules: RFC 5280 for the extensions, CA/Browser Forum for the le
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import os
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 from cryptography import x509
@@ -93,6 +95,30 @@ def ensure(folder: Path, identity: str) -> tuple[Path, Path, Path]:
     """
     name = re.sub(r"[^A-Za-z0-9.-]+", "-", identity.removeprefix("thaw://"))
     paths = folder / "ca.crt", folder / f"{name}.crt", folder / f"{name}.key"
+    with _opened(folder) as authority:
+        if not _belongs(paths[1], authority) or not paths[2].exists():
+            certificate, key = authority.issue(identity)
+            _write(paths[2], key)
+            _write(paths[1], certificate)
+    return paths
+
+
+def export(folder: Path, out: Path, *identities: str) -> None:
+    """Make a certificate for another machine: ``ca.crt``, ``tls.crt`` and ``tls.key`` in ``out``, as cert-manager names them.
+
+    Raises:
+        TlsError: a folder cannot be written, or holds something else.
+    """
+    with _opened(folder) as authority:
+        certificate, key = authority.issue(*identities)
+        out.mkdir(mode=0o700, parents=True, exist_ok=True)
+        for name, content in (("ca.crt", authority.pem), ("tls.key", key), ("tls.crt", certificate)):
+            _write(out / name, content)
+
+
+@contextlib.contextmanager
+def _opened(folder: Path) -> Iterator[Authority]:
+    """The authority of a folder, made if it is not there, for one process at a time."""
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         with install.exclusive(folder / ".lock", _quietly, timeout_s=30):
@@ -101,15 +127,11 @@ def ensure(folder: Path, identity: str) -> tuple[Path, Path, Path]:
                 authority = Authority.make()
                 _write(folder / "ca.key", _pem(authority.key))
                 _write(folder / "ca.crt", authority.pem)
-            if not _belongs(paths[1], authority) or not paths[2].exists():
-                certificate, key = authority.issue(identity)
-                _write(paths[2], key)
-                _write(paths[1], certificate)
+            yield authority
     except (OSError, ValueError, TypeError, InstallError) as error:
         raise TlsError(
             f"cannot make certificates in {folder}: {error}. Remove that folder, or set tls.ca, tls.certificate and tls.key"
         ) from error
-    return paths
 
 
 def _quietly(_: str) -> None:

@@ -78,7 +78,14 @@ def installed(settings: Settings) -> bool:
 
 
 def start(
-    settings: Settings, *, data: Path, port: int, controller_port: int, record: Path, host: str = ports.LOOPBACK
+    settings: Settings,
+    *,
+    data: Path,
+    port: int,
+    controller_port: int,
+    record: Path,
+    host: str = ports.LOOPBACK,
+    advertised_port: int = 0,
 ) -> processes.Identity:
     """Start the broker; it is not ready yet when this returns.
 
@@ -89,11 +96,13 @@ def start(
         controller_port: loopback port of the controller in the same process.
         record: where the identity of the process goes.
         host: address that the broker listens on.
+        advertised_port: port that clients are told to use; 0: ``port``.
 
     Raises:
         StackError: the data folder can't be formatted or the process can't be started.
     """
-    return _launch(folder(settings), data, host, port, controller_port, record, archive_options(folder(settings)))
+    home = folder(settings)
+    return _launch(home, data, host, (port, advertised_port or port, controller_port), record, archive_options(home))
 
 
 def archive_options(home: Path) -> list[str]:
@@ -123,10 +132,12 @@ def _maven_environment(folder: Path, log: Path) -> dict[str, str]:
     return {"MAVEN_OPTS": f"{ours} {os.environ.get('MAVEN_OPTS', '')}".strip()}
 
 
-def _launch(home: Path, data: Path, host: str, port: int, controller_port: int, record: Path, options: Sequence[str]) -> processes.Identity:
+def _launch(home: Path, data: Path, host: str, numbers: tuple[int, int, int], record: Path, options: Sequence[str]) -> processes.Identity:
+    """Start it; ``numbers`` are its port, the one that clients are told, and the controller's."""
     data.mkdir(parents=True, exist_ok=True)
     text = _PROPERTIES.read_text()
-    for name, value in (("HOST", host), ("PORT", port), ("CONTROLLER_PORT", controller_port), ("DATA", data / "data")):
+    named = zip(("PORT", "ADVERTISED_PORT", "CONTROLLER_PORT"), numbers, strict=True)
+    for name, value in (("HOST", host), *named, ("DATA", data / "data")):
         text = text.replace(f"@{name}@", str(value))
     properties = data / "kafka.properties"
     properties.write_text(text)
@@ -168,7 +179,7 @@ def _make_archive(home: Path, archive: Path) -> None:
     try:
         port, controller_port = ports.free(2)
         options = [f"-XX:ArchiveClassesAtExit={new}", "-Xlog:disable"]
-        identity = _launch(home, scratch, ports.LOOPBACK, port, controller_port, scratch / "pid", options)
+        identity = _launch(home, scratch, ports.LOOPBACK, (port, port, controller_port), scratch / "pid", options)
         deadline = time.monotonic() + 60
         while time.monotonic() < deadline and identity.alive():
             # The broker opens its port when it has loaded what a start needs.

@@ -216,6 +216,7 @@ class Broker(Part):
             host=self.host,
             port=self.port("kafka"),
             controller_port=self.port("controller"),
+            advertised_port=self.settings.stack.kafka_advertised_port,
             record=self.record,
         )
 

@@ -3,7 +3,7 @@
 In: :class:`PodOptions`. Out: the JSON object of ``thaw bench pods``; it and every start record in the out folder. A cluster is made for
 it, with scaler, agent, broker and store as they ship; the function's pods are of the restricted Pod Security Standard. One request at a
 time; each waits until the cluster is at rest. What a start *was* is told by its record. Next: :mod:`.routes` sees the way through the
-Service, :mod:`.plain_pod` makes ordinary pods.
+Service, :mod:`.plain_pod` makes ordinary pods, :mod:`.pod_figures` counts.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import asyncio
 import dataclasses
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from typing import Any
 import msgspec
 
 from agent.api.function import from_builtins
+from agent.api.messages import Inventory
 from infra import telemetry
 from infra.kubernetes import client
 from infra.kubernetes.client import ApiServer
@@ -29,12 +30,11 @@ from infra.tasks import TaskGroup
 from infra.telemetry import Tracer, trace_id
 from loadgen import driver, functions_setup, machine, routed
 from loadgen.arrivals import Arrival
-from loadgen.bench import host, link, plain_pod
+from loadgen.bench import host, link, plain_pod, pod_figures
 from loadgen.bench.book import Book
-from loadgen.bench.figures import Measured, counted, distribution, others, ratio, summary
-from loadgen.bench.goals import Goal, least, limit
+from loadgen.bench.pod_figures import DIRECT, SERVICE, Requests
 from loadgen.bench.report import STARTS_FILE
-from loadgen.bench.routes import HOPS, Routes, hops_ms
+from loadgen.bench.routes import Routes
 from loadgen.checks import target_of
 from loadgen.errors import LoadImpossible
 from loadgen.installation import Say
@@ -43,14 +43,11 @@ from loadgen.kubernetes.documents import Sample
 from loadgen.kubernetes.site import Deployed, Site
 from loadgen.levels import Producer
 from loadgen.producer import open_producer
-from loadgen.result import RequestRecord
 from loadgen.starts import read_starts
 
 RESULT_FILE = "pods.json"
 SUBJECT = "index"
 _SPACE = "bench"
-#: Which starts are asked how: at the pod's address as the agent's stream tells it, or through the Service's.
-_DIRECT, _SERVICE = "direct", "service"
 #: The modes are measured in so many blocks each, alternating, so that drift hits all alike.
 _BLOCKS = 3
 #: A released instance is gone soon: the cluster is to be at rest again for the next start.
@@ -60,14 +57,6 @@ _STATE_S, _CHECKPOINT_S, _CONNECT_S, _POLL_S = 90.0, 180.0, 10.0, 0.05
 _QUIET_S = 2.0
 #: Of the shipped manifests.
 AGENT_PORT = 7070
-
-_HOP_NAMES = {
-    "condition": "API server has the agent's condition",
-    "ready": "the pod is ready",
-    "slice": "EndpointSlice has it",
-    "rule": "kube-proxy has written its rule",
-    "answer": "the client has its answer",
-}
 
 
 @dataclass(frozen=True)
@@ -113,7 +102,7 @@ class PodBench:
             # A released instance waits for proxies all over a cluster; here there is one, and the next start waits for the end.
             given = {"kubernetes": {"routes_settle_s": str(_SETTLE_S)}}
             with self._site.deployed([sample], given) as on:
-                result = {**asyncio.run(self._measure(on, sample)), "deployed": on.how}
+                result = {"function": sample.name, **asyncio.run(self._measure(on, sample)), "deployed": on.how}
         finally:
             self._site.installation.remove()
         result["wrong"] = self._book.wrong
@@ -127,7 +116,9 @@ class PodBench:
             }
         )
         result["command"] = self._options.command
-        result["goals"] = [{"what": goal.what, "target": goal.target, "figure": goal.figure, "met": goal.met} for goal in judge(result)]
+        result["goals"] = [
+            {"what": goal.what, "target": goal.target, "figure": goal.figure, "met": goal.met} for goal in pod_figures.judge(result)
+        ]
         self._options.out.mkdir(parents=True, exist_ok=True)
         (self._options.out / RESULT_FILE).write_text(json.dumps(result, indent=1) + "\n")
         with (self._options.out / STARTS_FILE).open("wb") as file:
@@ -153,10 +144,12 @@ class PodBench:
             tracer.close()
         await asyncio.sleep(1.0)  # the scaler publishes records in the background
         for record in await read_starts(on.settings.kafka, began_ns, time.time_ns()):
-            part, mode, _ = run.asked.get(trace_id(record.traceparent), ("", "", None))
+            part, mode, _ = run.requests.asked.get(trace_id(record.traceparent), ("", "", None))
             if part:
-                self._book.start(part, mode, record)
-        return figures(run, self._book.measured)
+                # What had to wait for a pod was no start into a ready one, whatever it became then.
+                waited = any(phase.name == "wait" for phase in record.phases) and record.outcome == "ready"
+                self._book.start(part, mode, msgspec.structs.replace(record, outcome="waited for a pod") if waited else record)
+        return pod_figures.figures(self._book.measured, run.requests)
 
 
 class _Run:
@@ -167,9 +160,7 @@ class _Run:
     ) -> None:
         self.routes = routes
         self.ways = routed.Ways()
-        self.plain_ms: list[float] = []
-        #: Trace id → part, mode that it was to be, what became of the request.
-        self.asked: dict[str, tuple[str, str, RequestRecord]] = {}
+        self.requests = Requests(routes.seen, self.ways.taken_ns)
         self._on = on
         self._sample = sample
         self._server = server
@@ -185,15 +176,15 @@ class _Run:
     async def all(self, starts: int, others: int) -> None:
         """Bring about every start."""
         await self._apply(standby=0)
-        await self._until(lambda: self.routes.quiet(standbys=0), "a pod waits")
-        await self._one("first", "cold", _DIRECT)
+        await self._until(lambda: self._quiet(0), "a pod waits")
+        await self._one("first", "cold", DIRECT)
         await self._on.until(lambda state: all(item.get("checkpoint") for item in state.values()), _CHECKPOINT_S, "it has a checkpoint")
         for block in range(_BLOCKS):
             count, plain = (((block + 1) * number // _BLOCKS - block * number // _BLOCKS) for number in (starts, others))
             for mode in ("restore", "thaw"):
                 await self._apply(standby=int(mode == "thaw"))
                 for _ in range(count):
-                    for way in (_DIRECT, _SERVICE):
+                    for way in (DIRECT, SERVICE):
                         await self._when_at_rest(mode)
                         await self._one(way, mode, way)
             await self._apply(standby=0)
@@ -204,7 +195,7 @@ class _Run:
         await self._apply(standby=0, checkpoint="off")
         for _ in range(others):
             await self._when_at_rest("cold")
-            await self._one(_DIRECT, "cold", _DIRECT)
+            await self._one(DIRECT, "cold", DIRECT)
 
     async def _apply(self, *, standby: int, checkpoint: str = "auto") -> None:
         policy = {"idleSeconds": _IDLE_S, "checkpoint": checkpoint, "memory": "lazy", "standby": standby}
@@ -212,21 +203,23 @@ class _Run:
 
     async def _when_at_rest(self, mode: str) -> None:
         """Wait until a start would be of this mode, and nothing else goes on in the cluster."""
-        await self._until(lambda: self.routes.quiet(standbys=int(mode == "thaw")), "pods wait and none comes or goes")
+        await self._until(lambda: self._quiet(int(mode == "thaw")), "pods wait and none comes or goes")
         give_up = time.monotonic() + _STATE_S
         while not self._holds(await link.inventory(self._on.settings), mode):
             if time.monotonic() > give_up:
                 raise LoadImpossible(f"waited {_STATE_S:.0f} s in vain until the node is as a start of mode {mode} needs it")
             await asyncio.sleep(_POLL_S)
-        await asyncio.sleep(_REST_S)
 
-    def _holds(self, node: Any, mode: str) -> bool:
+    def _quiet(self, standbys: int) -> bool:
+        return self.routes.quiet(standbys=standbys, now_ns=time.time_ns())
+
+    def _holds(self, node: Inventory, mode: str) -> bool:
         if any(item.function == self._sample.name for item in node.instances):
             return False
         cached = any(item.function == self._sample.name and item.complete for item in node.checkpoints)
         return cached and sum(item.function == self._sample.name for item in node.standbys) == int(mode == "thaw")
 
-    async def _until(self, reached: Any, what: str) -> None:
+    async def _until(self, reached: Callable[[], bool], what: str) -> None:
         give_up = time.monotonic() + _STATE_S
         while not reached():
             if time.monotonic() > give_up:
@@ -237,94 +230,25 @@ class _Run:
         """Ask once, with nothing running; the start that it causes is to be of ``mode``."""
         self._row += 1
         name = self._sample.name
-        target = self._target if way == _DIRECT else dataclasses.replace(self._target, ask=self.ways.get)
-        services = {name: self._service} if way == _SERVICE else None
+        target = self._target if way == DIRECT else dataclasses.replace(self._target, ask=self.ways.get)
+        services = {name: self._service} if way == SERVICE else None
         arrivals = [Arrival(0.0, name, self._row)]
         result = await driver.run(self._on.settings, arrivals, {name: target}, self._tracer, producer=self._producer, services=services)
         self._book.wrong += result.wrong + result.failed
         for problem in result.problems:
             self._book.say(f"{name}: WRONG: {problem}")
         (record,) = result.records
-        self.asked[record.trace_id] = (part, mode, record)
+        self.requests.asked[record.trace_id] = (part, mode, record)
 
     async def _plain(self) -> None:
         self._row += 1
         pod = plain_pod.manifest(self._sample.function(self._on.space, self._on.images[self._sample.name]))
         took_ms, problem = await plain_pod.once(self._server, pod, self._function.spec.port, self._target, self._row)
-        self.plain_ms.append(took_ms)
+        self.requests.plain_ms.append(took_ms)
         if problem:
             self._book.wrong += 1
             self._book.say(f"an ordinary pod: WRONG: {problem}")
         await asyncio.sleep(_REST_S)
-
-
-def figures(run: _Run, measured: Sequence[Measured]) -> dict[str, Any]:
-    """Percentiles by mode and way, and the ratios. Only starts count that were what they were to be."""
-    direct = {mode: summary(counted(_of(measured, _DIRECT), mode)) for mode in ("thaw", "restore", "cold")}
-    service: dict[str, Any] = {}
-    for mode in ("thaw", "restore"):
-        totals: list[float] = []
-        hops: dict[str, list[float]] = {name: [] for name in HOPS}
-        records = counted(_of(measured, _SERVICE), mode)
-        for record in records:
-            _, _, request = run.asked[trace_id(record.traceparent)]
-            seen, taken_ns = run.routes.seen.get(record.instance), run.ways.taken_ns.get(request.trace_id)
-            if not (request.response_ns and seen and taken_ns):
-                continue
-            totals.append((request.response_ns - record.started_ns) / 1e6)
-            for name, value in hops_ms(record.ended_ns, seen, taken_ns, request.response_ns).items():
-                hops[name].append(value)
-        service[mode] = {
-            **distribution(totals),
-            "start_ms": distribution(record.total_ns / 1e6 for record in records),
-            "hops_ms": {name: distribution(values) for name, values in hops.items()},
-        }
-    ordinary = distribution(run.plain_ms)
-    bases = {"cold": direct["cold"]["p50_ms"], "ordinary_pod": ordinary["p50_ms"]}
-    return {
-        "function": SUBJECT,
-        "direct": direct,
-        "service": service,
-        "ordinary_pod": ordinary,
-        "ratios": {
-            f"{base} / {way} {mode}": ratio(value, found[mode]["p50_ms"])
-            for base, value in bases.items()
-            for way, found in ((_DIRECT, direct), (_SERVICE, service))
-            for mode in ("thaw", "restore")
-        },
-        "other": others(measured),
-    }
-
-
-def judge(result: Mapping[str, Any]) -> list[Goal]:
-    """The targets, for two shared cores and the 512 MB function."""
-    direct, service, ratios = result["direct"], result["service"], result["ratios"]
-
-    def p50(found: Mapping[str, Any]) -> float | None:
-        return found["p50_ms"] if found["n"] else None
-
-    return [
-        limit("demand record to first response at the pod's address, standby, p50", p50(direct["thaw"]), 12.0, "ms"),
-        limit("demand record to first response at the pod's address, node's cache, p50", p50(direct["restore"]), 25.0, "ms"),
-        limit("demand record to first response through the Service, standby, p50", p50(service["thaw"]), 60.0, "ms"),
-        limit("demand record to first response through the Service, node's cache, p50", p50(service["restore"]), 60.0, "ms"),
-        *(least(name, value or None, 20.0) for name, value in ratios.items() if f" {_DIRECT} " in name),
-        Goal("wrong or missing answers", "0", result["wrong"], result["wrong"] == 0),
-    ]
-
-
-def lines(result: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:
-    """The distributions of a result, in the order of its table, each with what it is of."""
-    found = [(f"at the pod's address, {mode}", result["direct"][mode]) for mode in ("thaw", "restore")]
-    for mode in ("thaw", "restore"):
-        service = result["service"][mode]
-        found += [(f"through the Service, {mode}", service), ("  to the agent's first response", service["start_ms"])]
-        found += [(f"  {_HOP_NAMES[name]}", values) for name, values in service["hops_ms"].items()]
-    return [*found, ("cold, in such a pod", result["direct"]["cold"]), ("an ordinary pod, from its creation", result["ordinary_pod"])]
-
-
-def _of(measured: Sequence[Measured], part: str) -> list[Measured]:
-    return [item for item in measured if item.part == part]
 
 
 def _name_agent(on: Deployed) -> None:

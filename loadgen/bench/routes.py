@@ -18,6 +18,8 @@ from infra.kubernetes.pods import FUNCTION_LABEL, GATE
 from infra.settings import KubernetesSettings
 from infra.tasks import TaskGroup
 
+#: An agent needs most of a second to find and prepare a pod that runs, and nobody is told when it has.
+STILL_S = 1.5
 #: The hops, in order; each begins where the one before it ends, the first one at the agent's first response.
 HOPS = ("condition", "ready", "slice", "rule", "answer")
 
@@ -49,6 +51,8 @@ class Routes:
     function: str
     pods: dict[str, Object] = field(default_factory=dict)
     seen: dict[str, Seen] = field(default_factory=dict)
+    #: When something of the pods changed last, wall clock ns.
+    changed_ns: int = 0
 
     async def follow(self, server: ApiServer, settings: KubernetesSettings, space: str, tasks: TaskGroup) -> None:
         """Follow both in tasks."""
@@ -69,6 +73,7 @@ class Routes:
 
     def take_pods(self, news: watch.Listed | watch.Changed, now_ns: int) -> None:
         """What the server has told of pods."""
+        self.changed_ns = now_ns
         if isinstance(news, watch.Listed):
             self.pods.clear()
         for value in news.items if isinstance(news, watch.Listed) else [news.value]:
@@ -91,10 +96,11 @@ class Routes:
                     seen = self.seen.setdefault((endpoint.get("targetRef") or {}).get("name", ""), Seen())
                     seen.slice = seen.slice or now_ns
 
-    def quiet(self, *, standbys: int) -> bool:
-        """Whether pods wait, so many of them with a standby, and none is coming or going."""
+    def quiet(self, *, standbys: int, now_ns: int) -> bool:
+        """Whether pods wait, so many of them with a standby, and nothing of them has changed for :data:`STILL_S`."""
         reasons = [condition(pod, GATE).get("reason", "Waiting") for pod in self.pods.values()]
         still = all(_runs(pod) for pod in self.pods.values())
+        still = still and now_ns - self.changed_ns >= STILL_S * 1e9
         return still and reasons.count("Standby") == standbys and reasons.count("Waiting") == len(reasons) - standbys > 0
 
 

@@ -32,8 +32,10 @@ from agent.api.messages import (
 from agent.errors import ProtocolError
 from infra import tls
 from infra.errors import SettingsError
+from infra.guard import Condition
 from infra.settings import Settings
 from infra.tasks import TaskGroup
+from infra.vitals import Kept
 from scaler.errors import AgentUnreachable
 from scaler.events import PlannerReport
 
@@ -126,6 +128,10 @@ class Agents:
             for command_id in [key for key, command in link.unanswered.items() if command.deadline_ns + _FORGET_NS < now_ns]:
                 del link.unanswered[command_id]
 
+    def conditions(self) -> dict[str, Condition]:
+        """Of each stream, by the node's name, or by the agent's as long as it is not known."""
+        return {link.node or link.label: link.condition() for link in self._links.values()}
+
     def _inherit(self, link: _Link, node: str) -> None:
         """The node had an agent before, which has gone for good: what it was asked is asked of its successor."""
         other = self._by_node.get(node)
@@ -180,6 +186,7 @@ class _Link:
         #: The agent's name; empty while it is not known or lost.
         self.node = ""
         self.unanswered: dict[str, AgentCommand] = {}
+        self.condition = Kept("not connected yet")
         self.grace: asyncio.TimerHandle | None = None
         self.task: asyncio.Task[None] | None = None
         #: There is no such agent any more.
@@ -215,13 +222,16 @@ class _Link:
                     self._open(connection, inventory)
                     logger.info("agent %s is connected: node %s", self.label, self.node)
                     pause_s, trouble = _RECONNECT_S[0], ""
+                    self.condition.set("")
                     await self._listen(connection)
+                    self.condition.set("it closed its stream")
                     logger.warning("agent %s closed its stream", self.label)
                 finally:
                     self._close(connection)
                     await connection.close()
             except (OSError, ProtocolError, AgentUnreachable) as error:
                 text = str(error) or type(error).__name__
+                self.condition.set(text)
                 if text != trouble:  # said once, not with every attempt
                     logger.warning("no stream to agent %s: %s; trying again", self.label, text)
                     trouble = text

@@ -118,8 +118,15 @@ class DemandFeed:
         self._shards: dict[int, _Shard] = {}
         self._rebalances = _Rebalances()
         self._default_ttl_ns = int(settings.scaler.source_ttl_s * NS)
-        #: Records that went to the rejected ones.
+        self._consumer: AIOKafkaConsumer | None = None
+        #: Partitions that are not read because too much waits to be sent.
+        self._paused: set[TopicPartition] = set()
+        #: Demand that was not read yet when the broker removed it: shard → where reading was.
+        self._skipped: dict[int, int] = {}
+        #: Records that were handed on, those that went to the rejected ones, and those that were removed before they were read.
+        self.absorbed = 0
         self.rejected = 0
+        self.missed = 0
 
     async def run(self) -> None:
         """Consume until cancelled; then commit and leave the group.
@@ -130,11 +137,28 @@ class DemandFeed:
         settings = self._settings.kafka
         consumer = kafka.consumer(settings, "thaw-scaler", group=self._settings.scaler.group)
         consumer.subscribe([DEMAND_TOPIC], listener=self._rebalances)
+        self._consumer = consumer
         async with kafka.started(consumer, settings):
             try:
                 await self._consume(consumer)
             finally:
                 await self._last_commit(consumer)
+
+    @property
+    def paused(self) -> bool:
+        """Whether demand is left with the broker until what waits here is sent."""
+        return bool(self._paused)
+
+    def lag(self) -> dict[str, int]:
+        """Records that are there and were not read yet, by shard; as far as the last answers of the broker say."""
+        found: dict[str, int] = {}
+        if self._consumer is not None:
+            assigned = self._consumer.assignment()
+            for number, shard in self._shards.items():
+                partition = TopicPartition(DEMAND_TOPIC, number)
+                end = self._consumer.highwater(partition) if partition in assigned else None
+                found[str(number)] = max(0, end - shard.replay.next_offset) if end is not None else 0
+        return found
 
     async def _consume(self, consumer: AIOKafkaConsumer) -> None:
         next_commit = time.monotonic() + _COMMIT_S
@@ -147,7 +171,9 @@ class DemandFeed:
                     continue  # positions have moved
                 for partition, records in batches.items():
                     self._absorb(partition.partition, records)
-                await self._publisher.room()
+                self._press_back(consumer)
+                if self._skipped:
+                    await self._tell_missed(consumer)
                 if not all(shard.replayed for shard in self._shards.values()):
                     await self._check_replays(consumer)
                 if time.monotonic() >= next_commit:
@@ -168,6 +194,8 @@ class DemandFeed:
         if shard is None:
             return  # not taken over yet: its position is set then, and this is read again
         now_ns = time.time_ns()
+        if records and records[0].offset > shard.replay.next_offset:
+            self._skipped.setdefault(number, shard.replay.next_offset)
         for record in records:
             if record.offset < shard.replay.next_offset:
                 continue
@@ -184,6 +212,7 @@ class DemandFeed:
             seen_ns = stamped_ns if append_time or not shard.replayed else now_ns
             traceparent = next((value for key, value in record.headers if key == TRACEPARENT_HEADER), b"")
             ttl_ns = int(event.ttl * NS) or self._default_ttl_ns
+            self.absorbed += 1
             self._sink.demand(
                 DemandRecord(
                     event=event,
@@ -194,6 +223,37 @@ class DemandFeed:
                 )
             )
             shard.replay.absorbed(event.function, event.source, event.epoch, event.seq, event.in_flight, record.offset, seen_ns + ttl_ns)
+
+    def _press_back(self, consumer: AIOKafkaConsumer) -> None:
+        """Leave demand with the broker while the queue of rejected records is full; rebalances go on being noticed."""
+        if self._publisher.full:
+            more = consumer.assignment() - self._paused
+            if more:
+                if not self._paused:
+                    logger.warning("%d records wait for the broker: no more demand is read until they are sent", len(self._publisher))
+                consumer.pause(*more)
+                self._paused |= more
+        elif self._paused:
+            consumer.resume(*(self._paused & consumer.assignment()))
+            self._paused.clear()
+            logger.warning("demand is read again")
+
+    async def _tell_missed(self, consumer: AIOKafkaConsumer) -> None:
+        """Offsets were passed over: say so when that was because the broker has removed records, by retention or by hand."""
+        skipped = {TopicPartition(DEMAND_TOPIC, number): offset for number, offset in self._skipped.items() if number in self._shards}
+        self._skipped.clear()
+        first = await consumer.beginning_offsets(list(skipped)) if skipped else {}
+        for partition, offset in skipped.items():
+            if (missed := first[partition] - offset) > 0:
+                self._tell(partition.partition, missed)
+
+    def _tell(self, shard: int, missed: int) -> None:
+        self.missed += missed
+        logger.warning(
+            "shard %d: the broker has removed %d records of demand before they were read. Sources repeat their level; if this comes again, "
+            "scalers are away for too long, or too slow, or retention.ms of %s is too short",
+            shard, missed, DEMAND_TOPIC,
+        )  # fmt: skip
 
     def _reject(self, shard: _Shard, record: ConsumerRecord, reason: str) -> None:
         offset = record.offset
@@ -232,6 +292,7 @@ class DemandFeed:
             raise ShardingChanged(f"{DEMAND_TOPIC} now has {found} partitions instead of {self._partitions}; start the scaler again")
         # Sorted: the same in every process, so that a simulation with the same seed is the same.
         owned = {partition.partition: partition for partition in sorted(assigned) if partition.topic == DEMAND_TOPIC}
+        self._paused &= assigned
         for number in [number for number in self._shards if number not in owned]:
             del self._shards[number]
             self._sink.shard_lost(number)
@@ -247,6 +308,8 @@ class DemandFeed:
                 found_start = starts[partition]
                 consumer.seek(partition, found_start.offset)
                 replay = ReplayPoint(found_start.offset)
+                if found_start.missed:
+                    self._tell(number, found_start.missed)
                 self._shards[number] = _Shard(replay, found_start.end_offset, time.monotonic() + _REPLAY_S, found_start.settled_offset)
             self._sink.shard_gained(number, epoch)
         logger.info("epoch %d: this scaler owns %s", epoch, ", ".join(f"shard {number}" for number in sorted(owned)) or "no shard")

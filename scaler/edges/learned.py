@@ -72,14 +72,14 @@ class LearnedFeed:
             learned = self._planner.learned(name) if self._planner.acts_for(name) else None
             if learned is not None:
                 self._saved_ns[name] = now_ns
-                self._publisher.publish(Outgoing(topic=FORECASTS_TOPIC, key=name.encode(), value=learned))
+                self._publisher.publish(Outgoing(topic=FORECASTS_TOPIC, key=name.encode(), value=learned, newest=True))
             yield
 
     def forget(self, name: str) -> None:
         """The function was deleted."""
         self._waiting.pop(name, None)
         if self._saved_ns.pop(name, None) is not None or self._planner.acts_for(name):
-            self._publisher.publish(Outgoing(topic=FORECASTS_TOPIC, key=name.encode(), value=None))
+            self._publisher.publish(Outgoing(topic=FORECASTS_TOPIC, key=name.encode(), value=None, newest=True))
 
     async def load(self, shards: set[int]) -> int:
         """Hand over what is known of the functions of some shards.

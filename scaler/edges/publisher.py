@@ -1,16 +1,17 @@
 """Sends records that nobody waits for: start records, state, rejected demand.
 
 In: records from :mod:`scaler.service` and :mod:`scaler.edges.kafka`, handed over without waiting. Out: Kafka. Bounded: while the
-broker is away up to :data:`QUEUE_MAX` records wait; then the oldest are dropped, counted and named in the log. Rejected demand is not
-dropped: who rejects waits for room.
+broker is away up to :data:`QUEUE_MAX` records wait. Of a table's key only the newest waits. Beyond that the oldest are dropped, counted and
+named in the log. Rejected demand is not dropped: who rejects looks whether it is :attr:`Publisher.full`.
 """
 
 from __future__ import annotations
 
 import asyncio
 import collections
+import itertools
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 
 from aiokafka import AIOKafkaProducer
@@ -28,6 +29,7 @@ class Outgoing:
     Attributes:
         delivered: called once the broker has it.
         keep: never dropped.
+        newest: only the newest record of a key counts; an older one that still waits is not sent.
     """
 
     topic: str
@@ -36,6 +38,7 @@ class Outgoing:
     headers: Sequence[tuple[str, bytes]] = ()
     delivered: Callable[[], None] | None = None
     keep: bool = False
+    newest: bool = False
 
 
 class Publisher:
@@ -43,43 +46,48 @@ class Publisher:
 
     def __init__(self, producer: AIOKafkaProducer) -> None:
         self._producer = producer
-        self._queue: collections.deque[Outgoing] = collections.deque()
+        #: By topic and key where only the newest counts, else by number.
+        self._queue: collections.OrderedDict[Hashable, Outgoing] = collections.OrderedDict()
+        self._numbers = itertools.count()
         self._more = asyncio.Event()
         self._idle = asyncio.Event()
         self._idle.set()
-        self._room = asyncio.Event()
-        self._room.set()
         #: Records dropped because the broker was away for too long.
         self.dropped = 0
+        #: Records whose place a newer one of the same key has taken.
+        self.superseded = 0
+
+    def __len__(self) -> int:
+        return len(self._queue)
+
+    @property
+    def full(self) -> bool:
+        """Whether who can wait should."""
+        return len(self._queue) >= QUEUE_MAX
 
     def publish(self, record: Outgoing) -> None:
         """Hand over a record; never blocks."""
-        if len(self._queue) >= QUEUE_MAX and not record.keep:
+        place: Hashable = (record.topic, record.key) if record.newest else next(self._numbers)
+        if place in self._queue:
+            self.superseded += 1
+        elif self.full and not record.keep:
             if self.dropped == 0:
                 logger.error("%d records wait for the broker; the oldest are dropped from now on", QUEUE_MAX)
-            oldest = next((item for item in self._queue if not item.keep), None)
             self.dropped += 1
+            oldest = next((key for key, item in self._queue.items() if not item.keep), None)
             if oldest is None:
                 return
-            self._queue.remove(oldest)
-        self._queue.append(record)
+            del self._queue[oldest]
+        self._queue[place] = record
         self._more.set()
         self._idle.clear()
-        if len(self._queue) >= QUEUE_MAX:
-            self._room.clear()
-
-    async def room(self) -> None:
-        """Wait until less than :data:`QUEUE_MAX` records wait; for those who can."""
-        await self._room.wait()
 
     async def run(self) -> None:
         """Send until cancelled."""
         while True:
             await self._more.wait()
             while self._queue:
-                await self._send(self._queue.popleft())
-                if len(self._queue) < QUEUE_MAX:
-                    self._room.set()
+                await self._send(self._queue.popitem(last=False)[1])
             self._more.clear()
             self._idle.set()
 

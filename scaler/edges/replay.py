@@ -94,11 +94,13 @@ class ReplayStart(NamedTuple):
         offset: read from here.
         end_offset: its end now; from there on demand is new.
         settled_offset: rejected records before it have been delivered by whoever owned the shard before.
+        missed: records that the broker has removed since the last owner, unread.
     """
 
     offset: int
     end_offset: int
     settled_offset: int
+    missed: int = 0
 
 
 def metadata_of(settled_offset: int) -> str:
@@ -116,6 +118,7 @@ async def replay_starts(
     recent_ms = now_ms - int(2000 * settings.source_ttl_s)
     floor_ms = min(now_ms - int(1000 * settings.replay_max_s), recent_ms)
     ends = await consumer.end_offsets(partitions)
+    begins = await consumer.beginning_offsets(partitions)
     recent = await consumer.offsets_for_times(dict.fromkeys(partitions, recent_ms))
     floor = await consumer.offsets_for_times(dict.fromkeys(partitions, floor_ms))
     committed = await consumer._coordinator.fetch_committed_offsets(partitions)  # committed() drops the metadata
@@ -124,10 +127,11 @@ async def replay_starts(
         end = ends[partition]
         since_recent, since_floor = (found[partition].offset if found[partition] else end for found in (recent, floor))
         known = committed.get(partition)
-        start, settled = since_floor, 0
+        start, settled, missed = since_floor, 0, 0
         if known is not None and known.offset >= 0:
+            missed = max(0, begins[partition] - known.offset)
             start = max(since_floor, min(known.offset, since_recent))
             text = (known.metadata or "").removeprefix(_SETTLED)
             settled = int(text) if _OFFSET.fullmatch(text) else 0
-        starts[partition] = ReplayStart(min(start, end), end, min(settled, end))
+        starts[partition] = ReplayStart(min(start, end), end, min(settled, end), missed)
     return starts

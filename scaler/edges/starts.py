@@ -13,6 +13,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
@@ -22,6 +23,7 @@ import msgspec
 from agent.api.messages import Start, StartDone, StartFailed
 from agent.api.records import Phase, StartRecord
 from infra.telemetry import Attribute, OpenSpan, Tracer
+from infra.vitals import Distribution
 from scaler.commands import Need, NodeCommand
 from scaler.demand import RESTORES_TOPIC
 from scaler.edges.publisher import Outgoing, Publisher
@@ -29,6 +31,8 @@ from scaler.edges.publisher import Outgoing, Publisher
 logger = logging.getLogger(__name__)
 #: A start whose end was never reported is closed this long after its deadline.
 _ABANDON_NS = 5_000_000_000
+#: Records of ended starts that wait to be written; then the oldest are dropped.
+ENDED_MAX = 10_000
 
 
 @dataclass
@@ -48,6 +52,12 @@ class StartBook:
     tracer: Tracer
     publisher: Publisher
     clock_ns: Callable[[], int] = time.time_ns
+    #: Starts that ended, by mode and outcome.
+    ended: Counter[tuple[str, str]] = field(default_factory=Counter)
+    #: How long those took that are ready, s, by mode; from the demand on.
+    durations: Distribution | None = None
+    #: Records that were not written, because too many waited.
+    dropped: int = 0
     _open: dict[str, _OpenStart] = field(default_factory=dict)
     _ended: asyncio.Queue[tuple[_OpenStart, StartRecord]] = field(default_factory=asyncio.Queue)
 
@@ -86,6 +96,16 @@ class StartBook:
         for command_id in [key for key, item in self._open.items() if item.command.deadline_ns + _ABANDON_NS < now_ns]:
             self._end(command_id, self._open[command_id].node, None, "no_answer")
 
+    @property
+    def in_progress(self) -> int:
+        """Starts that have not ended."""
+        return len(self._open)
+
+    @property
+    def unwritten(self) -> int:
+        """Records that wait to be written."""
+        return self._ended.qsize()
+
     async def run(self) -> None:
         """Publish records and write spans until cancelled."""
         while True:
@@ -105,7 +125,14 @@ class StartBook:
             return  # of another scaler, or closed already
         if record is None:
             record = StartRecord(command_id=command_id, function=start.command.function.name, outcome=reason, ended_ns=self.clock_ns())
-        self._ended.put_nowait((start, complete(record, start.need, start.phases, start.decided_ns, node, start.span.traceparent)))
+        record = complete(record, start.need, start.phases, start.decided_ns, node, start.span.traceparent)
+        self.ended[record.start_mode, record.outcome] += 1
+        if self.durations is not None and record.outcome == "ready":
+            self.durations.record(record.total_ns / 1e9, {"mode": record.start_mode})
+        if self._ended.qsize() >= ENDED_MAX:
+            self._ended.get_nowait()
+            self.dropped += 1
+        self._ended.put_nowait((start, record))
 
     def _write(self, start: _OpenStart, record: StartRecord) -> Iterator[None]:
         """Publish the record, then write the spans, step by step."""

@@ -58,11 +58,11 @@ class StateFeed:
             snapshot = self._planner.explain(name)
             if snapshot is None:
                 self._last.pop(name, None)
-                self._publisher.publish(Outgoing(topic=STATE_TOPIC, key=name.encode(), value=None))
+                self._publisher.publish(Outgoing(topic=STATE_TOPIC, key=name.encode(), value=None, newest=True))
             else:
                 value = msgpack.packb(msgspec.to_builtins(snapshot))
                 if value == last:
                     continue
                 self._last[name] = (now_ns, value)
-                self._publisher.publish(Outgoing(topic=STATE_TOPIC, key=name.encode(), value=value))
+                self._publisher.publish(Outgoing(topic=STATE_TOPIC, key=name.encode(), value=value, newest=True))
             yield

@@ -12,7 +12,7 @@ from infra import settings as settings_module
 from infra.kubernetes import oci
 from infra.kubernetes.cluster import life
 from infra.settings import Settings
-from tests.kubernetes.cluster_world import Cluster, Machine
+from tests.kubernetes.cluster_world import SUBNET, Cluster, Machine
 
 
 @pytest.fixture(scope="session")
@@ -24,8 +24,11 @@ def machine_before() -> Machine:
 @pytest.fixture(scope="session")
 def cluster_settings(tmp_path_factory: pytest.TempPathFactory, machine_before: Machine) -> Iterator[Settings]:
     """Settings of the session's cluster, which is surely gone afterwards, with nothing left."""
-    settings = settings_module.load(environment={}, flags={"paths.state_dir": tmp_path_factory.mktemp("cluster")})
-    yield settings
+    flags = {"paths.state_dir": tmp_path_factory.mktemp("cluster"), "cluster.subnet": SUBNET}
+    settings = settings_module.load(environment={}, flags=flags)
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv("THAW_CLUSTER_SUBNET", SUBNET)  # of `thaw` in processes of its own
+        yield settings
     life.down(settings, print)
     assert Machine.now().left_since(machine_before) == []
 

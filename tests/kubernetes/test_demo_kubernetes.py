@@ -20,7 +20,7 @@ from infra.kubernetes.cluster import life
 from infra.settings import Settings
 from loadgen.kubernetes.demo import FUNCTIONS
 from loadgen.kubernetes.deploy import NAMESPACE, Kubectl
-from tests.kubernetes.cluster_world import Machine
+from tests.kubernetes.cluster_world import SUBNET, Machine
 
 pytestmark = [pytest.mark.cluster, pytest.mark.stack, pytest.mark.timeout(900)]
 
@@ -33,7 +33,7 @@ def no_other_cluster(cluster_settings: Settings) -> None:
 
 def settings_of(folder: Path) -> Settings:
     """Those of the demo's own cluster."""
-    return settings_module.load(environment={}, flags={"paths.state_dir": folder / "state" / "demo-kubernetes"})
+    return settings_module.load(environment={}, flags={"paths.state_dir": folder / "state" / "demo-kubernetes", "cluster.subnet": SUBNET})
 
 
 def run_demo(folder: Path, *options: str, during: Callable[[str, subprocess.Popen[str]], None], path: str = "") -> tuple[str, str, int]:
@@ -134,7 +134,7 @@ def test_an_interrupted_demo_leaves_nothing_and_one_that_was_killed_is_cleared_b
     before = Machine.now()
 
     def kill(line: str, process: subprocess.Popen[str]) -> None:
-        if "kubectl get fn" in line:
+        if "$ kubectl apply -f " in line:  # pods of Thaw are being made, or all are there and functions come
             process.kill()
 
     def interrupt(line: str, process: subprocess.Popen[str]) -> None:

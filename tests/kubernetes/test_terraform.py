@@ -79,8 +79,8 @@ def everything(cluster: Cluster) -> set[str]:
 @pytest.fixture(scope="module", autouse=True)
 def nothing_before(cluster: Cluster) -> None:
     """Other modules leave the resource and their namespaces on the session's cluster; here everything is made."""
-    for name in everything(cluster):
-        cluster.kubectl("delete", name, "--ignore-not-found", "--timeout=120s")
+    if found := everything(cluster):
+        cluster.kubectl("delete", *sorted(found), "--ignore-not-found", "--timeout=120s")
 
 
 @pytest.fixture

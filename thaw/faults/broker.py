@@ -283,6 +283,16 @@ class Consumer:
         await self._broker.reached()
         return self
 
+    def pause(self, *partitions: TopicPartition) -> None:
+        """Read them no more: here the queue before the broker never fills."""
+
+    resume = pause
+
+    async def beginning_offsets(self, partitions: list[TopicPartition]) -> dict[TopicPartition, int]:
+        """Where they begin."""
+        await self._broker.reached()
+        return {partition: self._broker.log(partition).start for partition in partitions}
+
     async def getmany(self, timeout_ms: int = 0, max_records: int | None = None) -> dict[TopicPartition, list[Record]]:
         """The next records."""
         for attempt in range(2):

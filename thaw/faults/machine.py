@@ -294,7 +294,7 @@ class Machine:
         lease = self.scalers = agent_._scalers
         standbys = Standbys(workshop, catalog, lambda: pager, quiet, lease)  # type: ignore[arg-type,return-value]
         starter = Starter(self.name, workshop, catalog, standbys, lambda: pager, quiet, lease)  # type: ignore[arg-type,return-value]
-        node = self._make_node(settings, workshop, catalog, starter, standbys, agent_)
+        node = self._make_node(settings, workshop, catalog, starter, standbys, agent_, quiet)
         node.adopt(await self._adopt(pager))
         self.node = node
 
@@ -312,11 +312,18 @@ class Machine:
         await asyncio.get_running_loop().create_future()
 
     def _make_node(
-        self, settings: Settings, workshop: Workshop, catalog: Catalog, starter: Starter, standbys: Standbys, agent_: Agent
+        self,
+        settings: Settings,
+        workshop: Workshop,
+        catalog: Catalog,
+        starter: Starter,
+        standbys: Standbys,
+        agent_: Agent,
+        quiet: asyncio.Event,
     ) -> Node:
         lease, report = agent_._scalers, agent_._report
         checkpointer, drainer = Checkpoints(self, workshop), Drains(self)
-        return Node(self.name, workshop, catalog, starter, standbys, checkpointer, drainer, KeptEpochs(self), lease, report)  # type: ignore[arg-type]
+        return Node(self.name, workshop, catalog, starter, standbys, checkpointer, drainer, KeptEpochs(self), lease, report, quiet)  # type: ignore[arg-type]
 
     async def _adopt(self, pager: Pager) -> list[Instance]:
         """As :func:`agent.adoption.adopt`: what was written down and lives goes on, the rest is ended."""
@@ -471,7 +478,7 @@ class Fetcher:
     def __init__(self, cache: Cache, store: Store) -> None:
         self._cache, self._store = cache, store
 
-    async def current(self, function: Function, layers: Any, clock: Any, fetched: Any) -> Image | None:
+    async def current(self, function: Function, layers: Any, clock: Any, fetched: Any, **_: Any) -> Image | None:
         """The current checkpoint, on this node."""
         await self._store.reached()
         published = self._store.current.get(function.name)
@@ -482,6 +489,15 @@ class Fetcher:
             await self._store.reached()
             images[published.checkpoint] = Image(published.checkpoint, published.function, published.digest, published.corrupt)
         return images[published.checkpoint]
+
+    async def held(self, function: Function, layers: Any, clock: Any) -> Image | None:
+        """What is on this node."""
+        found = [image for image in self._cache if image.complete and (image.function, image.digest) == (function.name, function.digest)]
+        return found[-1] if found else None
+
+    def trouble(self) -> str:
+        """The breaker is not modelled."""
+        return ""
 
 
 class Checkpoints:

@@ -133,44 +133,53 @@ def _decide_at_once(service: Any, shard: int, epoch: int) -> None:
 
 
 SAFEGUARDS = {
-    "epoch-check": Safeguard("agents refuse commands of an older epoch", lambda: [(Epochs, "check", _nothing)]),
-    "kept-epochs": Safeguard("the next agent knows the epochs of the one before", lambda: [(KeptEpochs, "_write", _nothing)]),
+    "epoch-check": Safeguard("agents refuse commands of an older epoch", lambda: [(Epochs, "check", _nothing)], seed=5),
+    "kept-epochs": Safeguard("the next agent knows the epochs of the one before", lambda: [(KeptEpochs, "_write", _nothing)], seed=22),
     "idempotence": Safeguard(
         "an agent carries out each command id once",
         lambda: _before(Node, "handle", lambda node, command: node._answers.pop(command.id, None)),
+        seed=3,
     ),
-    "lease": Safeguard("a node that no scaler reaches starts nothing more", lambda: [(Scalers, "check", _nothing)], 129),
+    "lease": Safeguard("a node that no scaler reaches starts nothing more", lambda: [(Scalers, "check", _nothing)], seed=129),
     "kept-answers": Safeguard(
-        "the next agent answers for what the one before has done", lambda: _after(Node, "adopt", lambda node, _: node._answers.clear())
+        "the next agent answers for what the one before has done",
+        lambda: _after(Node, "adopt", lambda node, _: node._answers.clear()),
+        seed=214,
     ),
-    "adoption": Safeguard("the next agent takes over what the one before has left", lambda: [(Node, "adopt", _nothing)]),
+    "adoption": Safeguard("the next agent takes over what the one before has left", lambda: [(Node, "adopt", _nothing)], seed=3),
     "replay-point": Safeguard(
-        "what is committed is the oldest record that still counts", lambda: [(ReplayPoint, "offset", lambda self, now_ns: self.next_offset)]
+        "what is committed is the oldest record that still counts",
+        lambda: [(ReplayPoint, "offset", lambda self, now_ns: self.next_offset)],
+        seed=257,
     ),
-    "newest-counts": Safeguard("of a source the newest event counts, not the one that came last", _order_of_arrival),
+    "newest-counts": Safeguard("of a source the newest event counts, not the one that came last", _order_of_arrival, seed=13),
     "time-to-live": Safeguard(
-        "a source that is silent counts as zero", lambda: _with_records(lambda event: msgspec.structs.replace(event, ttl=86400.0))
+        "a source that is silent counts as zero", lambda: _with_records(lambda event: msgspec.structs.replace(event, ttl=86400.0)), seed=5
     ),
     "shard-ready": Safeguard(
         "a gained shard is decided on when its demand, the functions and the nodes are known",
         lambda: _after(Service, "shard_gained", _decide_at_once),
+        seed=1,
     ),
-    "inventory": Safeguard("an agent tells each scaler that connects all that there is", _no_inventory),
+    "inventory": Safeguard("an agent tells each scaler that connects all that there is", _no_inventory, seed=1),
     "answers": Safeguard(
         "a command without answer is sent again on the next stream, and counts as failed after its deadline",
         lambda: [
             *_before(agents._Link, "_open", lambda link, *_: link.unanswered.clear()),
             *_configured(answer_grace_ns=_NEVER_NS),
         ],
+        seed=6,
     ),
-    "answer-timeout": Safeguard("a command that is not answered in time counts as failed", lambda: _configured(answer_grace_ns=_NEVER_NS)),
+    "answer-timeout": Safeguard(
+        "a command that is not answered in time counts as failed", lambda: _configured(answer_grace_ns=_NEVER_NS), seed=6
+    ),
     "catch-up": Safeguard(
-        "a scaler that was stopped reads demand before it releases anything", lambda: [(scaler.service, "_STALL_S", float("inf"))]
+        "a scaler that was stopped reads demand before it releases anything", lambda: [(scaler.service, "_STALL_S", float("inf"))], seed=32
     ),
-    "node-lost": Safeguard("what was on a node that stays away is started elsewhere", lambda: [(Agents, "_lost", _nothing)]),
-    "keep-alive": Safeguard("a peer that says nothing any more is noticed", lambda: [(End, "setsockopt", _nothing)]),
-    "retry": Safeguard("a failed start is owed", lambda: _configured(retry_ns=_NEVER_NS)),
-    "orphans": Safeguard("instances of a function that is not known are released", lambda: _configured(orphan_idle_ns=_NEVER_NS)),
-    "cold-start": Safeguard("a failed restore becomes a cold start", _no_cold_start),
-    "whole-removal": Safeguard("the removal of an instance goes on when its start is out of time", _stop_by_halves),
+    "node-lost": Safeguard("what was on a node that stays away is started elsewhere", lambda: [(Agents, "_lost", _nothing)], seed=22),
+    "keep-alive": Safeguard("a peer that says nothing any more is noticed", lambda: [(End, "setsockopt", _nothing)], seed=9),
+    "retry": Safeguard("a failed start is owed", lambda: _configured(retry_ns=_NEVER_NS), seed=2),
+    "orphans": Safeguard("instances of a function that is not known are released", lambda: _configured(orphan_idle_ns=_NEVER_NS), seed=53),
+    "cold-start": Safeguard("a failed restore becomes a cold start", _no_cold_start, seed=92),
+    "whole-removal": Safeguard("the removal of an instance goes on when its start is out of time", _stop_by_halves, seed=42),
 }

@@ -513,6 +513,9 @@ def _replacements(world: World) -> list[tuple[Any, str, Any]]:
     async def ensure_topics(settings: Any, topics: Any) -> None:
         await world.broker.reached(10.0)
 
+    async def no_trouble(client: Any, settings: Any) -> str:
+        return ""
+
     return [
         *machines.replacements(),
         # Sets are walked in the order of hashes, which are addresses: not the same in two runs.
@@ -523,6 +526,7 @@ def _replacements(world: World) -> list[tuple[Any, str, Any]]:
         (infra.kafka, "producer", lambda settings, client_id: Producer(world.broker)),
         (infra.kafka, "consumer", lambda settings, client_id, *, group=None, fetch_max_wait_ms=None: Consumer(world.broker, group)),
         (infra.kafka, "ensure_alive", lambda client, settings: None),
+        (infra.kafka, "trouble", no_trouble),
         (scaler.service, "Membership", lambda settings: _Membership(world)),
         (scaler.service, "tame_collector", lambda: None),
         (scaler.service, "secrets", SimpleNamespace(token_hex=lambda size: world.token())),

@@ -75,10 +75,12 @@ locals {
 module "kubernetes" {
   source = "../modules/kubernetes"
 
-  images          = var.images
-  scaler_replicas = var.scaler_replicas
-  agent_secrets   = local.secrets
-  image_keys      = var.image_keys_folder == null ? {} : { for name in ["ring", "signing", "trusted"] : name => file("${var.image_keys_folder}/${name}") }
+  images             = var.images
+  scaler_replicas    = var.scaler_replicas
+  agent_secrets      = local.secrets
+  scaler_secrets     = var.scaler_secrets
+  certificate_issuer = var.certificate_issuer
+  image_keys         = var.image_keys_folder == null ? {} : { for name in ["ring", "signing", "trusted"] : name => file("${var.image_keys_folder}/${name}") }
   settings = merge(local.settings, {
     kafka = merge(local.settings.kafka, { bootstrap_servers = coalesce(var.kafka_bootstrap_servers_in_cluster, local.settings.kafka.bootstrap_servers) })
   })

@@ -132,6 +132,24 @@ variable "settings" {
   nullable    = false
 }
 
+variable "scaler_secrets" {
+  description = "Environment of the scalers that nobody should read: THAW_KAFKA_PASSWORD, beside settings.kafka.username, security_protocol and sasl_mechanism."
+  type        = map(string)
+  default     = {}
+  nullable    = false
+  sensitive   = true
+}
+
+variable "certificate_issuer" {
+  description = "cert-manager's issuer for scaler and agents; see module kubernetes. Null: the Secrets thaw-agent-tls and thaw-scaler-tls come from elsewhere."
+  type = object({
+    name  = string
+    kind  = optional(string, "Issuer")
+    group = optional(string, "cert-manager.io")
+  })
+  default = null
+}
+
 variable "scaler_replicas" {
   description = "Scalers."
   type        = number

@@ -19,6 +19,8 @@ from scaler.edges.kubernetes.functions import Resource
 
 logger = logging.getLogger(__name__)
 PER_FUNCTION_S = 1.0
+#: What is new is written this much later, s: a start has mostly just happened, and API server and cores are needed for the way to it.
+_CALM_S = 0.25
 #: A status that was refused is tried again after this long, s.
 _REFUSED_S = 60.0
 
@@ -45,8 +47,9 @@ class StatusWriter:
 
     def note(self, name: str) -> None:
         """Something of it has changed; never blocks."""
-        self._due[name] = None
-        self._more.set()
+        if name not in self._due:
+            self._due[name] = None
+            self._later(_CALM_S)
 
     async def run(self) -> None:
         """Write until cancelled."""

@@ -4,21 +4,25 @@ from __future__ import annotations
 
 import asyncio
 import json
+import shutil
 import signal
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 
 from agent.api.connection import connect
 from agent.api.messages import CheckpointPublished, CommandFailed, Evict, Evicted, Fetch, InstanceExited, MakeCheckpoint, Release
-from agent.store import manifest, pointer
+from agent.store import garbage, manifest, pointer
 from agent.store.chunks import ChunkStore
 from agent.store.seal import Sealer
 from infra import imagekeys
 from infra.s3 import ObjectStore
 from infra.settings import Settings
 from tests.integration.agent.harness import AgentUnderTest, a_function, ask, host_leftovers, running_agent
+from thaw.cli import cli
 
 pytestmark = [pytest.mark.root, pytest.mark.stack]
 
@@ -120,6 +124,35 @@ async def test_images_are_sealed_and_old_or_foreign_ones_refused(
         third = (await agent.call(MakeCheckpoint, function=function)).checkpoint.checkpoint
         assert pointer.read(sealer, "sealed", store.get(pointer_key, size_max=4096)).checkpoint == third
         assert (await agent.start_instance(function)).record.start_mode == "restore"
+
+        # Those before can go, after a while, and nothing of the third with them.
+        said = collected(stack_settings, "sealed")
+        assert said == "sealed: 0 objects would go (0.0 MB), checkpoints kept: 2\n", said  # the second was rolled back when the third came
+        later_s = time.time() + 2 * garbage.GRACE_MIN_S
+        found = garbage.find(store, sealer, "sealed", later_s, garbage.GRACE_MIN_S)
+        assert found.kept == {third} and garbage.delete(store, found, 4) == len(found.objects) >= 4
+        left = set(store.list("functions/sealed/"))
+        assert {key.split("/")[2] for key in left} == {"current", "chunks", third}
+        await agent.stop()
+        shutil.rmtree(agent.state / "agent" / "images")
+        await agent.start()
+        report = await agent.start_instance(function)
+        assert (report.record.start_mode, report.record.checkpoint) == ("remote", third), report.record.fallback_reason
+        assert all([(await ask(report, f"/{page}"))["ok"] for page in range(0, 2000, 20)])
+
+
+def collected(settings: Settings, function: str) -> str:
+    """What ``thaw checkpoints gc`` says."""
+    given = {
+        "s3.endpoint_url": settings.s3.endpoint_url,
+        "s3.access_key": settings.s3.access_key,
+        "s3.secret_key": settings.s3.secret_key,
+        "images.keys": settings.image_keys,
+    }
+    flags = [word for name, value in given.items() for word in ("--set", f"{name}={value}")]
+    done = CliRunner().invoke(cli, [*flags, "checkpoints", "gc", "--dry-run", "--function", function])
+    assert done.exit_code == 0, done.output
+    return done.output
 
 
 async def test_keys_are_rotated_under_a_running_agent(stack_settings: Settings, store: ObjectStore, tmp_path: Path) -> None:

@@ -112,6 +112,18 @@ async def test_an_instance_that_ends_is_reported_and_leaves_nothing(stack_settin
     assert host_leftovers(agent) == []
 
 
+async def test_an_agent_that_ends_in_the_middle_of_starts_leaves_nothing(stack_settings: Settings, tmp_path: Path) -> None:
+    slow = a_function(tmp_path, "midstart", command=["/bin/sleep", "60"])
+    async with running_agent(stack_settings, tmp_path / "midstart") as agent:
+        assert agent.connection is not None
+        for number in range(6):  # more than the pool has
+            agent.connection.send(Start(id=f"mid{number}", deadline_ns=time.time_ns() + 60_000_000_000, function=slow))
+        await asyncio.sleep(0.7)  # some wait for their answer, some for a sandbox
+        assert await agent.stop() == 0, agent.log
+        assert " failed: " not in agent.log, agent.log
+    assert host_leftovers(agent) == []
+
+
 async def test_the_memory_limit_holds(stack_settings: Settings, tmp_path: Path) -> None:
     async with running_agent(stack_settings, tmp_path / "oom") as agent:
         report = await agent.start_instance(a_function(tmp_path, "oom", limits={"memoryMb": 64}))

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -125,6 +127,22 @@ async def test_an_agent_removes_what_has_come_to_have_no_owner(stack_settings: S
                 break
             await agent.start_instance(a_function(tmp_path, "sweep"))
         assert not (group / "lost").exists()
+
+
+def test_what_pods_hold_is_left_to_their_agent(tmp_path: Path) -> None:
+    settings = settings_module.load(environment={}, flags={"paths.state_dir": tmp_path / "s", "paths.runtime_dir": tmp_path / "run"})
+    settings = dataclasses.replace(settings, agent=dataclasses.replace(settings.agent, node_name=f"pods-{os.getpid()}", bridge="thawgc0"))
+    (settings.runtime_folder / "pods" / "some-pod").mkdir(parents=True)
+    pager = subprocess.Popen([sys.executable, "-c", PAGER, "agent.pager.process", str(settings.runtime_folder / "pager.sock")])
+    try:
+        while not leftovers._socket_inode(settings.runtime_folder / "pager.sock"):
+            time.sleep(0.05)
+        assert leftovers.look(settings, agent=False) == set()
+        (settings.runtime_folder / "pods" / "some-pod").rmdir()
+        assert {item.kind for item in leftovers.look(settings, agent=False)} == {"process", "folder"}
+    finally:
+        pager.kill()
+        pager.wait()
 
 
 def test_a_thing_must_be_found_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

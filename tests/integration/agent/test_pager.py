@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import shutil
 import signal
 import struct
 import sys
@@ -248,6 +249,26 @@ async def test_the_next_agent_takes_over(bench: Bench) -> None:
     assert await lazy.tell(f"check 0 {PAGES} 1") == "ok"
     await bench.pager.release(name)
     assert await bench.pager.restores() == []
+
+
+async def test_an_image_that_was_deleted_and_fetched_again_is_another_one(bench: Bench) -> None:
+    """As by the next agent, which does not know what the pager has open: what was here of the first one is not here of the second."""
+    await bench.open(prefetch=[])
+    await bench.pager.complete_image(bench.image, 5.0)
+    shutil.rmtree(bench.folder / "image")
+    assert an_image(bench.folder / "image", prefetch=[]) == bench.image
+    hole = bench.folder / "image" / "img" / "pages-1.img"
+    hole.write_bytes(b"")
+    os.truncate(hole, PAGES * PAGE)
+    await bench.pager.open_image(bench.image, bench.folder / "image", complete=False)
+    with pytest.raises(PagerError):  # there is no store
+        await bench.pager.complete_image(bench.image, 0.5)
+    name, _ = await bench.restore(finish=False)
+    shutil.rmtree(bench.folder / "image")
+    assert an_image(bench.folder / "image", prefetch=[]) == bench.image
+    with pytest.raises(PagerError, match="instances are served"):
+        await bench.pager.open_image(bench.image, bench.folder / "image", complete=True)
+    await bench.pager.release(name)
 
 
 async def test_an_agent_of_another_version_takes_no_page_along(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
+import http.server
 import json
 import os
 import socket
 import subprocess
+import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -16,7 +18,7 @@ from pathlib import Path
 
 import pytest
 
-from infra.errors import ObjectConflict, ObjectMissing, StoreError, StoreUnavailable
+from infra.errors import ObjectConflict, ObjectMissing, SettingsError, StoreError, StoreUnavailable
 from infra.local import health, objectstore
 from infra.s3 import ObjectStore
 from infra.settings import S3Settings, Settings
@@ -209,3 +211,35 @@ def test_credentials_of_the_environment_are_renewed(
         with pytest.raises(StoreError, match="no credentials for the object store"):
             store.get("x", size_max=10)
     store.close()
+
+
+def test_encryption_by_the_store_is_asked_for_with_every_put(port: int) -> None:
+    """On a real server of our own that only listens: what boto3 sends."""
+    asked = []
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_PUT(self) -> None:
+            asked.append({name.lower(): value for name, value in self.headers.items() if name.lower().startswith("x-amz-server")})
+            self.rfile.read(int(self.headers.get("content-length", 0)))
+            self.send_response(200)
+            self.send_header("content-length", "0")
+            self.end_headers()
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with http.server.HTTPServer(("127.0.0.1", port), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        for sse, key in (("", ""), ("AES256", ""), ("aws:kms", "key-1")):
+            store = ObjectStore(dataclasses.replace(own(port), sse=sse, sse_kms_key_id=key))
+            store.put("functions/f/current", b"one")
+            store.close()
+        server.shutdown()
+    mode, key_id = "x-amz-server-side-encryption", "x-amz-server-side-encryption-aws-kms-key-id"
+    assert asked == [{}, {mode: "AES256"}, {mode: "aws:kms", key_id: "key-1"}]
+
+
+@pytest.mark.parametrize("wrong", [{"sse": "none"}, {"sse_kms_key_id": "key-1"}, {"sse": "AES256", "sse_kms_key_id": "key-1"}])
+def test_encryption_that_is_not_there_is_named(wrong: dict[str, str]) -> None:
+    with pytest.raises(SettingsError, match=r"s3\.sse"):
+        ObjectStore(dataclasses.replace(own(1), **wrong))

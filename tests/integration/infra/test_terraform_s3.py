@@ -129,7 +129,7 @@ def test_on_the_embedded_store(terraform_tools: Terraform, tmp_path: Path, versi
         versitygw.client(key="agent", secret="agent-secret").delete_bucket_policy(Bucket="thaw-made")
     agent.put("functions/f/current", b"two")
     agent.delete("functions/f/chunks/aa/aabb")
-    versions = client.list_object_versions(Bucket="thaw-made", Prefix="functions/")["Versions"]
+    versions = client.list_object_versions(Bucket="thaw-made", Prefix="functions/f/current")["Versions"]
     assert [version["IsLatest"] for version in versions] == [True, False]
 
     made.variables(**given, agent_principals=["agent"], functions=["g"])

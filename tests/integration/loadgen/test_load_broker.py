@@ -11,7 +11,7 @@ from aiokafka import AIOKafkaConsumer, TopicPartition
 from infra import kafka
 from infra.errors import KafkaUnavailable
 from infra.kafka import Topic
-from infra.settings import KafkaSettings, ScalerSettings, Settings
+from infra.settings import KafkaSettings, ScalerSettings, Settings, TlsSettings
 from loadgen import driver, targets
 from loadgen import producer as producer_module
 from loadgen.arrivals import Arrival, uniform
@@ -58,7 +58,7 @@ async def end_offsets(settings):
 
 @pytest.mark.stack
 async def test_levels_and_trace_contexts_arrive_on_the_broker(stack_settings, agent, make_instance, tracer):
-    settings = dataclasses.replace(stack_settings, scaler=ScalerSettings(agents=f"127.0.0.1:{agent.port}"))
+    settings = dataclasses.replace(stack_settings, tls=TlsSettings(mode="off"), scaler=ScalerSettings(agents=f"127.0.0.1:{agent.port}"))
     instance = await make_instance()
     agent.up("i1", instance.address)
     before = await end_offsets(settings)
@@ -77,7 +77,7 @@ async def test_levels_and_trace_contexts_arrive_on_the_broker(stack_settings, ag
 
 @pytest.mark.stack
 async def test_a_request_waits_for_the_instance_that_its_own_demand_brings_up(stack_settings, agent, make_instance, tracer):
-    settings = dataclasses.replace(stack_settings, scaler=ScalerSettings(agents=f"127.0.0.1:{agent.port}"))
+    settings = dataclasses.replace(stack_settings, tls=TlsSettings(mode="off"), scaler=ScalerSettings(agents=f"127.0.0.1:{agent.port}"))
     instance = await make_instance()
     before = await end_offsets(settings)
 
@@ -104,6 +104,7 @@ async def test_a_request_waits_for_the_instance_that_its_own_demand_brings_up(st
 async def test_a_broker_that_is_not_there_is_a_clear_error_and_quick(agent, tracer, address, message):
     settings = dataclasses.replace(
         Settings(),
+        tls=TlsSettings(mode="off"),
         kafka=KafkaSettings(bootstrap_servers=address),
         scaler=ScalerSettings(agents=f"127.0.0.1:{agent.port}"),
     )

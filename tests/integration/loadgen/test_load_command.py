@@ -27,6 +27,8 @@ async def thaw(settings, agent, *arguments):
         f"kafka.bootstrap_servers={settings.kafka.bootstrap_servers}",
         "--set",
         f"scaler.agents=127.0.0.1:{agent.port}",
+        "--set",
+        "tls.mode=off",
         *arguments,
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.PIPE,

@@ -5,17 +5,20 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import itertools
+import json
 import os
 import signal
 import sys
 import time
+import urllib.request
 from pathlib import Path
+from typing import Any
 
 import msgpack
 from scripted_agent import ScriptedAgent
 
 from agent.api.function import Function, FunctionSpec, Instances, Limits, Metadata, Policy
-from infra import kafka, tls
+from infra import health, kafka, tls
 from infra.settings import Settings
 from scaler.demand import DEMAND_TOPIC, REJECTED_TOPIC, RESTORES_TOPIC, DemandEvent, encode
 from scaler.edges.topics import TOPICS
@@ -48,14 +51,27 @@ class World:
             "THAW_SCALER_NODE_GRACE_S": str(settings.scaler.node_grace_s),
         }
 
-    async def scaler(self) -> asyncio.subprocess.Process:
+    async def scaler(self, **environment: str) -> asyncio.subprocess.Process:
         """Start a scaler; it is not ready yet."""
         log = (self.folder / f"scaler-{len(self.scalers)}.log").open("wb")
         process = await asyncio.create_subprocess_exec(
-            sys.executable, "-m", "thaw", "scaler", env=self.environment(), stdout=log, stderr=log
+            sys.executable, "-m", "thaw", "scaler", env={**self.environment(), **environment}, stdout=log, stderr=log
         )
         self.scalers.append(process)
         return process
+
+    async def status(self) -> dict[str, Any]:
+        """What the scaler that runs says of itself; empty when none answers."""
+        places = health.forget_the_dead(health.folder(self.settings))
+        if not places:
+            return {"ready": False, "degraded": []}
+        (host, port) = places[-1]
+
+        def ask() -> dict[str, Any]:
+            with urllib.request.urlopen(f"http://{host}:{port}/status", timeout=10) as answer:
+                return json.loads(answer.read())
+
+        return await asyncio.to_thread(ask)
 
     def log(self, index: int = -1) -> str:
         return sorted(self.folder.glob("scaler-*.log"), key=lambda path: path.stat().st_ctime)[index].read_text()

@@ -11,7 +11,7 @@ import pytest
 from scaler_world import document_of
 from scripted_agent import ScriptedAgent
 
-from agent.api.messages import Start
+from agent.api.messages import CommandTaken, Start
 from infra.settings import ScalerSettings, Settings, TlsSettings
 from infra.tasks import TaskGroup
 from scaler.edges.agents import Agents
@@ -31,7 +31,8 @@ class Sink:
         self.changed.set()
 
     def node_reported(self, node, report, *, connected) -> None:
-        self.note(f"{node} {'connected' if connected else type(report).__name__}")
+        if not isinstance(report, CommandTaken):  # these come at moments of their own
+            self.note(f"{node} {'connected' if connected else type(report).__name__}")
 
     def node_down(self, node) -> None:
         self.note(f"{node} down")

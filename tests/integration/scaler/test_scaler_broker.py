@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import signal
 import subprocess
@@ -10,6 +11,8 @@ import sys
 
 import msgpack
 import pytest
+from aiokafka import TopicPartition
+from aiokafka.admin import AIOKafkaAdminClient, RecordsToDelete
 from scaler_world import open_world
 
 from agent.api.messages import Start
@@ -107,6 +110,9 @@ async def test_a_broker_that_is_killed_and_started_again_loses_nothing(own_stack
         (broker,) = [part for part in parts(settings) if part.name == "kafka"]
         os.kill(broker.identity.pid, signal.SIGKILL)
         await asyncio.sleep(3)  # an outage that the scaler sees
+        told = await world.eventually(world.status, lambda found: "broker" in found["degraded"])
+        assert not told["ready"] and "cannot reach the Kafka broker" in told["dependencies"]["broker"]["reason"], told
+        assert told["dependencies"]["agents"]["ok"] and told["facts"]["nodes"][0]["instances"] == 1
         # An instance ends meanwhile: agents are served without a broker.
         (instance,) = world.agent.instances
         world.agent.exit(instance)
@@ -115,7 +121,75 @@ async def test_a_broker_that_is_killed_and_started_again_loses_nothing(own_stack
         await world.level(name, 3)
         await world.agent.until(lambda: world.agent.running(name) == 3, timeout_s=90)
         assert process.returncode is None
+        await world.eventually(world.status, lambda found: found["ready"] and not found["degraded"])
         await world.eventually(lambda: world.start_records(name, 4), lambda records: len(records) == 4)
+    finally:
+        await world.close()
+
+
+async def remove_all_but_the_last(world, name: str) -> int:
+    """As retention does; returns how many records are gone of the partition of a function."""
+    partition = TopicPartition(DEMAND_TOPIC, sharding(4)(name))
+    async with kafka.started(kafka.consumer(world.settings.kafka, "test"), world.settings.kafka) as reader:
+        first, end = await reader.beginning_offsets([partition]), await reader.end_offsets([partition])
+    before = end[partition] - 1
+    async with kafka.started(AIOKafkaAdminClient(bootstrap_servers=world.settings.kafka.bootstrap_servers), world.settings.kafka) as admin:
+        await admin.delete_records({partition: RecordsToDelete(before_offset=before)})
+    return before - first[partition]
+
+
+async def test_demand_that_is_removed_before_it_is_read_is_told_and_the_rest_is_acted_on(own_stack, tmp_path):
+    world = await open_world(own_stack[1], tmp_path)
+    try:
+        name = await world.apply()
+        process = await world.scaler()
+        await world.level(name, 1)
+        await world.agent.until(lambda: world.agent.running(name) == 1)
+        process.send_signal(signal.SIGSTOP)
+        try:
+            async with kafka.started(kafka.producer(world.settings.kafka, "test"), world.settings.kafka) as producer:
+                for level in [2] * 30 + [3]:
+                    await world.send(producer, name, level)
+            assert await remove_all_but_the_last(world, name) >= 30
+        finally:
+            process.send_signal(signal.SIGCONT)
+        await world.agent.until(lambda: world.agent.running(name) == 3)
+        found = await world.eventually(world.status, lambda found: found["ready"])
+        assert "the broker has removed 30 records of demand before they were read" in world.log(), world.log()
+        # The same while no scaler runs.
+        process.send_signal(signal.SIGTERM)
+        assert await process.wait() == 0
+        for _ in range(9):
+            await world.level(name, 1)
+        await world.level(name, 4)
+        await remove_all_but_the_last(world, name)
+        await world.scaler()
+        await world.agent.until(lambda: world.agent.running(name) == 4)
+        assert "has removed 9 records" in world.log(1), world.log(1)
+        found = await world.status()
+        assert found["facts"]["functions"] == 1 and len(found["facts"]["shards"]) == 4
+    finally:
+        await world.close()
+
+
+async def test_a_scaler_that_is_told_to_waits_for_the_broker(own_stack, tmp_path):
+    settings, running = own_stack
+    world = await open_world(running, tmp_path)
+    try:
+        name = await world.apply()
+        await asyncio.to_thread(stack.down, settings, print)
+        await world.scaler(THAW_SCALER_BROKER_PATIENCE_S="60", THAW_KAFKA_REQUEST_TIMEOUT_MS="2000")
+        told = await world.eventually(world.status, lambda found: "broker" in found.get("degraded", ()))
+        assert not told["ready"]
+        await asyncio.to_thread(stack.up, settings, print)
+        await world.level(name, 1)
+        await world.agent.until(lambda: world.agent.running(name) == 1)
+        shown = await asyncio.to_thread(run, "status", "--json", **world.environment())
+        value = json.loads(shown.stdout)
+        assert shown.returncode == 1 and value["functions"] == 1, "there is no agent process here"
+        assert [(line["who"], line["what"]) for line in value["dependencies"] if not line["ok"]] == [("this machine", "agent")], value
+        shown = await asyncio.to_thread(run, "status", **world.environment())
+        assert "nodes 1 of 1 up" in shown.stdout and "no agent answers here" in shown.stdout, shown.stdout + shown.stderr
     finally:
         await world.close()
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import msgspec
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from agent.api.function import Function, from_builtins
@@ -28,6 +28,7 @@ from agent.store.pointer import Generations, Pointer
 from agent.store.seal import Sealer
 from infra import imagekeys
 from infra.errors import ObjectMissing, StoreUnavailable
+from infra.guard import Condition
 from infra.settings import AgentSettings
 from infra.tasks import TaskGroup
 
@@ -45,8 +46,13 @@ class Store:
         self.open = threading.Event()
         self.open.set()
         self.down = False
+        self.guard = self
+        self.reason = ""
 
-    def get(self, key: str, *, size_max: int) -> bytes:
+    def condition(self) -> Condition:
+        return Condition(not self.reason, 0.0, self.reason)
+
+    def get(self, key: str, *, size_max: int, timeout_s: float | None = None) -> bytes:
         self.gets[key.rsplit("/", 1)[1]] += 1
         assert self.open.wait(5)
         if self.down:
@@ -62,6 +68,7 @@ class Pager:
     def __init__(self) -> None:
         self.opened: list[str] = []
         self.fails = False
+        self.lost: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
     async def open_image(self, image: str, directory: Path, *, complete: bool) -> None:
         assert (directory / "manifest").exists() and (directory / "img" / "pages-1.img").stat().st_size == 1 << 20
@@ -70,7 +77,10 @@ class Pager:
         self.opened.append(image)
 
     async def close_image(self, image: str) -> None:
-        self.opened.remove(image)
+        if self.fails:
+            raise PagerError("gone")
+        if image in self.opened:
+            self.opened.remove(image)
 
 
 class World:
@@ -204,7 +214,7 @@ def objects_of(world: World, name: str) -> dict[str, str]:
     }
 
 
-@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, deadline=None)
 @given(kind=st.sampled_from(["pointer", "head", "working-set"]), position=st.integers(0, 1 << 20), bit=st.integers(0, 7))
 def test_any_flipped_bit_in_the_store_leaves_nothing(tmp_path_factory: pytest.TempPathFactory, kind: str, position: int, bit: int) -> None:
     async def flip() -> None:
@@ -318,6 +328,36 @@ async def test_a_store_that_is_down_is_asked_again_only_after_a_while(world: Wor
     assert (await world.catalog.resolve(function)).image is not None
 
 
+async def test_without_a_store_a_whole_checkpoint_of_this_node_serves(world: World) -> None:
+    function = world.function()
+    name = world.publish(function, await world.files_digest())
+    image = (await world.catalog.resolve(function)).image
+    assert image is not None
+    world.catalog.forget("it")  # as the next agent on this node, which finds the cache and knows nothing else
+    world.store.down = True
+    partly = await world.catalog.resolve(function)
+    assert partly.image is None and "cannot be fetched" in partly.reason
+    image.mark_complete()
+    whole = await world.catalog.resolve(function, refresh=True)
+    assert whole.image is image and image.checkpoint == name
+    assert world.catalog.usable(function, whole) == (image, whole.reason) and "down" in whole.reason
+    other = await world.catalog.resolve(world.function(port=81))
+    assert other.image is None, "never one of another version of the function"
+
+
+async def test_a_checkpoint_that_is_partly_here_is_not_used_while_the_rest_cannot_be_had(world: World) -> None:
+    function = world.function()
+    world.publish(function, await world.files_digest())
+    found = await world.catalog.resolve(function)
+    assert world.catalog.usable(function, found) == (found.image, "")
+    world.store.reason = "no answer"
+    image, reason = world.catalog.usable(function, found)
+    assert image is None and "only partly on this node" in reason and "no answer" in reason
+    assert found.image is not None
+    found.image.mark_complete()
+    assert world.catalog.usable(function, found) == (found.image, "")
+
+
 async def test_files_that_are_missing_are_told_to_every_start(world: World) -> None:
     function = world.function(files=[{"source": "/nowhere", "target": "/srv/x"}])
     world.publish(function, "0" * 64)
@@ -350,3 +390,57 @@ async def test_a_pager_that_is_gone_does_not_fail_the_fetch(world: World) -> Non
     world.pager.fails = False
     await world.catalog.open(image)
     assert world.pager.opened == [image.checkpoint]
+
+
+async def test_a_pager_that_is_gone_does_not_fail_the_eviction(world: World) -> None:
+    function = world.function()
+    name = world.publish(function, await world.files_digest())
+    assert (await world.catalog.resolve(function)).image is not None
+    world.pager.fails = True
+    world.pager.lost.set_result(None)
+    await world.catalog.evict("it")
+    assert world.left() == [] and world.cache.get(name) is None
+
+
+async def test_what_the_pager_does_not_close_is_not_deleted(world: World) -> None:
+    function = world.function()
+    name = world.publish(function, await world.files_digest())
+    assert (await world.catalog.resolve(function)).image is not None
+    world.pager.fails = True
+    with pytest.raises(ImageInvalid, match="cannot be closed"):
+        await world.catalog.evict("it")
+    assert world.left() == [name]
+    world.pager.fails = False
+    assert (await world.catalog.resolve(function)).image is world.cache.get(name) is not None
+
+
+async def test_what_an_earlier_agent_had_opened_is_closed_too(world: World) -> None:
+    function = world.function()
+    name = world.publish(function, await world.files_digest())
+    image = (await world.catalog.resolve(function)).image
+    assert image is not None and world.pager.opened == [name]
+    image.opened, image.opening = False, None  # all that the next agent knows
+    await world.catalog.evict("it")
+    assert world.pager.opened == [] and world.left() == []
+
+
+async def test_an_image_that_is_evicted_while_it_is_found_is_not_given_out(world: World) -> None:
+    function = world.function()
+    name = world.publish(function, await world.files_digest())
+    image = (await world.catalog.resolve(function)).image
+    assert image is not None
+    layers, held = world.catalog._layers, threading.Event()
+
+    def slowly(function: Function) -> rootfs.RootLayers:
+        assert held.wait(5)
+        return layers(function)
+
+    world.catalog._layers = slowly
+    world.catalog.forget("it")
+    other = asyncio.gather(world.catalog.resolve(function))
+    await asyncio.sleep(0.1)  # it has the image, and waits for the files
+    await world.catalog._drop(image)
+    held.set()
+    (found,) = await other
+    assert found.image is None, "its directory is gone"
+    assert (await world.catalog.resolve(function)).image is world.cache.get(name) is not None

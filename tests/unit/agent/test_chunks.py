@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import os
+import time
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from agent.errors import ImageInvalid
@@ -25,6 +26,7 @@ class MemoryStore:
 
     def __init__(self) -> None:
         self.objects: dict[str, bytes] = {}
+        self.age_s = 0.0
 
     def get(self, key: str, *, size_max: int) -> bytes:
         if key not in self.objects:
@@ -34,8 +36,8 @@ class MemoryStore:
     def put(self, key: str, body: bytes) -> None:
         self.objects[key] = body
 
-    def exists(self, key: str) -> bool:
-        return key in self.objects
+    def written_at(self, key: str) -> float | None:
+        return time.time() - self.age_s if key in self.objects else None
 
     def delete(self, key: str) -> None:
         self.objects.pop(key, None)
@@ -44,6 +46,7 @@ class MemoryStore:
         return [key for key in self.objects if key.startswith(prefix)]
 
 
+@settings(deadline=None)
 @given(st.integers(0, 5), st.integers(0, 4095), st.binary(min_size=1, max_size=50))
 def test_a_working_set_comes_back(half_blocks: int, more: int, pattern: bytes) -> None:
     size = half_blocks * chunks._BLOCK_BYTES // 2 + more
@@ -84,6 +87,9 @@ def test_a_chunk_found_corrupt_is_stored_anew_by_the_next_checkpoint(sealer: Sea
     key = subject.key(name)
     assert subject.upload(name, data) > 0 and list(store.objects) == [key]
     assert subject.upload(name, data) == 0, "once is enough"
+    store.age_s = chunks.FRESH_S + 1
+    assert subject.upload(name, data) > 0, "an old one may be about to be deleted"
+    store.age_s = 0.0
     assert subject.download(name, 8192) == data and subject.suspects() == frozenset()
     store.objects[key] = sealer.seal(key, chunks.compress(b"x" * 8192), sealer.newest())
     assert subject.upload(name, data, subject.suspects()) == 0, "nobody has seen it yet"

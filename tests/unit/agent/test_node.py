@@ -30,6 +30,7 @@ from agent.errors import Refused
 from agent.instance import Instance
 from agent.lease import Scalers
 from agent.node import Node
+from infra.settings import AgentSettings
 from infra.tasks import TaskGroup
 
 FUNCTION = Function(metadata=Metadata(name="f"), spec=FunctionSpec(command=["serve"], port=8080))
@@ -69,9 +70,21 @@ async def test_a_command_that_the_agent_before_has_carried_out_is_answered_and_n
     tmp_path: Path, instance: dict[str, int], command: Any, answer: type
 ) -> None:
     tasks, starter, reports = TaskGroup("test"), _Starter(), list[Message]()
-    workshop: Any = SimpleNamespace(tasks=tasks)
+    workshop: Any = SimpleNamespace(settings=AgentSettings(), tasks=tasks)
     nothing: Any = None
-    node = Node("n", workshop, nothing, starter, _Standbys(), nothing, nothing, Epochs(tmp_path / "e"), Scalers(15.0), reports.append)  # type: ignore[arg-type]
+    node = Node(
+        "n",
+        workshop,
+        nothing,
+        starter,
+        _Standbys(),
+        nothing,
+        nothing,
+        Epochs(tmp_path / "e"),
+        Scalers(15.0),
+        reports.append,
+        asyncio.Event(),
+    )  # type: ignore[arg-type]
     node.adopt([adopted(**instance)])
     node.handle(command(id="c-1", deadline_ns=1 << 62, function=FUNCTION))
     await asyncio.sleep(0)
@@ -85,9 +98,21 @@ async def test_a_command_that_the_agent_before_has_carried_out_is_answered_and_n
 
 async def test_a_prepare_that_waits_for_its_turn_ends_at_its_deadline(tmp_path: Path) -> None:
     tasks, reports = TaskGroup("test"), list[Message]()
-    workshop: Any = SimpleNamespace(tasks=tasks, pool=SimpleNamespace(check_room=lambda *_: None))
+    workshop: Any = SimpleNamespace(settings=AgentSettings(), tasks=tasks, pool=SimpleNamespace(check_room=lambda *_: None))
     nothing: Any = None
-    node = Node("n", workshop, nothing, nothing, _Standbys(), nothing, nothing, Epochs(tmp_path / "e"), Scalers(15.0), reports.append)  # type: ignore[arg-type]
+    node = Node(
+        "n",
+        workshop,
+        nothing,
+        nothing,
+        _Standbys(),
+        nothing,
+        nothing,
+        Epochs(tmp_path / "e"),
+        Scalers(15.0),
+        reports.append,
+        asyncio.Event(),
+    )  # type: ignore[arg-type]
     node.handle(Prepare(id="c-1", deadline_ns=time.time_ns() + 50_000_000, function=FUNCTION))
     await asyncio.sleep(0.2)
     assert [type(report) for report in reports] == [CommandTaken, CommandFailed]
@@ -115,7 +140,7 @@ async def test_a_command_of_which_a_stage_hangs_is_answered_at_its_deadline(tmp_
     hanging: Any = SimpleNamespace(resolve=_for_ever, evict=_for_ever)
     nothing: Any = None
     epochs = Epochs(tmp_path / "e")
-    node = Node("n", workshop, hanging, nothing, nothing, nothing, nothing, epochs, Scalers(15.0), reports.append)
+    node = Node("n", workshop, hanging, nothing, nothing, nothing, nothing, epochs, Scalers(15.0), reports.append, asyncio.Event())
     node._leaving["f-1"] = adopted()  # its end, which another release has asked for, hangs
     node.handle(command(id="c-1", deadline_ns=time.time_ns() + 50_000_000))
     await asyncio.sleep(0.2)
@@ -131,7 +156,7 @@ async def test_what_is_being_made_is_told_to_every_scaler(tmp_path: Path, monkey
     catalog: Any = SimpleNamespace(images=list)
     nothing: Any = None
     epochs = Epochs(tmp_path / "e")
-    node = Node("n", workshop, catalog, starter, nothing, nothing, nothing, epochs, Scalers(15.0), reports.append)  # type: ignore[arg-type]
+    node = Node("n", workshop, catalog, starter, nothing, nothing, nothing, epochs, Scalers(15.0), reports.append, asyncio.Event())  # type: ignore[arg-type]
     monkeypatch.setattr(starter, "start", _for_ever)
     node.handle(Start(id="c-1", deadline_ns=7 << 60, function=FUNCTION))
     await asyncio.sleep(0)

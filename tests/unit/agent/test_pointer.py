@@ -9,7 +9,7 @@ from typing import Any
 import msgpack
 import msgspec
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from agent.errors import ImageInvalid, ImageRolledBack, KeyUnknown
@@ -64,6 +64,7 @@ def test_it_comes_back_and_fits(sealer: Sealer) -> None:
     assert b"a" * 32 not in found, "a digest of the document would confirm what is in it"
 
 
+@settings(deadline=None)
 @given(st.integers(0, 1 << 20), st.integers(0, 7))
 def test_any_flipped_bit_is_refused(sealer: Sealer, position: int, bit: int) -> None:
     broken = bytearray(sealed(sealer))
@@ -111,6 +112,7 @@ def test_pointers_of_before_are_called_that(sealer: Sealer) -> None:
         pointer.read(sealer, "it", old)
 
 
+@settings(max_examples=50, deadline=None)
 @given(st.lists(st.integers(1, 20), min_size=1, max_size=30))
 def test_an_older_one_is_refused_also_after_a_restart(tmp_path_factory: pytest.TempPathFactory, numbers: list[int]) -> None:
     folder, newest = tmp_path_factory.mktemp("generations") / "new", 0
@@ -153,6 +155,18 @@ def test_generations_rise_with_every_publication_on_any_node(sealer: Sealer, tmp
         first = first or bucket.body
         assert pointer.read(sealer, "it", bucket.body).generation == seen[-1]
     assert seen == sorted(set(seen)) and seen[0] > 1e18
+
+
+def test_what_was_replaced_is_remembered_and_fits(sealer: Sealer, tmp_path: Path) -> None:
+    bucket: Any = Bucket()
+    made = a_manifest(function="it", key=sealer.newest())
+    names = [f"{number:032x}" for number in range(60)]
+    begun = time.time_ns()
+    for name in names:
+        pointer.publish(bucket, sealer, Generations(tmp_path), made, name)
+    found = pointer.read(sealer, "it", bucket.body)
+    assert [item.checkpoint for item in found.replaced] == names[9:59] and len(bucket.body) <= pointer.BYTES_MAX
+    assert all(begun <= item.until_ns <= time.time_ns() for item in found.replaced)
 
 
 def test_a_clock_that_was_ahead_stops_nobody(sealer: Sealer, tmp_path: Path) -> None:

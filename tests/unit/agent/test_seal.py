@@ -42,6 +42,7 @@ def sealed(sealer: Sealer, name: str = NAME, plain: bytes = TEXT) -> bytes:
     return sealer.seal(name, plain, sealer.newest())
 
 
+@settings(deadline=None)
 @given(st.binary(max_size=2000), st.sampled_from([16, 64, 1 << 24]))
 def test_what_is_sealed_comes_back_and_cannot_be_read(sealer: Sealer, plain: bytes, segment_bytes: int) -> None:
     with pytest.MonkeyPatch.context() as patch:
@@ -58,7 +59,7 @@ def test_no_two_seals_are_alike(sealer: Sealer) -> None:
     assert first[-len(TEXT) :] != second[-len(TEXT) :]
 
 
-@settings(max_examples=300)
+@settings(max_examples=300, deadline=None)
 @given(st.integers(0, 1 << 30), st.integers(0, 7))
 def test_any_flipped_bit_is_refused(sealer: Sealer, position: int, bit: int) -> None:
     broken = bytearray(sealed(sealer))
@@ -67,6 +68,7 @@ def test_any_flipped_bit_is_refused(sealer: Sealer, position: int, bit: int) -> 
         sealer.open(NAME, bytes(broken))
 
 
+@settings(deadline=None)
 @given(st.integers(0, 400), st.binary(max_size=40))
 def test_what_is_cut_or_continued_is_refused(sealer: Sealer, size: int, more: bytes) -> None:
     whole = sealed(sealer)
@@ -76,6 +78,7 @@ def test_what_is_cut_or_continued_is_refused(sealer: Sealer, size: int, more: by
             sealer.open(NAME, broken)
 
 
+@settings(deadline=None)
 @given(st.binary(max_size=300))
 def test_any_bytes_are_refused(sealer: Sealer, data: bytes) -> None:
     for start in (b"", seal.MAGIC, seal.MAGIC + bytes([seal.FORMAT])):

@@ -328,8 +328,8 @@ def test_pods_read_settings_that_thaw_knows(tmp_path: Path) -> None:
     agent = named("DaemonSet", "thaw-agent")["spec"]["template"]["spec"]["containers"][0]
     mounts = {mount["mountPath"] for mount in agent["volumeMounts"]}
     assert {str(loaded.paths.state_dir), str(loaded.paths.runtime_dir), "/etc/thaw"} <= mounts
-    keys = next(volume for volume in named("DaemonSet", "thaw-agent")["spec"]["template"]["spec"]["volumes"] if "secret" in volume)
-    assert keys["secret"] == {"secretName": named("Secret", "thaw-image-keys")["metadata"]["name"], "defaultMode": 0o400}
+    volumes = {volume["name"]: volume for volume in named("DaemonSet", "thaw-agent")["spec"]["template"]["spec"]["volumes"]}
+    assert volumes["image-keys"]["secret"] == {"secretName": named("Secret", "thaw-image-keys")["metadata"]["name"], "defaultMode": 0o400}
     assert next(item["value"] for item in agent["env"] if item["name"] == "THAW_IMAGES_KEYS") in mounts
     assert agent["ports"][0]["containerPort"] == loaded.agent.listen_port
     assert loaded.scaler.agents == loaded.scaler.functions == "kubernetes"
@@ -357,6 +357,28 @@ def test_pods_read_settings_that_thaw_knows(tmp_path: Path) -> None:
     environment = {item["name"]: item.get("value", "x") for item in agent["env"] if item["name"] != "THAW_CONFIG"}
     named_by_environment = settings_module.load(None, environment)
     assert (named_by_environment.agent.node_name, named_by_environment.agent.listen_host) == ("x", "x")
+
+
+def test_health_and_metrics_are_where_probes_and_prometheus_look() -> None:
+    told = tomllib.loads(named("ConfigMap", "thaw")["data"]["thaw.toml"])["telemetry"]
+    [endpoint] = named("ServiceMonitor", "thaw")["spec"]["endpoints"]
+    for kind, name in (("DaemonSet", "thaw-agent"), ("Deployment", "thaw-scaler")):
+        container = named(kind, name)["spec"]["template"]["spec"]["containers"][0]
+        [port] = [item for item in container["ports"] if item["name"] == endpoint["port"]]
+        assert (port["containerPort"], told["health_host"]) == (told["health_port"], "0.0.0.0")
+        probes = {probe: container[f"{probe}Probe"]["httpGet"] for probe in ("startup", "liveness", "readiness")}
+        assert {probe: item["path"] for probe, item in probes.items()} == {
+            "startup": "/healthz",
+            "liveness": "/healthz",
+            "readiness": "/readyz",
+        }
+        assert all(item["port"] == port["name"] for item in probes.values())
+        service = named("Service", name)
+        assert endpoint["port"] in [item["name"] for item in service["spec"]["ports"]]
+        assert named("ServiceMonitor", "thaw")["spec"]["selector"]["matchLabels"].items() <= service["metadata"]["labels"].items()
+    assert named("NetworkPolicy", "thaw-metrics")["spec"]["ingress"] == [{"ports": [{"port": told["health_port"], "protocol": "TCP"}]}]
+    module = (MANIFESTS.parents[1] / "terraform" / "modules" / "kubernetes" / "main.tf").read_text()
+    assert f'health_port = "{told["health_port"]}"' in module
 
 
 def test_terraform_knows_the_sections_of_settings() -> None:

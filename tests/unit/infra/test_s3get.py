@@ -11,7 +11,8 @@ from collections.abc import Callable, Iterator
 import pytest
 from botocore.credentials import Credentials
 
-from infra.errors import ObjectMissing, StoreError
+from infra.errors import ObjectMissing, StoreError, StoreUnavailable
+from infra.guard import Limits
 from infra.s3get import SignedGet
 
 OK = b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\nhello"
@@ -26,6 +27,8 @@ class Server:
         self.answers: list[bytes] = []
         self.requests: list[str] = []
         self.connections: list[socket.socket] = []
+        #: Pause after each byte of a body.
+        self.drip_s = 0.0
         threading.Thread(target=self._accept, daemon=True).start()
 
     def _accept(self) -> None:
@@ -50,7 +53,14 @@ class Server:
                 data += piece
             self.requests.append(data.decode())
             answer = self.answers.pop(0) if self.answers else OK
-            connection.sendall(answer)
+            head, end, body = answer.partition(b"\r\n\r\n")
+            connection.sendall(head + end)
+            for piece in [body] if not self.drip_s else [body[at : at + 1] for at in range(len(body))]:
+                try:
+                    connection.sendall(piece)
+                except OSError:
+                    return
+                time.sleep(self.drip_s)
             if not answer or b"close" in answer:
                 connection.shutdown(socket.SHUT_RDWR)
                 connection.close()
@@ -130,21 +140,47 @@ def test_a_connection_that_died_is_replaced_at_once(server: Server, opened: Open
 @pytest.mark.parametrize(
     "answer",
     [
-        pytest.param(b"HTTP/1.1 503 Slow Down\r\nContent-Length: 0\r\n\r\n", id="busy"),
         pytest.param(b"HTTP/1.1 403 Forbidden\r\nContent-Length: 0\r\n\r\n", id="denied"),
+        pytest.param(b"HTTP/1.1 400 Bad\r\nContent-Length: 0\r\n\r\n", id="expired"),
         pytest.param(b"HTTP/1.1 301 Moved\r\nLocation: http://elsewhere/\r\nContent-Length: 0\r\n\r\n", id="elsewhere"),
-        pytest.param(b"HTTP/1.1 200 OK\r\nContent-Length: 50\r\nConnection: close\r\n\r\nhello", id="cut short"),
         pytest.param(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nhello\r\n0\r\n\r\n", id="of unknown size"),
-        pytest.param(b"HTTP/1.1 200 OK\r\nContent-Length: 50\r\n\r\nhello", id="stuck"),
-        pytest.param(b"220 not HTTP\r\n\r\n", id="noise"),
     ],
 )
-def test_whatever_else_is_left_to_boto3(server: Server, opened: Opened, answer: bytes) -> None:
+def test_what_has_to_be_explained_is_left_to_boto3(server: Server, opened: Opened, answer: bytes) -> None:
     server.answers = [answer]
     getter = opened()
     assert getter.get("x", 100) is None
     assert getter.get("x", 100) == b"hello", "and nothing of that answer is taken for the next one"
     assert len(server.connections) == 2
+
+
+@pytest.mark.parametrize(
+    ("answer", "why"),
+    [
+        pytest.param(b"HTTP/1.1 503 Busy\r\nContent-Length: 43\r\n\r\n<Error><Code>SlowDown</Code><x>1</x></Error>", "SlowDown", id="busy"),
+        pytest.param(b"HTTP/1.1 500 Sorry\r\nContent-Length: 0\r\n\r\n", "Sorry .500.", id="broken"),
+        pytest.param(b"HTTP/1.1 429 Many\r\nContent-Length: 9999999\r\n\r\n", "does not answer", id="broken within"),
+        pytest.param(b"HTTP/1.1 200 OK\r\nContent-Length: 50\r\nConnection: close\r\n\r\nhello", "IncompleteRead", id="cut short"),
+        pytest.param(b"HTTP/1.1 200 OK\r\nContent-Length: 50\r\n\r\nhello", "timed out", id="stuck"),
+        pytest.param(b"220 not HTTP\r\n\r\n", "not HTTP", id="noise"),
+    ],
+)
+def test_what_another_attempt_may_change_is_told(server: Server, opened: Opened, answer: bytes, why: str) -> None:
+    server.answers = [answer]
+    getter = opened()
+    with pytest.raises(StoreUnavailable, match=why):
+        getter.get("x", 100)
+    assert getter.get("x", 100) == b"hello", "and nothing of that answer is taken for the next one"
+    assert len(server.connections) == 2
+
+
+def test_a_server_that_drips_is_given_up_in_time(server: Server, opened: Opened) -> None:
+    server.drip_s = 0.1
+    server.answers = [b"HTTP/1.1 200 OK\r\nContent-Length: 500\r\n\r\n" + b"x" * 500]
+    before = time.monotonic()
+    with pytest.raises(StoreUnavailable, match=r"too long|timed out"):
+        opened().get("x", 500, Limits(before + 0.6, 0.5))
+    assert 0.5 < time.monotonic() - before < 0.9
 
 
 def test_missing_and_too_large(server: Server, opened: Opened) -> None:
@@ -180,4 +216,5 @@ def test_nobody_listens(server: Server, opened: Opened) -> None:
     getter = opened(warm=1)
     wait_for(lambda: len(server.connections) == 1)
     server.close()
-    assert getter.get("x", 5) is None
+    with pytest.raises(StoreUnavailable, match=r"does not answer.*refused"):
+        getter.get("x", 5)

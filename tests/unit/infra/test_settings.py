@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from infra.errors import SettingsError
-from infra.settings import load
+from infra.settings import Settings, load, with_assignments
 
 
 def test_later_sources_win(tmp_path: Path) -> None:
@@ -51,3 +51,15 @@ def test_the_embedded_stack_fills_in_only_what_is_not_set(tmp_path: Path) -> Non
     assert (settings.kafka.bootstrap_servers, settings.s3.secret_key) == ("127.0.0.1:1", "s")
     settings = load(None, {**environment, "THAW_S3_ENDPOINT_URL": "http://mine", "THAW_S3_SECRET_KEY": "own"})
     assert (settings.s3.endpoint_url, settings.s3.secret_key, settings.s3.access_key) == ("http://mine", "own", "")
+
+
+def test_some_settings_are_replaced_as_on_the_command_line() -> None:
+    before = Settings()
+    after = with_assignments(before, ["agent.pool_size=3", "kafka.bootstrap_servers=a=b:1", "agent.lease_s=2.5"])
+    assert (after.agent.pool_size, after.kafka.bootstrap_servers, after.agent.lease_s) == (3, "a=b:1", 2.5)
+    assert after.s3 == before.s3 and after.agent.bridge == before.agent.bridge
+    for wrong in ("agent.pool_size", "agent.nothing=1", "nothing.pool_size=1", "agent=1"):
+        with pytest.raises(SettingsError, match=wrong.partition("=")[0]):
+            with_assignments(before, [wrong])
+    with pytest.raises(SettingsError, match="must be int"):
+        with_assignments(before, ["agent.pool_size=many"])

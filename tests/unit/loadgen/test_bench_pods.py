@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
+from agent.api.records import StartRecord
 from infra.kubernetes.watch import Changed, Listed
-from loadgen.bench import pods, routes
-from loadgen.bench.figures import distribution
+from loadgen.bench import pod_figures, routes
+from loadgen.bench.figures import Measured, distribution
 from loadgen.bench.plain_pod import manifest
 from loadgen.bench.routes import Routes, Seen, hops_ms
 from loadgen.checks import FUNCTIONS_DIR
 from loadgen.kubernetes.documents import Sample
+from loadgen.result import RequestRecord
 
 
 def pod(name: str, *, gate: str = "", reason: str = "", ready: str = "False", **metadata: Any) -> dict[str, Any]:
@@ -36,16 +38,17 @@ def test_each_step_is_noted_when_it_is_first_seen() -> None:
 
 
 def test_the_cluster_is_at_rest_when_pods_wait_and_none_comes_or_goes() -> None:
-    found = Routes("f")
-    assert not found.quiet(standbys=0)
+    found, later_ns = Routes("f"), round(routes.STILL_S * 1e9) + 10
+    assert not found.quiet(standbys=0, now_ns=later_ns)
     found.take_pods(Listed([pod("a"), pod("b", gate="False", reason="Standby")]), 1)
-    assert found.quiet(standbys=1) and not found.quiet(standbys=0)
+    assert found.quiet(standbys=1, now_ns=later_ns) and not found.quiet(standbys=0, now_ns=later_ns)
+    assert not found.quiet(standbys=1, now_ns=1000), "an agent has not prepared them yet"
     found.take_pods(Changed(pod("c", deletionTimestamp="2026-01-01T00:00:00Z")), 2)
-    assert not found.quiet(standbys=1)
+    assert not found.quiet(standbys=1, now_ns=later_ns)
     found.take_pods(Changed(pod("c"), gone=True), 3)
-    assert found.quiet(standbys=1)
+    assert found.quiet(standbys=1, now_ns=later_ns)
     found.take_pods(Changed(pod("d", gate="True", reason="Answers")), 4)
-    assert not found.quiet(standbys=1)
+    assert not found.quiet(standbys=1, now_ns=later_ns)
 
 
 def test_hops_add_up_whatever_was_seen_first() -> None:
@@ -72,7 +75,40 @@ def result(thaw: float, service: float, factor: float) -> dict[str, Any]:
 
 
 def test_targets_are_judged_by_their_medians() -> None:
-    assert all(goal.met for goal in pods.judge(result(11.9, 60.0, 20.0)))
-    assert [goal.target for goal in pods.judge(result(12.1, 60.1, 19.9)) if not goal.met] == ["<= 12 ms", "<= 60 ms", "<= 60 ms", ">= 20 x"]
+    assert all(goal.met for goal in pod_figures.judge(result(11.9, 60.0, 20.0)))
+    assert [goal.target for goal in pod_figures.judge(result(12.1, 60.1, 19.9)) if not goal.met] == [
+        "<= 12 ms",
+        "<= 60 ms",
+        "<= 60 ms",
+        ">= 20 x",
+    ]
     nothing = result(0.0, 0.0, 0.0) | {"direct": {mode: distribution([]) for mode in ("thaw", "restore", "cold")}}
-    assert [goal.met for goal in pods.judge(nothing)][:2] == [None, None]
+    assert [goal.met for goal in pod_figures.judge(nothing)][:2] == [None, None]
+
+
+def test_only_starts_that_were_what_they_were_to_be_count() -> None:
+    ms = 1_000_000
+
+    def start(number: int, kind: str, ended_ms: int) -> Measured:
+        traceparent = f"00-{number:032x}-{'ab' * 8}-01"
+        record = StartRecord(
+            command_id=str(number),
+            function="f",
+            instance=f"p{number}",
+            start_mode="restore",
+            traceparent=traceparent,
+            ended_ns=ended_ms * ms,
+        )
+        return Measured(part=pod_figures.SERVICE, asked="restore", kind=kind, record=record)
+
+    requests = pod_figures.Requests({f"p{n}": Seen(30 * ms, 30 * ms, 40 * ms) for n in (1, 2)}, {f"{n:032x}": 50 * ms for n in (1, 2)})
+    for number in (1, 2):
+        asked = RequestRecord(number=number, function="f", row=0, intended_ns=0, trace_id=f"{number:032x}", response_ns=60 * ms)
+        requests.asked[f"{number:032x}"] = (pod_figures.SERVICE, "restore", asked)
+    found = pod_figures.figures([start(1, "restore", 20), start(2, "failed: waited for a pod", 2000)], requests)
+    service = found["service"]["restore"]
+    assert (service["n"], service["p50_ms"], service["start_ms"]["p50_ms"]) == (1, 60.0, 20.0)
+    assert {name: hop["p50_ms"] for name, hop in service["hops_ms"].items()} == {
+        "condition": 10.0, "ready": 0.0, "slice": 10.0, "rule": 10.0, "answer": 10.0,
+    }  # fmt: skip
+    assert found["other"] == {"restore": {"failed: waited for a pod": 1}}

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import msgpack
 import pytest
+from aiokafka import TopicPartition
 from aiokafka.conn import AIOKafkaConnection
 from aiokafka.errors import KafkaConnectionError, MessageSizeTooLargeError, RequestTimedOutError
 from hypothesis import given
@@ -21,10 +22,15 @@ from scaler_harness import Harness, function, starts
 from agent.api.messages import StartDone, StartFailed
 from agent.api.records import DemandPosition, Phase, StartRecord
 from infra.aiokafka_repairs import Seldom
+from infra.settings import Settings
 from infra.telemetry import Tracer, trace_id
+from infra.vitals import Distribution
+from scaler import service as service_module
 from scaler.commands import Need
 from scaler.edges import publisher as publisher_module
+from scaler.edges import starts as starts_module
 from scaler.edges.functions import decode, encode, event_of
+from scaler.edges.kafka import DemandFeed
 from scaler.edges.publisher import Outgoing, Publisher
 from scaler.edges.replay import ReplayPoint
 from scaler.edges.starts import StartBook, complete, scaler_phases
@@ -34,6 +40,7 @@ from scaler.edges.topics import sharding
 from scaler.errors import DemandInvalid
 from scaler.events import FunctionApplied, FunctionDeleted, Origin
 from scaler.levels import Levels
+from scaler.service import Patience
 
 
 class Collected:
@@ -171,6 +178,24 @@ class TestStartRecords:
         (command,) = starts(harness.demand(1))
         return command, harness.now
 
+    def test_ends_are_counted_and_records_that_wait_are_bounded(self, monkeypatch):
+        monkeypatch.setattr(starts_module, "ENDED_MAX", 2)
+        book, collected, _ = self.book()
+        book.durations = Distribution("d", "s", "", (1.0,))
+        for number in range(4):
+            command, now = self.command()
+            message = book.begin(command, now, now + 10)
+            record = StartRecord(command_id=message.id, function="f", start_mode="thaw", outcome="ready", ended_ns=now + 2 * 10**9)
+            if number:
+                book.done("n1", StartDone(command_id=message.id, instance=Harness().info("i", function()), record=record))
+            else:
+                book.failed("n1", StartFailed(command_id=message.id, function="f", reason="not_ready", message=""))
+        assert book.ended == {("thaw", "ready"): 3, ("cold", "not_ready"): 1}
+        assert [(round(value), mode) for value, mode in book.durations.drain()] == [(2, {"mode": "thaw"})] * 3
+        assert (book.unwritten, book.dropped, book.in_progress) == (2, 2, 0)
+        book.flush()
+        assert len(collected.records) == 2
+
     def test_the_record_goes_to_kafka_and_its_phases_become_spans(self):
         book, collected, spans = self.book()
         command, now = self.command()
@@ -270,15 +295,80 @@ class TestPublisher:
         await asyncio.sleep(0)
         for number in range(30):
             publisher.publish(Outgoing("kept" if number % 3 == 0 else "t", b"k", bytes([number]), keep=number % 3 == 0))
-        waiting = asyncio.ensure_future(publisher.room())
-        await asyncio.sleep(0)
-        assert not waiting.done()
+        assert publisher.full
         producer.away.set()
         await publisher.flush(1)
-        await waiting
+        assert not publisher.full
         task.cancel()
         assert [value[0] for topic, value in producer.sent if topic == "kept" and value] == list(range(0, 30, 3))
         assert publisher.dropped == 31 - len(producer.sent)
+
+    async def test_of_a_table_only_the_newest_record_of_a_key_waits(self):
+        producer = FakeProducer()
+        producer.away.clear()
+        publisher, task = await running(producer)
+        publisher.publish(Outgoing("log", b"k", b"in hand"))
+        await asyncio.sleep(0)
+        for number in range(10):
+            publisher.publish(Outgoing("table", b"ab"[number % 2 : number % 2 + 1], bytes([number]), newest=True))
+            publisher.publish(Outgoing("log", b"k", bytes([number])))
+        assert len(publisher) == 12 and publisher.superseded == 8 and publisher.dropped == 0
+        producer.away.set()
+        await publisher.flush(1)
+        task.cancel()
+        assert [value for topic, value in producer.sent if topic == "table"] == [b"\x08", b"\x09"]
+        assert [value for topic, value in producer.sent if topic == "log"][1:] == [bytes([number]) for number in range(10)]
+
+
+class Reader:
+    """What :class:`DemandFeed` needs of a consumer to press back."""
+
+    def __init__(self) -> None:
+        self.partitions = {TopicPartition("thaw.demand", number) for number in range(2)}
+        self.paused: set[TopicPartition] = set()
+
+    def assignment(self):
+        return set(self.partitions)
+
+    def pause(self, *partitions):
+        self.paused |= set(partitions)
+
+    def resume(self, *partitions):
+        self.paused -= set(partitions)
+
+
+class TestBackPressure:
+    def test_no_demand_is_read_while_too_much_waits_to_be_sent(self, monkeypatch):
+        monkeypatch.setattr(publisher_module, "QUEUE_MAX", 3)
+        publisher, reader = Publisher(FakeProducer()), Reader()
+        feed = DemandFeed(Settings(), None, publisher, lambda name: 0, 2)
+        feed._press_back(reader)
+        assert not reader.paused and not feed.paused
+        for _ in range(3):
+            publisher.publish(Outgoing("thaw.demand.rejected", b"k", b"", keep=True))
+        feed._press_back(reader)
+        assert reader.paused == reader.partitions and feed.paused
+        gained = TopicPartition("thaw.demand", 7)
+        reader.partitions.add(gained)
+        feed._press_back(reader)
+        assert gained in reader.paused, "what is gained meanwhile waits too"
+        publisher._queue.clear()
+        feed._press_back(reader)
+        assert not reader.paused and not feed.paused
+
+
+class TestPatience:
+    def test_pauses_grow_and_end(self, monkeypatch):
+        now = [100.0]
+        monkeypatch.setattr(service_module, "time", SimpleNamespace(monotonic=lambda: now[0]))
+        assert Patience(0.0).pause_s() is None
+        patience, pauses = Patience(60.0), []
+        while (pause := patience.pause_s()) is not None:
+            pauses.append(pause)
+            now[0] += pause + 1
+        assert 0.25 <= pauses[0] <= 0.5 and all(2.5 <= pause <= 5.0 for pause in pauses[4:]) and 59 < now[0] - 100 < 67
+        now[0] += 3600
+        assert patience.pause_s() is not None, "a new outage"
 
 
 class TestStateFeed:

@@ -28,10 +28,11 @@ locals {
   }
   # Where the pods of the manifests have their volumes and ports.
   settings_needed = {
-    paths  = { cache_dir = "/opt/thaw", runtime_dir = "/run/thaw", state_dir = "/var/lib/thaw" }
-    agent  = { listen_port = "7070", sandboxes = "pods" }
-    scaler = { agents = "kubernetes", functions = "kubernetes" }
-    tls    = { ca = "/etc/thaw-tls/ca.crt", certificate = "/etc/thaw-tls/tls.crt", key = "/etc/thaw-tls/tls.key" }
+    paths     = { cache_dir = "/opt/thaw", runtime_dir = "/run/thaw", state_dir = "/var/lib/thaw" }
+    agent     = { listen_port = "7070", sandboxes = "pods" }
+    scaler    = { agents = "kubernetes", functions = "kubernetes", broker_patience_s = "86400" }
+    telemetry = { health_host = "0.0.0.0", health_port = "9464" }
+    tls       = { ca = "/etc/thaw-tls/ca.crt", certificate = "/etc/thaw-tls/tls.crt", key = "/etc/thaw-tls/tls.key" }
     kubernetes = {
       agents_namespace = var.namespace
       agent_image      = coalesce(var.images.agent, local.placed["DaemonSet/thaw-agent"].spec.template.spec.containers[0].image)

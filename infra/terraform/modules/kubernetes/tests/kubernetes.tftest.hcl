@@ -109,7 +109,7 @@ run "everything_else" {
     error_message = "scalers"
   }
   assert {
-    condition     = strcontains(output.settings_file, "[kafka]\nbootstrap_servers = \"k:9092\"") && strcontains(output.settings_file, "agents_namespace = \"elsewhere\"") && strcontains(output.settings_file, "agents = \"kubernetes\"\nfunctions = \"kubernetes\"") && strcontains(output.settings_file, "cache_mb = \"1024\"\nlisten_port = \"7070\"")
+    condition     = strcontains(output.settings_file, "[kafka]\nbootstrap_servers = \"k:9092\"") && strcontains(output.settings_file, "agents_namespace = \"elsewhere\"") && strcontains(output.settings_file, "agents = \"kubernetes\"\nbroker_patience_s = \"86400\"\nfunctions = \"kubernetes\"") && strcontains(output.settings_file, "cache_mb = \"1024\"\nlisten_port = \"7070\"")
     error_message = "settings"
   }
   assert {
