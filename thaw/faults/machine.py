@@ -12,7 +12,7 @@ import contextlib
 import contextvars
 import random
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
@@ -67,6 +67,15 @@ class Image:
     def manifest(self) -> SimpleNamespace:
         """As far as reports name it."""
         return SimpleNamespace(function=self.function, function_digest=self.digest, image_bytes=50 << 20)
+
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        """Keep it from being evicted for the length of a block."""
+        self.users += 1
+        try:
+            yield
+        finally:
+            self.users -= 1
 
     def mark_complete(self) -> None:
         """Every page is here."""
@@ -462,6 +471,10 @@ class Cache:
 
     def __iter__(self) -> Any:
         return iter(list(self._images.values()))
+
+    def get(self, checkpoint: str) -> Image | None:
+        """One of them."""
+        return self._images.get(checkpoint)
 
     def over_budget(self) -> list[Image]:
         """None: images are small."""
