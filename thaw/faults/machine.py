@@ -432,6 +432,14 @@ class Pager:
     def __init__(self, machine: Machine) -> None:
         self._machine = machine
 
+    @property
+    def lost(self) -> asyncio.Future[None]:
+        """Completed when it is gone; the next one is the same object here."""
+        gone: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        if not self._machine.pager_lives:
+            gone.set_result(None)
+        return gone
+
     async def _reached(self) -> None:
         await asyncio.sleep(0.001)
         if not self._machine.pager_lives:
