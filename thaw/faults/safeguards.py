@@ -181,5 +181,5 @@ SAFEGUARDS = {
     "retry": Safeguard("a failed start is owed", lambda: _configured(retry_ns=_NEVER_NS), seed=2),
     "orphans": Safeguard("instances of a function that is not known are released", lambda: _configured(orphan_idle_ns=_NEVER_NS), seed=53),
     "cold-start": Safeguard("a failed restore becomes a cold start", _no_cold_start, seed=92),
-    "whole-removal": Safeguard("the removal of an instance goes on when its start is out of time", _stop_by_halves, seed=42),
+    "whole-removal": Safeguard("the removal of an instance goes on when its start is out of time", _stop_by_halves, seed=2),
 }
