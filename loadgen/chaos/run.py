@@ -60,6 +60,9 @@ _SETTLE_S = 90.0
 #: Descriptors that agent and pager may hold more after the load than before: connections, images.
 _SPARE_DESCRIPTORS = 48
 
+#: Kinds of which a census with marks has only those that are ours.
+_MARKED = ("processes", "namespaces")
+
 T = TypeVar("T")
 
 
@@ -323,7 +326,7 @@ class Chaos:
         """What the idle installation holds more than it did before the load; waits for what is still being taken down."""
         give_up = time.monotonic() + _SETTLE_S / 2
         while True:
-            found = grown(before, await asyncio.to_thread(self._held, installation, targets))
+            found = grown(before, await asyncio.to_thread(self._held, installation, targets), installation.marks)
             found += [f"file {path}" for path in await asyncio.to_thread(installation.scratch_files)]
             if not found or time.monotonic() > give_up:
                 return found
@@ -347,14 +350,14 @@ def load_of(options: ChaosOptions, functions: Sequence[str]) -> list[Arrival]:
     return [arrival for arrival in merge(trace, probes) if arrival.at_s < options.seconds]
 
 
-def grown(before: leaks.Census, after: leaks.Census) -> list[str]:
+def grown(before: leaks.Census, after: leaks.Census, marks: Sequence[str]) -> list[str]:
     """Kinds of things of which an idle installation holds more than before; which ones they are is said too.
 
-    Counts, not identities: sandboxes of the pool and processes are others each time.
+    Counts, not identities: sandboxes of the pool and processes are others each time. What has none of the ``marks`` is not ours.
     """
     found = []
     for kind in ("processes", "namespaces", "links", "cgroups", "mounts"):
-        old, new = getattr(before, kind), getattr(after, kind)
+        old, new = (_ours(getattr(census, kind), () if kind in _MARKED else marks) for census in (before, after))
         if len(new) > len(old):
             added = [f"{identity} {new[identity]}".strip() for identity in sorted(set(new) - set(old))]
             found.append(f"{len(new) - len(old)} more {kind} in the idle installation than before the load, of: {'; '.join(added)[:600]}")
@@ -362,6 +365,10 @@ def grown(before: leaks.Census, after: leaks.Census) -> list[str]:
         if after.descriptors.get(number, 0) > before.descriptors.get(number, 0) + _SPARE_DESCRIPTORS:
             found.append(f"descriptors of the {who}: {before.descriptors.get(number, 0)} -> {after.descriptors[number]}")
     return found
+
+
+def _ours(items: Mapping[str, str], marks: Sequence[str]) -> dict[str, str]:
+    return {name: text for name, text in items.items() if not marks or any(mark in f"{name} {text}" for mark in marks)}
 
 
 async def _entered(stack: contextlib.AsyncExitStack, manager: AbstractContextManager[T]) -> T:
