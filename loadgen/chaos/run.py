@@ -19,7 +19,7 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from agent.api.function import Function
 from agent.api.records import StartRecord
@@ -240,12 +240,12 @@ class Chaos:
             await installation.until_checkpointed(list(functions), ask)
             # One of them has a standby at all times.
             await asyncio.to_thread(installation.apply, documents[:1], idleSeconds=_IDLE_S, checkpoint="auto", standby=1)
-            await installation.until_idle()
+            await installation.until(_at_rest, _SETTLE_S, _REST)
             await asyncio.sleep(_AGENT["reconcile_s"])
             before = await asyncio.to_thread(self._held, installation, targets)
             began_ns = time.time_ns()
             load, done, skipped = await self._load(installation, settings, functions, tracer, faults)
-            await installation.until_idle(_SETTLE_S)
+            await installation.until(_at_rest, _SETTLE_S, _REST)
             leaked = await self._left(installation, targets, before)
             found = await starts.read_starts(settings.kafka, began_ns, time.time_ns())
         finally:
@@ -331,6 +331,17 @@ class Chaos:
             if not found or time.monotonic() > give_up:
                 return found
             await asyncio.sleep(1.0)
+
+
+_REST = "instances are released, and the standby is held"
+
+
+def _at_rest(state: Mapping[str, Any]) -> bool:
+    """Whether the installation holds what it does between loads, by the statuses of its functions."""
+    items = state.values()
+    released = all(item.get("instances") == [] and item.get("starting") == item.get("level") == 0 for item in items)
+    held = all(item.get("standbys") == item.get("standbys_wanted") for item in items)
+    return released and held and any(item.get("standbys") for item in items)
 
 
 def load_of(options: ChaosOptions, functions: Sequence[str]) -> list[Arrival]:
