@@ -37,6 +37,8 @@ _LATE_S = 5.0
 _LOOKS_S = 0.6
 #: Levels are remembered for so long, s: longer than any scaler is stopped.
 _KEPT_S = 30.0
+#: A record is on its way to a scaler for so long, s: a source whose time is up just before it is renewed may be counted as silent.
+_UNDER_WAY_S = 0.1
 #: What was asked for during this time, and what may be late for as long, s.
 _STEADY_S = 10.0
 
@@ -99,7 +101,7 @@ class Checks:
     def look(self) -> None:
         """Note the levels of this moment."""
         now_s = self._world.loop.time()
-        self._before.append((now_s, self._levels()))
+        self._before.append((now_s, self._levels(_UNDER_WAY_S)))
         while self._before[0][0] < now_s - _KEPT_S:
             self._before.popleft()
         for machine in self._world.machines.values():
@@ -148,6 +150,7 @@ class Checks:
 
     def dispatched(self, machine: Machine, command: AgentCommand) -> None:
         """A node carries out a command: of the newest epoch that it has ever seen (2)."""
+        self._heard_s[machine.name] = self._world.loop.time()  # also of one that was here between two looks
         newest = machine.epochs.get(command.shard, 0)
         if command.epoch < newest:
             text = f"{machine.name} carries out {type(command).__name__} {command.id} of epoch {command.epoch} of shard {command.shard}"
@@ -295,8 +298,8 @@ class Checks:
                 found[name] = decode_function(record.value)
         return found
 
-    def _levels(self) -> Counter[str]:
-        """The level of each function by the newest record of each of its sources that still counts."""
+    def _levels(self, ahead_s: float = 0.0) -> Counter[str]:
+        """The level of each function by the newest record of each of its sources that still counts in ``ahead_s``."""
         newest = self._newest
         for number in range(self._world.plan.partitions):
             records = self._world.broker.log(TopicPartition(DEMAND_TOPIC, number)).records
@@ -309,7 +312,7 @@ class Checks:
                 if key not in newest or event.seq > newest[key][0]:
                     newest[key] = (event.seq, event.in_flight, record.timestamp * 1_000_000 + int(event.ttl * NS))
             self._looked_at[number] = len(records)
-        now_ns = T0_NS + int(self._world.loop.time() * NS)
+        now_ns = T0_NS + int((self._world.loop.time() + ahead_s) * NS)
         levels: Counter[str] = Counter()
         for (function, _), (_, in_flight, expires_ns) in newest.items():
             if expires_ns > now_ns:
