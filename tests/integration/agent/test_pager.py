@@ -45,7 +45,8 @@ def an_image(directory: Path, *, prefetch: list[tuple[int, int]], ahead: list[tu
     zeros = [Span(start, end - start) for start, end in workingset.zero_runs(data)]
     encoded = manifest.encode(
         Manifest(
-            function="f", function_digest="", files_digest="", created_ns=0, key="", criu="", kernel="", machine="", cpu_flags=[], root_pid=1,
+            function="f", function_digest="", files_digest="", created_ns=0, key="", criu="",
+            kernel="", machine="", cpu_flags=[], root_pid=1,
             outputs=[], mapped_files=[], archive=Blob(0, b"\0" * 32, 0), working_set=Blob(0, b"\0" * 32, 0), extents=[],
             fresh={str(PID): [Fresh(BASE + first * PAGE, count * PAGE) for first, count in prefetch]},
             pages={"1": Pages(len(data), [chunks.digest(piece) for piece in pieces], zeros, [Span(a * PAGE, n * PAGE) for a, n in ahead])},

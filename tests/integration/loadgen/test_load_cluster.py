@@ -9,7 +9,7 @@ import pytest
 import yaml
 from aiohttp import web
 
-from infra.settings import KubernetesSettings, ScalerSettings, Settings
+from infra.settings import KubernetesSettings, ScalerSettings, Settings, TlsSettings
 from infra.tasks import TaskGroup
 from loadgen.checks import FUNCTIONS_DIR
 from loadgen.endpoints import EndpointPool
@@ -73,7 +73,8 @@ def settings(cluster, tmp_path):
     }
     path.write_text(yaml.safe_dump(value))
     scaler = ScalerSettings(agents="kubernetes", functions="kubernetes")
-    return dataclasses.replace(Settings(), scaler=scaler, kubernetes=KubernetesSettings(kubeconfig=str(path)))
+    kubernetes = KubernetesSettings(kubeconfig=str(path))
+    return dataclasses.replace(Settings(), tls=TlsSettings(mode="off"), scaler=scaler, kubernetes=kubernetes)
 
 
 @contextlib.asynccontextmanager

@@ -184,7 +184,12 @@ async def test_a_scaler_that_is_told_to_waits_for_the_broker(own_stack, tmp_path
         await asyncio.to_thread(stack.up, settings, print)
         await world.level(name, 1)
         await world.agent.until(lambda: world.agent.running(name) == 1)
-        shown = await asyncio.to_thread(run, "status", "--json", **world.environment())
+        s3 = {
+            "THAW_S3_ENDPOINT_URL": running.s3.endpoint_url,
+            "THAW_S3_ACCESS_KEY": running.s3.access_key,
+            "THAW_S3_SECRET_KEY": running.s3.secret_key,
+        }
+        shown = await asyncio.to_thread(run, "status", "--json", **world.environment(), **s3)
         value = json.loads(shown.stdout)
         assert shown.returncode == 1 and value["functions"] == 1, "there is no agent process here"
         assert [(line["who"], line["what"]) for line in value["dependencies"] if not line["ok"]] == [("this machine", "agent")], value
