@@ -34,6 +34,8 @@ class PlannerMachine(RuleBasedStateMachine):
         self.harness = Harness()
         self.harness.do = self._checked(self.harness.do)  # type: ignore[method-assign]
         self.open: dict[str, NodeCommand] = {}
+        #: Starts from before the shard moved, which a node may still be at.
+        self.foreign: list[NodeCommand] = []
         self.ids: set[str] = set()
         #: What exists, by node: also on nodes that the planner cannot see now.
         self.exists: dict[str, dict[str, InstanceInfo]] = {name: {} for name in NODES}
@@ -96,7 +98,8 @@ class PlannerMachine(RuleBasedStateMachine):
             assert known, f"release of {message.instance}, which the planner does not know"
             if not self._owner(command):
                 overdue_ns = self.harness.now - self.harness.config.answer_grace_ns
-                starting = [c for c in starts(self.open.values()) if c.node == command.node and c.message.deadline_ns > overdue_ns]
+                under_way = [*starts(self.open.values()), *self.foreign]
+                starting = [c for c in under_way if c.node == command.node and c.message.deadline_ns > overdue_ns]
                 assert known not in [c.message.function.name for c in starting], f"{message.instance} may be in use by a start"
         elif not isinstance(message, Evict):
             assert command.node in self.up, "only nodes that are up get work"
@@ -279,6 +282,7 @@ class PlannerMachine(RuleBasedStateMachine):
     def _connect(self, name: str, room: int) -> None:
         self.up.add(name)
         self.away.discard(name)
+        self.foreign = [c for c in self.foreign if c.node != name]  # its inventory says that nothing is under way
         self.harness.node(name, memory_free_mb=room, instances=self.exists[name].values(), standbys=self.standbys[name].values())
 
     @precondition(lambda self: self.up)
@@ -313,8 +317,9 @@ class PlannerMachine(RuleBasedStateMachine):
         self.harness.do(ShardLost(shard=0))
         self.owned = False
         self.said.clear()
-        # What is being made is made all the same, and whoever owns the shard next knows of it.
-        self.open = {key: c for key, c in self.open.items() if isinstance(c.message, Start | Prepare | MakeCheckpoint)}
+        # What is being started is started all the same, and whoever owns the shard next knows of it.
+        self.foreign += starts(self.open.values())
+        self.open.clear()
         self.harness.pass_s(0.1)
         self.owned = True
         self.harness.do(ShardGained(shard=0, epoch=10))
@@ -336,7 +341,7 @@ class PlannerMachine(RuleBasedStateMachine):
             ready = len([item for item in state.instances if item.state == "ready"])
             bounds = document.spec.instances
             assert state.wanted <= bounds.max
-            started = [c for c in self.open.values() if isinstance(c.message, Start) and c.message.function.name == name]
+            started = [c for c in [*starts(self.open.values()), *self.foreign] if c.message.function.name == name]
             assert state.starting <= len(started)
             assert ready + state.starting + state.owed >= state.demanded, "every missing instance is started or owed"
 
