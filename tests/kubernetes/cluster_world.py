@@ -36,6 +36,7 @@ _COLLECTIONS = {
     "pods": "api/v1/{}/pods",
     "resourcequota": "api/v1/{}/resourcequotas",
     "service": "api/v1/{}/services",
+    "serviceaccount": "api/v1/{}/serviceaccounts",
 }
 
 

@@ -43,6 +43,8 @@ class ScalerWorld:
 
     async def open(self, *nodes: str) -> None:
         await self.kubectl("create", "namespace", self.space)
+        # A controller makes it a moment later, and no pod is taken before.
+        await self.eventually(lambda: asyncio.to_thread(self.cluster.get, "serviceaccount", "default", namespace=self.space))
         for node in nodes:
             await self.agent(node)
 

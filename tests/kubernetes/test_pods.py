@@ -112,7 +112,7 @@ async def test_a_service_answers_as_long_as_an_instance_does(node: AgentUnderTes
     service = {"apiVersion": "v1", "kind": "Service", "metadata": {"name": "routed", "namespace": namespace}, "spec": spec}
     await asyncio.to_thread(cluster.apply, service)
     await waiting(node, pods, "routed-a", "routed-b")
-    address = (await asyncio.to_thread(cluster.get, "-n", namespace, "service", "routed"))["spec"]["clusterIP"] + ":80"
+    address = (await asyncio.to_thread(cluster.get, "service", "routed", namespace=namespace))["spec"]["clusterIP"] + ":80"
 
     async def asked(within_s: float) -> int:
         async with asyncio.timeout(within_s):

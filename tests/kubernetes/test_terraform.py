@@ -32,11 +32,12 @@ from tests.terraform_workspace import NO_AWS, Workspace
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(900)]
 
 MANIFESTS = Path(infra.__file__).parent / "kubernetes" / "manifests"
-#: Stands for ``thaw``: answers where the agent would, and tells what it was given.
+#: Stands for ``thaw``: answers where the agent would, and probes, and tells what it was given.
 PROGRAM = b"""#!/bin/sh
 cat /etc/thaw/thaw.toml
 echo "secret $THAW_S3_SECRET_KEY"
 trap 'exit 0' TERM
+httpd -f -p 9464 -h /srv/health &
 if [ "$1" = agent ]; then echo "node $THAW_AGENT_NODE_NAME"; httpd -f -p "$THAW_AGENT_LISTEN_HOST:7070" -h /etc & else sleep 100000 & fi
 wait
 """
@@ -54,9 +55,9 @@ def image(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> oci.Ima
     assert program, "busybox-static is missing: make setup"
     busybox = oci.Entry("bin/busybox", Path(program), 0o755)
     links = [oci.Entry(f"bin/{name}", "busybox") for name in ("cat", "httpd", "sh", "sleep")]
-    oci.write(
-        archive, "localhost/test/thaw:1", [[busybox, *links, oci.Entry("bin/thaw", PROGRAM, 0o755)]], oci.Config(command=("/bin/thaw",))
-    )
+    health_pages = [oci.Entry(f"srv/health/{name}", b"ok") for name in ("healthz", "readyz")]
+    entries = [busybox, *links, oci.Entry("bin/thaw", PROGRAM, 0o755), *health_pages]
+    oci.write(archive, "localhost/test/thaw:1", [entries], oci.Config(command=("/bin/thaw",)))
     return cluster.load(archive)
 
 
