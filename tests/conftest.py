@@ -4,12 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import hypothesis
 import pytest
 
 from infra import settings as settings_module
 from infra.local import stack, terraform
 from infra.local.terraform import Terraform
 from infra.settings import Settings
+
+# The same examples in every run, so that a failure belongs to the change that it comes with; `pytest --hypothesis-profile=default` looks
+# for others.
+hypothesis.settings.register_profile("repeatable", derandomize=True)
+hypothesis.settings.load_profile("repeatable")
 
 #: What a test with one of these marks meets — processes, disks and clocks of a machine that others use too — may fail it once.
 _REAL = ("root", "stack", "cluster")
