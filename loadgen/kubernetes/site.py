@@ -24,7 +24,7 @@ from infra.kubernetes import oci
 from infra.kubernetes.cluster import host, life
 from infra.kubernetes.cluster.layout import CGROUP, Layout
 from infra.local.authority import Authority
-from infra.settings import Settings
+from infra.settings import Settings, TlsSettings
 from infra.tls import ANY, Identity
 from loadgen.errors import LoadImpossible
 from loadgen.installation import Installation, Say
@@ -92,9 +92,11 @@ class Site:
             images = self._function_images(samples)
             own, secrets = _pod_settings(settings)
             merged = {section: {**own.get(section, {}), **given.get(section, {})} for section in [*own, *given]}
-            with deployed(self.settings, kubectl, merged, secrets, certificates_for_pods(), self._say) as how, self._logs_kept(kubectl):
+            certificates = certificates_for_pods()
+            watching = dataclasses.replace(settings, tls=self._own_certificate(certificates.pop("watcher")))
+            with deployed(self.settings, kubectl, merged, secrets, certificates, self._say) as how, self._logs_kept(kubectl):
                 kubectl.apply(namespace(self._space), *(sample.service(self._space) for sample in samples))
-                yield Deployed(settings, kubectl, self._space, images, how, self._out, self._say)
+                yield Deployed(watching, kubectl, self._space, images, how, self._out, self._say)
                 self._say(f"$ kubectl delete namespace {self._space}")
                 kubectl("delete", "namespace", self._space, f"--timeout={_GONE_S:.0f}s")
 
@@ -106,6 +108,14 @@ class Site:
             yield Kubectl.of(self.settings)
         finally:
             self.installation.command("cluster", "down", check=False)
+
+    def _own_certificate(self, files: Mapping[str, str]) -> TlsSettings:
+        """Keep the load generator's certificate where its settings name it: it watches the agents from outside of the cluster."""
+        folder = self.installation.state / "watcher-tls"
+        folder.mkdir(mode=0o700, exist_ok=True)
+        for name, content in files.items():
+            (folder / name).write_text(content)
+        return TlsSettings(ca=str(folder / "ca.crt"), certificate=str(folder / "tls.crt"), key=str(folder / "tls.key"))
 
     def _function_images(self, samples: Sequence[Sample]) -> dict[str, str]:
         """Make and load an image for each sample; its name is its content's."""
@@ -210,10 +220,14 @@ def _pod_settings(settings: Settings) -> tuple[dict[str, dict[str, str]], dict[s
 
 
 def certificates_for_pods() -> dict[str, dict[str, str]]:
-    """What the Secrets for TLS hold, of an authority that nobody keeps."""
+    """What the Secrets for TLS hold, and what the load generator has, of an authority that nobody keeps."""
     ours = Authority.make("Thaw demo")
     found = {}
-    for role, identity in (("agent", Identity("agent", ANY)), ("scaler", Identity("scaler", "demo"))):
+    for role, identity in (
+        ("agent", Identity("agent", ANY)),
+        ("scaler", Identity("scaler", "demo")),
+        ("watcher", Identity("watcher", "demo")),
+    ):
         certificate, key = ours.issue(str(identity))
         found[role] = {"ca.crt": ours.pem.decode(), "tls.crt": certificate.decode(), "tls.key": key.decode()}
     return found

@@ -94,13 +94,13 @@ def test_who_comes_while_it_is_dead_does_not_wait_and_a_probe_opens_the_way_agai
 
 def test_without_a_probe_requests_are_probes() -> None:
     it = Dependency(DOWN, DOWN)
-    guard = Guard("it", 1, 1.0, None, Breaker(failures_max=2, pause_s=0.1))
+    guard = Guard("it", 1, 1.0, None, Breaker(failures_max=2, pause_s=1.0))
     for _ in range(2):
         with pytest.raises(StoreUnavailable):
             guard.run(it)
     with pytest.raises(StoreUnavailable, match="not asked"):
         guard.run(it)
-    time.sleep(0.12)
+    time.sleep(1.05)
     assert guard.run(it) == "answer"
 
 
