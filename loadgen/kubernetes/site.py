@@ -222,12 +222,14 @@ def _pod_settings(settings: Settings) -> tuple[dict[str, dict[str, str]], dict[s
 def certificates_for_pods() -> dict[str, dict[str, str]]:
     """What the Secrets for TLS hold, and what the load generator has, of an authority that nobody keeps."""
     ours = Authority.make("Thaw demo")
+    identities = {
+        "agent": [Identity("agent", ANY)],
+        "scaler": [Identity("scaler", "demo")],
+        # It asks agents for their inventories, too.
+        "watcher": [Identity("watcher", "demo"), Identity("scaler", "bench")],
+    }
     found = {}
-    for role, identity in (
-        ("agent", Identity("agent", ANY)),
-        ("scaler", Identity("scaler", "demo")),
-        ("watcher", Identity("watcher", "demo")),
-    ):
-        certificate, key = ours.issue(str(identity))
+    for role, names in identities.items():
+        certificate, key = ours.issue(*map(str, names))
         found[role] = {"ca.crt": ours.pem.decode(), "tls.crt": certificate.decode(), "tls.key": key.decode()}
     return found
