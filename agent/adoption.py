@@ -22,6 +22,7 @@ from agent.pager.client import PagerClient
 from agent.restore import served_callbacks
 from agent.sandbox.protocol import Keeper, Sandbox
 from agent.store.cache import ImageCache
+from infra import files
 from infra.local.processes import parse_stat
 
 logger = logging.getLogger(__name__)
@@ -60,8 +61,7 @@ def write_down(instance: Instance) -> None:
     )
     path = instance.sandbox.folder / _RECORD
     with contextlib.suppress(FileNotFoundError):  # it ended in this moment
-        path.with_suffix(".new").write_bytes(msgspec.msgpack.encode(record))
-        path.with_suffix(".new").rename(path)
+        files.write(path, msgspec.msgpack.encode(record))
 
 
 async def adopt(keeper: Keeper, cache: ImageCache, pager: PagerClient, logs: Path) -> list[Instance]:

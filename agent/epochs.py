@@ -13,6 +13,7 @@ from pathlib import Path
 import msgspec
 
 from agent.errors import Refused
+from infra import files
 
 
 class Epochs:
@@ -43,6 +44,4 @@ class Epochs:
 
     def _write(self) -> None:
         # A few bytes on a tmpfs, and only after a change of scalers.
-        temporary = self._path.with_suffix(".new")
-        temporary.write_bytes(msgspec.json.encode(self._newest))
-        temporary.rename(self._path)
+        files.write(self._path, msgspec.json.encode(self._newest))

@@ -25,6 +25,7 @@ from pathlib import Path
 from agent.errors import SandboxError
 from agent.sandbox import cgroup, factory, network
 from infra import netlink
+from infra.files import read_or_empty
 from infra.local.processes import identity_of
 from infra.netlink import Netlink
 from infra.settings import Settings
@@ -85,7 +86,7 @@ def journal(settings: Settings, *, agent: bool) -> Journal:
 def agent_lives(settings: Settings, what: str = "node_name") -> bool:
     """Whether an agent has this node's name, or its bridge."""
     claim = f"@{claim_name(what, getattr(settings.agent, what))}"
-    return any(line.rpartition(" ")[2] == claim for line in _read(Path("/proc/net/unix")).splitlines())
+    return any(line.rpartition(" ")[2] == claim for line in read_or_empty(Path("/proc/net/unix")).splitlines())
 
 
 def claim_name(what: str, name: str) -> str:
@@ -169,7 +170,7 @@ def _bases(settings: Settings) -> list[Path]:
 
 def _sandboxes_of(pid: int) -> Path | None:
     """The folder of sandboxes that a process is the PID 1 of one of."""
-    for argument in _read(Path(f"/proc/{pid}/cmdline")).split("\0"):
+    for argument in read_or_empty(Path(f"/proc/{pid}/cmdline")).split("\0"):
         if argument.endswith(f"/sandboxes/{factory.MOUNT_POINT}"):
             return Path(argument).parent
     return None
@@ -177,7 +178,7 @@ def _sandboxes_of(pid: int) -> Path | None:
 
 def _group_of(pid: int, settings: Settings) -> str:
     """The sandbox in whose cgroup a process is."""
-    found = re.search(rf"/thaw-{re.escape(settings.agent.node_name)}/([^/\n]+)$", _read(Path(f"/proc/{pid}/cgroup")), re.MULTILINE)
+    found = re.search(rf"/thaw-{re.escape(settings.agent.node_name)}/([^/\n]+)$", read_or_empty(Path(f"/proc/{pid}/cgroup")), re.MULTILINE)
     return found[1] if found else ""
 
 
@@ -204,7 +205,7 @@ def _processes(settings: Settings, known: Journal) -> Iterator[Leftover]:
     pager = _socket_inode(settings.runtime_folder / "pager.sock") if idle else ""
     for folder in Path("/proc").glob("[0-9]*"):
         pid = int(folder.name)
-        arguments = _read(folder / "cmdline").split("\0")
+        arguments = read_or_empty(folder / "cmdline").split("\0")
         if pid not in ours and _sandboxes_of(pid) == sandboxes and _group_of(pid, settings) not in known.sandboxes:
             yield from _process(pid, "PID 1 of a sandbox")
         elif pager and "agent.pager.process" in arguments and _holds(folder, pager):
@@ -234,7 +235,7 @@ def _links(settings: Settings, known: Journal) -> Iterator[Leftover]:
 def _mounts(settings: Settings) -> Iterator[Leftover]:
     """The agent mounts nothing in the node's own namespace."""
     ours = [f"{folder}/" for folder in (settings.runtime_folder, settings.paths.state_dir / "agent")]
-    for line in _read(Path("/proc/self/mountinfo")).splitlines():
+    for line in read_or_empty(Path("/proc/self/mountinfo")).splitlines():
         path = re.sub(r"\\([0-7]{3})", lambda match: chr(int(match[1], 8)), line.split()[4])
         if any(path.startswith(folder) for folder in ours):
             yield Leftover("mount", path, line.rpartition(" - ")[2].split()[0])
@@ -258,7 +259,7 @@ def _files(settings: Settings, known: Journal) -> Iterator[Leftover]:
 
 def _process(pid: int, what: str) -> Iterator[Leftover]:
     if name := _name_of(pid):
-        command = _read(Path(f"/proc/{pid}/cmdline")).replace("\0", " ").strip()[:80]
+        command = read_or_empty(Path(f"/proc/{pid}/cmdline")).replace("\0", " ").strip()[:80]
         yield Leftover("process", name, f"{what}: {command}")
 
 
@@ -269,7 +270,7 @@ def _name_of(pid: int) -> str:
 
 
 def _pids(directory: Path) -> list[int]:
-    return [int(line) for line in _read(directory / "cgroup.procs").split()]
+    return [int(line) for line in read_or_empty(directory / "cgroup.procs").split()]
 
 
 def _kill(name: str) -> None:
@@ -298,7 +299,7 @@ def _unmount(path: str) -> None:
 
 def _socket_inode(path: Path) -> str:
     """Of a bound Unix socket; empty when nobody has bound it."""
-    for line in _read(Path("/proc/net/unix")).splitlines():
+    for line in read_or_empty(Path("/proc/net/unix")).splitlines():
         fields = line.split()
         if len(fields) == 8 and fields[7] == str(path):
             return fields[6]
@@ -313,13 +314,6 @@ def _holds(process: Path, inode: str) -> bool:
                 if str(item.readlink()) == wanted:
                     return True
     return False
-
-
-def _read(path: Path) -> str:
-    try:
-        return path.read_text(errors="replace")
-    except OSError:
-        return ""
 
 
 class Sweeper:

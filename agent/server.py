@@ -53,7 +53,7 @@ from agent.starts import Starter
 from agent.store.cache import ImageCache
 from agent.store.pointer import Generations
 from agent.store.seal import Sealer
-from infra import health, imagekeys, tls
+from infra import files, health, imagekeys, tls
 from infra.errors import InfraError
 from infra.s3 import WARM_CONNECTIONS, ObjectStore
 from infra.settings import AgentSettings, Settings
@@ -272,9 +272,7 @@ class Agent:
         settings = self._settings.agent
         port = listener.getsockname()[1]
         where = {"host": settings.listen_host, "port": port, "pid": os.getpid(), "node": settings.node_name}
-        temporary = self._settings.agent_file.with_suffix(".new")
-        temporary.write_text(json.dumps(where) + "\n")
-        temporary.rename(self._settings.agent_file)
+        files.write(self._settings.agent_file, json.dumps(where).encode() + b"\n")
         how = "with TLS" if self._credentials else "without TLS"
         logger.info("node %s listens on %s:%d, %s", settings.node_name, settings.listen_host, port, how)
 

@@ -18,6 +18,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from infra import files
 from infra.local.processes import identity_of
 from infra.settings import Settings
 from infra.tasks import TaskGroup
@@ -76,10 +77,8 @@ async def _listening(health: Health, vitals: Vitals, settings: Settings) -> Asyn
     at.mkdir(parents=True, exist_ok=True)
     forget_the_dead(at)
     file = at / f"{vitals.component}-{os.getpid()}.json"
-    temporary = file.with_suffix(".new")
     value = {"host": host, "port": server.sockets[0].getsockname()[1], "pid": os.getpid(), "began": _began(os.getpid())}
-    temporary.write_text(json.dumps(value) + "\n")
-    temporary.rename(file)
+    files.write(file, json.dumps(value).encode() + b"\n")
     try:
         yield
     finally:

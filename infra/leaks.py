@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from infra.files import read_or_empty
 from infra.local.processes import parse_stat
 from infra.netlink import Netlink
 
@@ -92,7 +93,7 @@ def census(folders: Sequence[Path] = (), pids: Sequence[int] = (), marks: Sequen
     processes = _processes(marks)
     return Census(
         processes=processes,
-        mounts=parse_mounts(_read(Path("/proc/self/mountinfo"))),
+        mounts=parse_mounts(read_or_empty(Path("/proc/self/mountinfo"))),
         namespaces=_namespaces([Path(f"/proc/{identity.partition('@')[0]}") for identity in processes] if marks else _proc_folders()),
         links=_links(),
         cgroups={str(path): "" for path in _cgroups()},
@@ -129,9 +130,9 @@ def _processes(marks: Sequence[str]) -> dict[str, str]:
         # Kernel threads are children of 2. A zombie whose parent is init is gone in all but name.
         if pid == os.getpid() or 2 in (pid, parent) or (state in "ZX" and parent == 1):
             continue
-        if marks and not any(mark in _read(folder / name) for name in ("cmdline", "cgroup", "environ") for mark in marks):
+        if marks and not any(mark in read_or_empty(folder / name) for name in ("cmdline", "cgroup", "environ") for mark in marks):
             continue
-        command = _read(folder / "cmdline").replace("\0", " ").strip() or f"[{_read(folder / 'comm').strip()}]"
+        command = read_or_empty(folder / "cmdline").replace("\0", " ").strip() or f"[{read_or_empty(folder / 'comm').strip()}]"
         found[f"{pid}@{ticks}"] = command + (" (zombie)" if state in "ZX" else "")
     return found
 
@@ -145,7 +146,7 @@ def _namespaces(folders: Iterable[Path]) -> dict[str, str]:
             continue
         found.setdefault(inode, f"of process {folder.name}")
     # Held by no process but by a mount: `ip netns add`, or a leaked bind mount.
-    for path in re.findall(r"net:\[(\d+)\]", _read(Path("/proc/self/mountinfo"))):
+    for path in re.findall(r"net:\[(\d+)\]", read_or_empty(Path("/proc/self/mountinfo"))):
         found.setdefault(f"net:[{path}]", "held by a mount")
     return found
 
@@ -157,7 +158,7 @@ def _links() -> dict[str, str]:
 
 def _cgroups() -> Iterator[Path]:
     seen: set[tuple[int, int]] = set()
-    mounted = [line.split()[4] for line in _read(Path("/proc/self/mountinfo")).splitlines() if " - cgroup" in line]
+    mounted = [line.split()[4] for line in read_or_empty(Path("/proc/self/mountinfo")).splitlines() if " - cgroup" in line]
     for top in mounted:
         for folder, names, _ in os.walk(top):
             status = Path(folder).stat()
@@ -179,10 +180,3 @@ def _descriptors(pid: int) -> int | None:
 
 def _proc_folders() -> Iterator[Path]:
     return Path("/proc").glob("[0-9]*")
-
-
-def _read(path: Path) -> str:
-    try:
-        return path.read_text(errors="replace")
-    except OSError:
-        return ""

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import datetime
-import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,6 +21,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from infra.errors import InstallError, TlsError
+from infra.files import write_private
 from infra.local import install
 
 LIFE = datetime.timedelta(days=3650)
@@ -98,8 +98,8 @@ def ensure(folder: Path, identity: str) -> tuple[Path, Path, Path]:
     with _opened(folder) as authority:
         if not _belongs(paths[1], authority) or not paths[2].exists():
             certificate, key = authority.issue(identity)
-            _write(paths[2], key)
-            _write(paths[1], certificate)
+            write_private(paths[2], key)
+            write_private(paths[1], certificate)
     return paths
 
 
@@ -113,7 +113,7 @@ def export(folder: Path, out: Path, *identities: str) -> None:
         certificate, key = authority.issue(*identities)
         out.mkdir(mode=0o700, parents=True, exist_ok=True)
         for name, content in (("ca.crt", authority.pem), ("tls.key", key), ("tls.crt", certificate)):
-            _write(out / name, content)
+            write_private(out / name, content)
 
 
 @contextlib.contextmanager
@@ -125,8 +125,8 @@ def _opened(folder: Path) -> Iterator[Authority]:
             authority = _read(folder)
             if authority is None:
                 authority = Authority.make()
-                _write(folder / "ca.key", _pem(authority.key))
-                _write(folder / "ca.crt", authority.pem)
+                write_private(folder / "ca.key", _pem(authority.key))
+                write_private(folder / "ca.crt", authority.pem)
             yield authority
     except (OSError, ValueError, TypeError, InstallError) as error:
         raise TlsError(
@@ -193,11 +193,3 @@ def _belongs(path: Path, authority: Authority) -> bool:
     except Exception:  # whatever is wrong with it, it is made anew
         return False
     return True
-
-
-def _write(path: Path, content: bytes) -> None:
-    new = path.with_name(f"{path.name}.new")
-    new.unlink(missing_ok=True)
-    with os.fdopen(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
-        file.write(content)
-    new.rename(path)

@@ -10,13 +10,13 @@ import abc
 import dataclasses
 import ipaddress
 import json
-import os
 import secrets
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+from infra import files
 from infra.errors import StackError
 from infra.local import broker, health, objectstore, ports, processes
 from infra.local.install import Report
@@ -26,13 +26,7 @@ from infra.settings import KafkaSettings, Settings
 def write_private(path: Path, value: Mapping[str, Any]) -> None:
     """Write JSON that only this user can read, so that readers see the old or the new file and never half of one."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    new = path.with_name(f"{path.name}.new")
-    new.unlink(missing_ok=True)
-    with os.fdopen(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
-        json.dump(value, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-    new.rename(path)
+    files.write_private(path, json.dumps(value, indent=1).encode(), lasting=True)
 
 
 def read_json(path: Path) -> dict[str, Any]:

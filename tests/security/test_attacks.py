@@ -99,7 +99,7 @@ def known_to_the_attacker(agent: AgentUnderTest, settings: Settings, services: d
     store = settings.s3.endpoint_url.rpartition(":")[2]
     runtime = Path("/run") / f"thaw-{agent.state.name[-20:]}"
     private = [*runtime.rglob("*"), *(path for path in (agent.state / "agent").rglob("*")), *(agent.state / "logs" / "instances").glob("*")]
-    files = [agent.state / "agent", runtime, *private, settings.paths.state_dir / "stack.json", Path("/root"), Path("/etc/shadow")]
+    files = [agent.state / "agent", runtime, *private, settings.paths.state_dir / "stack.json", Path.home(), Path("/etc/shadow")]
     abstract = {
         line.split()[-1][1:]
         for line in Path("/proc/net/unix").read_text().splitlines()[1:]

@@ -9,7 +9,6 @@ from __future__ import annotations
 import base64
 import datetime
 import ipaddress
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -19,6 +18,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
+from infra.files import write_private
 from infra.kubernetes.cluster.layout import Layout, Node
 
 _DAYS = 365
@@ -52,11 +52,11 @@ def write(layout: Layout, nodes: Sequence[Node]) -> None:
     # Signs the tokens of service accounts.
     if not (folder / "tokens.key").exists():
         key = ec.generate_private_key(ec.SECP256R1())
-        _write(
+        write_private(
             folder / "tokens.pub",
             key.public_key().public_bytes(serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo),
         )
-        _write(folder / "tokens.key", _key_bytes(key))
+        write_private(folder / "tokens.key", _key_bytes(key))
 
 
 class Authority:
@@ -78,8 +78,8 @@ class Authority:
         builder = _builder(name, name, self._key.public_key()).add_extension(constraints, critical=True).add_extension(usage, critical=True)
         identifier = x509.SubjectKeyIdentifier.from_public_key(self._key.public_key())
         self._certificate = builder.add_extension(identifier, critical=False).sign(self._key, hashes.SHA256())
-        _write(self._certificate_file, self._certificate.public_bytes(serialization.Encoding.PEM))
-        _write(self._key_file, _key_bytes(self._key))
+        write_private(self._certificate_file, self._certificate.public_bytes(serialization.Encoding.PEM))
+        write_private(self._key_file, _key_bytes(self._key))
 
     @property
     def certificate(self) -> bytes:
@@ -106,9 +106,9 @@ class Authority:
             alternatives += [x509.DNSName(text) for text in names]
             builder = builder.add_extension(x509.SubjectAlternativeName(alternatives), critical=False)
         certificate = builder.sign(self._key, hashes.SHA256())
-        _write(self._folder / f"{file}.crt", certificate.public_bytes(serialization.Encoding.PEM))
+        write_private(self._folder / f"{file}.crt", certificate.public_bytes(serialization.Encoding.PEM))
         # Last, because it says that both are there.
-        _write(key_file, _key_bytes(key))
+        write_private(key_file, _key_bytes(key))
 
 
 def kubeconfig(layout: Layout, user: str, *, authority: bytes, certificate: bytes, key: bytes) -> str:
@@ -133,7 +133,7 @@ def _client(layout: Layout, authority: Authority, file: str, user: str, group: s
     authority.issue(file, user, group)
     certificate, key = (layout.keys / f"{file}.crt").read_bytes(), (layout.keys / f"{file}.key").read_bytes()
     text = kubeconfig(layout, user, authority=authority.certificate, certificate=certificate, key=key)
-    _write(layout.keys / f"{file}.kubeconfig", text.encode())
+    write_private(layout.keys / f"{file}.kubeconfig", text.encode())
 
 
 def _name(name: str, group: str) -> x509.Name:
@@ -166,11 +166,3 @@ def _usage(*, key_cert_sign: bool) -> x509.KeyUsage:
 def _key_bytes(key: ec.EllipticCurvePrivateKey) -> bytes:
     encoding, form = serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8
     return key.private_bytes(encoding, form, serialization.NoEncryption())
-
-
-def _write(path: Path, content: bytes) -> None:
-    new = path.with_name(f"{path.name}.new")
-    new.unlink(missing_ok=True)
-    with os.fdopen(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
-        file.write(content)
-    new.rename(path)

@@ -119,5 +119,5 @@ def test_certificates_for_other_machines(tmp_path: Path) -> None:
     for role, name in (("agent", "n2"), ("watcher", "")):
         tls.credentials(Settings(tls=given), role, name)
     assert (out / "ca.crt").read_bytes() == (tmp_path / "tls" / "ca.crt").read_bytes()
-    for wrong in ("n2", "thaw://root/x", "thaw://agent/"):
+    for wrong in ("n2", "thaw://admin/x", "thaw://agent/"):
         assert CliRunner().invoke(command, [wrong, "--out", str(out)], obj=settings).exit_code == 2
