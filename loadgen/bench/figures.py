@@ -92,12 +92,12 @@ def distribution(milliseconds: Iterable[float]) -> dict[str, Any]:
 
 
 def percentile(values: Sequence[float], share: int) -> float:
-    """Nearest-rank percentile of sorted values; 0 of none.
+    """Nearest-rank percentile: the value that at least ``share`` % of all do not exceed; 0 of none.
 
-    >>> percentile([1.0, 2.0, 3.0, 4.0], 50)
+    >>> percentile([4.0, 1.0, 3.0, 2.0], 50)
     2.0
     """
-    return values[max(0, -(-len(values) * share // 100) - 1)] if values else 0.0
+    return sorted(values)[max(0, -(-len(values) * share // 100) - 1)] if values else 0.0
 
 
 def median(values: Iterable[float], digits: int = 2) -> float:

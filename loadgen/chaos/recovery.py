@@ -17,6 +17,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import msgspec
 
+from loadgen.bench.figures import percentile
 from loadgen.chaos.faults import Injected
 from loadgen.result import RequestRecord
 
@@ -118,10 +119,3 @@ def by_kind(faults: Sequence[Injected], found: Sequence[Recovery]) -> dict[str, 
             back_max_s=max(back, default=0.0),
         )
     return result
-
-
-def percentile(values: Sequence[float], share: float) -> float:
-    """The value that at least ``share`` % of all do not exceed; 0 of none."""
-    if not values:
-        return 0.0
-    return sorted(values)[max(0, math.ceil(share * len(values) / 100) - 1)]

@@ -19,7 +19,6 @@ from typing import Any
 import yaml
 
 import infra
-from infra import imagekeys
 from infra.kubernetes.cluster import life
 from infra.local import terraform
 from infra.local.terraform import Terraform
@@ -75,23 +74,31 @@ class Kubectl:
         self("apply", "-f", "-", given=json.dumps({"apiVersion": "v1", "kind": "List", "items": documents}))
 
 
+@dataclass(frozen=True)
+class Given:
+    """What the manifests leave open.
+
+    Attributes:
+        settings: of scaler and agents, section to field to value.
+        secrets: the agents' environment.
+        certificates: files for TLS, of ``agent`` and ``scaler``.
+        keys: files that seal and sign images.
+    """
+
+    settings: Mapping[str, Mapping[str, str]]
+    secrets: Mapping[str, str]
+    certificates: Mapping[str, Mapping[str, str]]
+    keys: Mapping[str, str]
+
+
 @contextlib.contextmanager
-def deployed(
-    settings: Settings,
-    kubectl: Kubectl,
-    given: Mapping[str, Mapping[str, str]],
-    secrets: Mapping[str, str],
-    certificates: Mapping[str, Mapping[str, str]],
-    say: Say,
-) -> Iterator[str]:
+def deployed(settings: Settings, kubectl: Kubectl, given: Given, say: Say) -> Iterator[str]:
     """Thaw, available, until the end of the block.
 
     Args:
         settings: where tools and state are.
         kubectl: of the cluster.
-        given: settings of scaler and agents, section to field to value.
-        secrets: the agents' environment.
-        certificates: files for TLS, of ``agent`` and ``scaler``.
+        given: what the manifests leave open.
         say: shows what is done.
 
     Yields:
@@ -100,29 +107,18 @@ def deployed(
     Raises:
         LoadImpossible: it can't be deployed.
     """
-    imagekeys.make(settings.image_keys)
-    keys = {path.name: path.read_text() for path in settings.image_keys.iterdir()}
     tool = terraform.available(settings, say)
     if tool is None:
         say("no Terraform of the right version here: kubectl applies the same files")
-        with _by_kubectl(kubectl, given, secrets, certificates, keys, say):
+        with _by_kubectl(kubectl, given, say):
             yield "kubectl apply"
         return
-    with _by_terraform(tool, settings.paths.state_dir / "terraform", kubectl, given, secrets, certificates, keys, say):
+    with _by_terraform(tool, settings.paths.state_dir / "terraform", kubectl, given, say):
         yield "terraform apply"
 
 
 @contextlib.contextmanager
-def _by_terraform(
-    tool: Terraform,
-    home: Path,
-    kubectl: Kubectl,
-    given: Mapping[str, Mapping[str, str]],
-    secrets: Mapping[str, str],
-    certificates: Mapping[str, Mapping[str, str]],
-    keys: Mapping[str, str],
-    say: Say,
-) -> Iterator[None]:
+def _by_terraform(tool: Terraform, home: Path, kubectl: Kubectl, given: Given, say: Say) -> Iterator[None]:
     home.mkdir(parents=True, exist_ok=True)
     environment = tool.environment(home / "home")
     configuration = {
@@ -132,10 +128,10 @@ def _by_terraform(
             "thaw": {
                 "source": str(_MODULE),
                 "manifests": str(_MANIFESTS),
-                "settings": given,
-                "agent_secrets": secrets,
-                "tls_secrets": certificates,
-                "image_keys": keys,
+                "settings": given.settings,
+                "agent_secrets": given.secrets,
+                "tls_secrets": given.certificates,
+                "image_keys": given.keys,
             }
         },
     }
@@ -171,23 +167,16 @@ def _by_terraform(
 
 
 @contextlib.contextmanager
-def _by_kubectl(
-    kubectl: Kubectl,
-    given: Mapping[str, Mapping[str, str]],
-    secrets: Mapping[str, str],
-    certificates: Mapping[str, Mapping[str, str]],
-    keys: Mapping[str, str],
-    say: Say,
-) -> Iterator[None]:
+def _by_kubectl(kubectl: Kubectl, given: Given, say: Say) -> Iterator[None]:
     documents = [document for path in sorted(_MANIFESTS.glob("*.yaml")) for document in yaml.safe_load_all(path.read_text())]
     for document in documents:
         match document["kind"], document["metadata"]["name"]:
             case "ConfigMap", "thaw":
-                document["data"]["thaw.toml"] = _settings_file(document["data"]["thaw.toml"], given)
+                document["data"]["thaw.toml"] = _settings_file(document["data"]["thaw.toml"], given.settings)
             case "Secret", "thaw-agent":
-                document["data"] = _encoded(secrets)
+                document["data"] = _encoded(given.secrets)
             case "Secret", "thaw-image-keys":
-                document["data"] = _encoded(keys)
+                document["data"] = _encoded(given.keys)
     documents += [
         {
             "apiVersion": "v1",
@@ -196,7 +185,7 @@ def _by_kubectl(
             "type": "kubernetes.io/tls",
             "data": _encoded(files),
         }
-        for role, files in certificates.items()
+        for role, files in given.certificates.items()
     ]
     say(f"$ kubectl apply -f {_MANIFESTS}   (with this installation's settings)")
     try:

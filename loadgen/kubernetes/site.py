@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from infra import imagekeys
 from infra.images import build
 from infra.kubernetes import oci
 from infra.kubernetes.cluster import host, life
@@ -28,7 +29,7 @@ from infra.settings import Settings, TlsSettings
 from infra.tls import ANY, Identity
 from loadgen.errors import LoadImpossible
 from loadgen.installation import Installation, Say
-from loadgen.kubernetes.deploy import NAMESPACE, Kubectl, deployed
+from loadgen.kubernetes.deploy import NAMESPACE, Given, Kubectl, deployed
 from loadgen.kubernetes.documents import SERVICE_PORT, Sample, namespace
 
 _GONE_S = 60.0
@@ -94,7 +95,10 @@ class Site:
             merged = {section: {**own.get(section, {}), **given.get(section, {})} for section in [*own, *given]}
             certificates = certificates_for_pods()
             watching = dataclasses.replace(settings, tls=self._own_certificate(certificates.pop("watcher")))
-            with deployed(self.settings, kubectl, merged, secrets, certificates, self._say) as how, self._logs_kept(kubectl):
+            imagekeys.make(self.settings.image_keys)
+            keys = {path.name: path.read_text() for path in self.settings.image_keys.iterdir()}
+            wanted = Given(merged, secrets, certificates, keys)
+            with deployed(self.settings, kubectl, wanted, self._say) as how, self._logs_kept(kubectl):
                 kubectl.apply(namespace(self._space), *(sample.service(self._space) for sample in samples))
                 yield Deployed(watching, kubectl, self._space, images, how, self._out, self._say)
                 self._say(f"$ kubectl delete namespace {self._space}")

@@ -12,7 +12,7 @@ import contextlib
 import contextvars
 import random
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
@@ -34,6 +34,7 @@ from agent.restore import RestoreEvidence
 from agent.server import Agent
 from agent.standbys import Standbys
 from agent.starts import Starter
+from agent.store.cache import CachedImage
 from infra.errors import StoreError
 from infra.settings import Settings
 from infra.tasks import TaskGroup
@@ -68,14 +69,8 @@ class Image:
         """As far as reports name it."""
         return SimpleNamespace(function=self.function, function_digest=self.digest, image_bytes=50 << 20)
 
-    @contextlib.contextmanager
-    def held(self) -> Iterator[None]:
-        """Keep it from being evicted for the length of a block."""
-        self.users += 1
-        try:
-            yield
-        finally:
-            self.users -= 1
+    #: The shipped one.
+    held = CachedImage.held
 
     def mark_complete(self) -> None:
         """Every page is here."""

@@ -59,6 +59,13 @@ def adopted(**fields: Any) -> Instance:
     return Instance("f-1", FUNCTION, sandbox, Path("log"), command_id="c-1", **fields)
 
 
+def _node(folder: Path, workshop: Any, reports: list[Message], *, catalog: Any = None, starter: Any = None, standbys: Any = None) -> Node:
+    """A node that has only what a test asks of it."""
+    nothing: Any = None
+    epochs = Epochs(folder / "e")
+    return Node("n", workshop, catalog, starter, standbys, nothing, nothing, epochs, Scalers(15.0), reports.append, asyncio.Event())
+
+
 @pytest.mark.parametrize(
     ("instance", "command", "answer"),
     [
@@ -71,20 +78,7 @@ async def test_a_command_that_the_agent_before_has_carried_out_is_answered_and_n
 ) -> None:
     tasks, starter, reports = TaskGroup("test"), _Starter(), list[Message]()
     workshop: Any = SimpleNamespace(settings=AgentSettings(), tasks=tasks)
-    nothing: Any = None
-    node = Node(
-        "n",
-        workshop,
-        nothing,
-        starter,
-        _Standbys(),
-        nothing,
-        nothing,
-        Epochs(tmp_path / "e"),
-        Scalers(15.0),
-        reports.append,
-        asyncio.Event(),
-    )  # type: ignore[arg-type]
+    node = _node(tmp_path, workshop, reports, starter=starter, standbys=_Standbys())
     node.adopt([adopted(**instance)])
     node.handle(command(id="c-1", deadline_ns=1 << 62, function=FUNCTION))
     await asyncio.sleep(0)
@@ -99,20 +93,7 @@ async def test_a_command_that_the_agent_before_has_carried_out_is_answered_and_n
 async def test_a_prepare_that_waits_for_its_turn_ends_at_its_deadline(tmp_path: Path) -> None:
     tasks, reports = TaskGroup("test"), list[Message]()
     workshop: Any = SimpleNamespace(settings=AgentSettings(), tasks=tasks, pool=SimpleNamespace(check_room=lambda *_: None))
-    nothing: Any = None
-    node = Node(
-        "n",
-        workshop,
-        nothing,
-        nothing,
-        _Standbys(),
-        nothing,
-        nothing,
-        Epochs(tmp_path / "e"),
-        Scalers(15.0),
-        reports.append,
-        asyncio.Event(),
-    )  # type: ignore[arg-type]
+    node = _node(tmp_path, workshop, reports, standbys=_Standbys())
     node.handle(Prepare(id="c-1", deadline_ns=time.time_ns() + 50_000_000, function=FUNCTION))
     await asyncio.sleep(0.2)
     assert [type(report) for report in reports] == [CommandTaken, CommandFailed]
@@ -138,9 +119,7 @@ async def test_a_command_of_which_a_stage_hangs_is_answered_at_its_deadline(tmp_
     tasks, reports = TaskGroup("test"), list[Message]()
     workshop: Any = SimpleNamespace(settings=AgentSettings(), tasks=tasks)
     hanging: Any = SimpleNamespace(resolve=_for_ever, evict=_for_ever)
-    nothing: Any = None
-    epochs = Epochs(tmp_path / "e")
-    node = Node("n", workshop, hanging, nothing, nothing, nothing, nothing, epochs, Scalers(15.0), reports.append, asyncio.Event())
+    node = _node(tmp_path, workshop, reports, catalog=hanging)
     node._leaving["f-1"] = adopted()  # its end, which another release has asked for, hangs
     node.handle(command(id="c-1", deadline_ns=time.time_ns() + 50_000_000))
     await asyncio.sleep(0.2)
@@ -154,9 +133,7 @@ async def test_what_is_being_made_is_told_to_every_scaler(tmp_path: Path, monkey
     tasks, reports, starter = TaskGroup("test"), list[Message](), _Starter()
     workshop: Any = SimpleNamespace(settings=AgentSettings(), tasks=tasks)
     catalog: Any = SimpleNamespace(images=list)
-    nothing: Any = None
-    epochs = Epochs(tmp_path / "e")
-    node = Node("n", workshop, catalog, starter, nothing, nothing, nothing, epochs, Scalers(15.0), reports.append, asyncio.Event())  # type: ignore[arg-type]
+    node = _node(tmp_path, workshop, reports, catalog=catalog, starter=starter)
     monkeypatch.setattr(starter, "start", _for_ever)
     node.handle(Start(id="c-1", deadline_ns=7 << 60, function=FUNCTION))
     await asyncio.sleep(0)

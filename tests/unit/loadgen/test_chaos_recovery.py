@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 
+from loadgen.bench.figures import percentile
 from loadgen.chaos.faults import Injected
-from loadgen.chaos.recovery import by_kind, limits_ms, percentile, recoveries
+from loadgen.chaos.recovery import by_kind, limits_ms, recoveries
 from loadgen.result import RequestRecord
 
 S = 1_000_000_000
