@@ -26,7 +26,8 @@ from thaw.faults.loop import T0_NS, current
 from thaw.faults.plan import PATIENCE_S, Step
 
 if TYPE_CHECKING:
-    from thaw.faults.machine import Machine, Sandbox
+    from thaw.faults.machine import Machine
+    from thaw.faults.parts import Sandbox
     from thaw.faults.world import World
 
 #: Setting of the agents: as long as the restart of a scaler takes, so that most faults are longer, s.

@@ -1,171 +1,38 @@
-"""A node: what the agent stands on. Sandboxes and images that outlive it, memory, a pager, and the ways in which these fail.
+"""A node: what outlives its agent there, memory, a pager, and the ways in which these fail.
 
-In: what :mod:`agent` asks of Linux, CRIU, the pager and S3. Out: the same instances, later, or the same errors. The bookkeeping above it
-(:mod:`agent.node`, :mod:`agent.starts`, :mod:`agent.standbys`, :mod:`agent.catalog`, :mod:`agent.server`) is the shipped one; what it calls
-below is replaced by :func:`replacements`.
+In: an installation's world; faults. Out: agents, one after the other, whose bookkeeping (:mod:`agent.node`, :mod:`agent.starts`,
+:mod:`agent.standbys`, :mod:`agent.catalog`, :mod:`agent.server`) is the shipped one. What it calls below is in :mod:`.parts` and
+:mod:`.sequences`.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import contextvars
 import random
 import time
 from collections.abc import Collection
-from dataclasses import dataclass, field
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import agent.node
-import agent.server
-import agent.standbys
-import agent.starts
 from agent.api.connection import Connection
 from agent.api.function import Function
-from agent.api.messages import AgentCommand, Message, Start
+from agent.api.messages import AgentCommand, Start
 from agent.catalog import Catalog
-from agent.epochs import Epochs
-from agent.errors import CriuError, NoRoom, NotReady, PagerError, ProtocolError, SandboxError
+from agent.errors import NotReady, ProtocolError
 from agent.instance import Instance, Workshop
 from agent.node import Node
-from agent.restore import RestoreEvidence
 from agent.server import Agent
 from agent.standbys import Standbys
 from agent.starts import Starter
-from agent.store.cache import CachedImage
-from infra.errors import StoreError
 from infra.settings import Settings
 from infra.tasks import TaskGroup
-from thaw.faults.loop import Clock, Process, VirtualLoop, current
+from thaw.faults.loop import Clock, Process, VirtualLoop
 from thaw.faults.network import Network
+from thaw.faults.parts import NOWHERE, Cache, Checkpoints, Drains, Fetcher, Image, KeptEpochs, Pager, Pool, Sandbox, Store, layers
 
-_NOWHERE = Path("/nonexistent")
 #: The command that the current task carries out.
 COMMAND: contextvars.ContextVar[AgentCommand | None] = contextvars.ContextVar("command", default=None)
-
-
-@dataclass
-class Image:
-    """As :class:`agent.store.cache.CachedImage`."""
-
-    checkpoint: str
-    function: str
-    digest: str
-    #: No restore of it ever works.
-    corrupt: bool
-    complete: bool = False
-    users: int = 0
-    used_at: float = 0.0
-    failures: int = 0
-    unusable: str = ""
-    opened: bool = False
-    opening: None = None
-    directory: Path = _NOWHERE
-
-    @property
-    def manifest(self) -> SimpleNamespace:
-        """As far as reports name it."""
-        return SimpleNamespace(function=self.function, function_digest=self.digest, image_bytes=50 << 20)
-
-    #: The shipped one.
-    held = CachedImage.held
-
-    def mark_complete(self) -> None:
-        """Every page is here."""
-        self.complete = True
-
-
-class Store:
-    """S3: the current checkpoint of each function."""
-
-    def __init__(self, seed: str) -> None:
-        self._random = random.Random(f"{seed}/store")
-        self.current: dict[str, Image] = {}
-        self.down = False
-        #: Chance that a new checkpoint is one that never restores.
-        self.corrupting = False
-        self._made = 0
-
-    async def reached(self) -> None:
-        """Wait for an answer.
-
-        Raises:
-            StoreError: the store is down.
-        """
-        await asyncio.sleep(self._random.uniform(0.002, 0.05))
-        if self.down:
-            await asyncio.sleep(self._random.choice([0.01, 2.0]))
-            raise StoreError("the store is down")
-
-    def publish(self, function: Function) -> Image:
-        """Make a checkpoint current."""
-        self._made += 1
-        image = Image(f"cp{self._made}", function.name, function.digest, self.corrupting)
-        self.current[function.name] = image
-        return image
-
-
-@dataclass(eq=False)
-class Sandbox:
-    """As :class:`agent.sandbox.local.Sandbox`, and what is in it."""
-
-    id: str
-    machine: Machine
-    function: Function
-    command_id: str
-    shard: int
-    epoch: int
-    #: ``making``, ``standby``, ``running``.
-    state: str = "making"
-    #: Memory is served by this pager.
-    pager: int | None = None
-    #: What the agent wrote down for its successor; empty: nothing yet.
-    record: dict[str, Any] = field(default_factory=dict)
-    image: Image | None = None
-    lives: bool = True
-    gone: Any = None
-    on_exit: Any = None
-    address: str = "198.18.0.2"
-    folder: Path = _NOWHERE
-    output: None = None
-    worker: None = None
-    cgroup: Any = field(default_factory=lambda: SimpleNamespace(was_oom_killed=lambda: False))
-
-    def ended(self, pid: int) -> int | None:
-        """The wait status of its main process, when it has ended."""
-        return None if self.lives else 9
-
-    def die(self) -> None:
-        """Its processes end."""
-        self.lives = False
-        if self.on_exit is not None:
-            self.on_exit(1, 9)
-
-    def processes(self) -> list[int]:
-        """Nothing is measured here."""
-        return []
-
-    def signal_all(self, number: int) -> None:
-        """They obey."""
-        self.die()
-
-    def was_oom_killed(self) -> bool:
-        """Never."""
-        return False
-
-    def retire(self) -> None:
-        """Of no consequence here."""
-
-    def rest(self) -> None:
-        """Of no consequence here."""
-
-    def complete(self, pid: int) -> None:
-        """Of no consequence here."""
-
-    async def unrouted(self, timeout_s: float) -> None:
-        """Nothing routes to it."""
 
 
 class Machine:
@@ -289,12 +156,12 @@ class Machine:
         agent_ = Agent(settings, SimpleNamespace())  # type: ignore[arg-type]
         tasks = agent_._tasks = TaskGroup("agent")
         await asyncio.sleep(self.random.uniform(0.05, 0.4))
-        furnisher = SimpleNamespace(logs=_NOWHERE, log=lambda _: _NOWHERE / "log")
+        furnisher = SimpleNamespace(logs=NOWHERE, log=lambda _: NOWHERE / "log")
         workshop = Workshop(settings.agent, furnisher, Pool(self), tasks)  # type: ignore[arg-type]
         pager = Pager(self)
         quiet = asyncio.Event()
         cache = Cache(self)
-        catalog = Catalog(settings.agent, cache, Fetcher(cache, self.store), lambda: pager, tasks, _layers)  # type: ignore[arg-type,return-value]
+        catalog = Catalog(settings.agent, cache, Fetcher(cache, self.store), lambda: pager, tasks, layers)  # type: ignore[arg-type,return-value]
         lease = self.scalers = agent_._scalers
         standbys = Standbys(workshop, catalog, lambda: pager, quiet, lease)  # type: ignore[arg-type,return-value]
         starter = Starter(self.name, workshop, catalog, standbys, lambda: pager, quiet, lease)  # type: ignore[arg-type,return-value]
@@ -340,7 +207,7 @@ class Machine:
                 del self.sandboxes[sandbox.id]
                 sandbox.lives = False
                 continue
-            instance = Instance(log=_NOWHERE, sandbox=sandbox, root_pid=1, image=sandbox.image, **record)  # type: ignore[arg-type]
+            instance = Instance(log=NOWHERE, sandbox=sandbox, root_pid=1, image=sandbox.image, **record)  # type: ignore[arg-type]
             instance.pager = pager if sandbox.pager is not None else None  # type: ignore[assignment]
             sandbox.gone = asyncio.get_running_loop().create_future()
             instance.watch()
@@ -387,313 +254,3 @@ class Machine:
         self.world.checks.dispatched(self, command)
         self.busy[command.id] = (command, self.loop.time())
         self.world.event(self.name, "it gets a command", *(["it gets a start"] if isinstance(command, Start) else []))
-
-
-class KeptEpochs(Epochs):
-    """With a dictionary in the place of the file."""
-
-    def __init__(self, machine: Machine) -> None:
-        self._disk = machine.disk
-        self._newest = dict(self._disk.get("run/epochs", {}))
-
-    def _write(self) -> None:
-        self._disk["run/epochs"] = dict(self._newest)
-
-
-class Pool:
-    """As :class:`agent.sandbox.pool.SandboxPool`, as far as ends need it."""
-
-    def __init__(self, machine: Machine) -> None:
-        self._machine = machine
-
-    async def give_back(self, sandbox: Sandbox) -> None:
-        """Remove everything of it: the processes whatever happens, then its network, then what is left of it."""
-        sandbox.lives = False
-        if not sandbox.gone.done():
-            await asyncio.sleep(self._machine.random.uniform(0.001, 0.02))
-            if not sandbox.gone.done():
-                sandbox.gone.set_result(None)
-        await asyncio.sleep(self._machine.random.uniform(0.001, 0.05))
-        self._machine.sandboxes.pop(sandbox.id, None)
-
-    def check_room(self, function: Function, wanted_mb: int) -> None:
-        """Whether there is memory."""
-        check_room(wanted_mb)
-
-
-class Pager:
-    """As :class:`agent.pager.client.PagerClient`."""
-
-    def __init__(self, machine: Machine) -> None:
-        self._machine = machine
-
-    @property
-    def lost(self) -> asyncio.Future[None]:
-        """Completed when it is gone; the next one is the same object here."""
-        gone: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        if not self._machine.pager_lives:
-            gone.set_result(None)
-        return gone
-
-    async def _reached(self) -> None:
-        await asyncio.sleep(0.001)
-        if not self._machine.pager_lives:
-            raise PagerError("the pager is gone")
-
-    async def open_image(self, checkpoint: str, directory: Path, *, complete: bool) -> None:
-        """Know an image."""
-        await self._reached()
-
-    async def close_image(self, checkpoint: str) -> None:
-        """Forget an image."""
-        await self._reached()
-
-    async def complete_image(self, checkpoint: str, timeout_s: float) -> None:
-        """Bring all pages."""
-        await self._reached()
-        try:
-            await self._machine.store.reached()
-        except StoreError as error:
-            raise PagerError("pages cannot be had") from error
-
-    async def prefetched(self, name: str, timeout_s: float) -> None:
-        """Wait for the working set."""
-        await self._reached()
-
-    async def release(self, name: str) -> None:
-        """An instance is gone."""
-
-
-class Cache:
-    """As :class:`agent.store.cache.ImageCache`."""
-
-    def __init__(self, machine: Machine) -> None:
-        self._images = machine.images
-        for image in self._images.values():
-            image.users, image.opened, image.failures = 0, False, 0
-
-    def __iter__(self) -> Any:
-        return iter(list(self._images.values()))
-
-    def get(self, checkpoint: str) -> Image | None:
-        """One of them."""
-        return self._images.get(checkpoint)
-
-    def over_budget(self) -> list[Image]:
-        """None: images are small."""
-        return []
-
-    def evict(self, checkpoint: str) -> None:
-        """Drop one."""
-        self._images.pop(checkpoint, None)
-
-
-class Fetcher:
-    """As :class:`agent.fetch.Fetcher`."""
-
-    def __init__(self, cache: Cache, store: Store) -> None:
-        self._cache, self._store = cache, store
-
-    async def current(self, function: Function, layers: Any, clock: Any, fetched: Any, **_: Any) -> Image | None:
-        """The current checkpoint, on this node."""
-        await self._store.reached()
-        published = self._store.current.get(function.name)
-        if published is None or published.digest != function.digest:
-            return None
-        images = self._cache._images
-        if published.checkpoint not in images:
-            await self._store.reached()
-            images[published.checkpoint] = Image(published.checkpoint, published.function, published.digest, published.corrupt)
-        return images[published.checkpoint]
-
-    async def held(self, function: Function, layers: Any, clock: Any) -> Image | None:
-        """What is on this node."""
-        found = [image for image in self._cache if image.complete and (image.function, image.digest) == (function.name, function.digest)]
-        return found[-1] if found else None
-
-    def trouble(self) -> str:
-        """The breaker is not modelled."""
-        return ""
-
-
-class Checkpoints:
-    """As :class:`agent.checkpoint.Checkpointer`."""
-
-    def __init__(self, machine: Machine, workshop: Workshop) -> None:
-        self._machine, self._workshop = machine, workshop
-
-    async def make(
-        self, function: Function, layers: Any, name: str, deadline_ns: int, *, heal: bool = False
-    ) -> tuple[Image, dict[str, float]]:
-        """Freeze a fresh instance and publish it."""
-        machine = self._machine
-        instance = Instance(name, function, await machine.begin(function), _NOWHERE)  # type: ignore[arg-type]
-        try:
-            await machine.wait(0.5, 3.0, deadline_ns)
-            if machine.restores_fail:
-                raise CriuError("the trial restore failed")
-            await machine.store.reached()
-        finally:
-            await instance.stop(self._workshop)
-        image = machine.store.publish(function)
-        mine = Image(image.checkpoint, image.function, image.digest, image.corrupt, complete=True)
-        machine.images[image.checkpoint] = mine
-        return mine, {}
-
-
-class Drains:
-    """As :class:`agent.drain.Drainer`."""
-
-    def __init__(self, machine: Machine) -> None:
-        self._machine = machine
-
-    async def drain(self, instance: Instance, timeout_s: float) -> bool:
-        """Wait for requests in progress."""
-        waits_s = min(timeout_s, self._machine.random.choice([0.0, 0.0, 0.1, 1.0]))
-        if waits_s:
-            hurry = asyncio.ensure_future(instance.hurry.wait())
-            await asyncio.wait((hurry, instance.ended), timeout=waits_s, return_when=asyncio.FIRST_COMPLETED)
-            hurry.cancel()
-        return not waits_s
-
-
-def _layers(function: Function) -> Any:
-    return SimpleNamespace(root="/", layer="", targets=(), binds=())
-
-
-def _here() -> Machine:
-    machine: Machine = current().machine
-    return machine
-
-
-async def _start_cold(
-    workshop: Workshop, function: Function, layers: Any, instance_id: str, deadline_ns: int, clock: Any, **_: Any
-) -> Instance:
-    machine = _here()
-    machine.begins()
-    sandbox = await machine.begin(function)
-    instance = Instance(instance_id, function, sandbox, _NOWHERE)  # type: ignore[arg-type]
-    try:
-        await machine.wait(0.5, 2.0, deadline_ns)
-        if machine.colds_fail:
-            raise SandboxError("the command failed")
-        _runs(instance, sandbox, "cold")
-    except BaseException:
-        await instance.stop(workshop)
-        raise
-    return instance
-
-
-async def _restore(workshop: Workshop, pager: Any, what: Any, clock: Any, *, place: Any = None) -> Instance:
-    machine, image = _here(), what.image
-    sandbox = await machine.begin(what.function)
-    instance = Instance(what.instance_id, what.function, sandbox, _NOWHERE)  # type: ignore[arg-type]
-    instance.image, sandbox.image = image, image
-    image.users += 1
-    try:
-        async with place or contextlib.nullcontext():
-            machine.begins()
-            await what.opened()
-            if not image.complete:
-                instance.pager, sandbox.pager = pager, machine.pager
-                await pager._reached()
-            await machine.wait(0.005, 0.05, what.deadline_ns)
-        if image.corrupt or machine.restores_fail:
-            raise CriuError("the restore failed")
-        instance.start_mode = "restore" if image.complete else "remote"
-        instance.root_pid = 1
-        sandbox.state = "standby"
-        instance.watch()
-    except BaseException:
-        await instance.stop(workshop)
-        raise
-    return instance
-
-
-async def _resume(workshop: Workshop, instance: Instance, deadline_ns: int, clock: Any) -> None:
-    machine, sandbox = _here(), instance.sandbox
-    was_standby = instance.standby
-    command = COMMAND.get()
-    sandbox.state = "running"  # type: ignore[attr-defined]
-    if command is not None:
-        sandbox.command_id = command.id  # type: ignore[attr-defined]
-    await machine.wait(0.001, 0.01, deadline_ns)
-    if instance.ended.done() or machine.restores_fail:
-        raise CriuError("it did not come back")
-    _runs(instance, sandbox, "thaw" if was_standby else instance.start_mode)
-
-
-async def _start_restored(workshop: Workshop, pager: Any, what: Any, clock: Any, *, place: Any = None) -> Instance:
-    instance = await _restore(workshop, pager, what, clock, place=place)
-    try:
-        await _resume(workshop, instance, what.deadline_ns, clock)
-    except BaseException:
-        await instance.stop(workshop)
-        raise
-    return instance
-
-
-def _runs(instance: Instance, sandbox: Any, mode: Any) -> None:
-    instance.start_mode = mode
-    instance.root_pid = 1
-    if not instance.made_ns and mode == "cold":
-        instance.watch()
-    instance.started_ns = time.time_ns()
-    sandbox.state = "running"
-    sandbox.machine.world.checks.runs(sandbox)
-    sandbox.machine.world.event(sandbox.machine.name, "an instance serves")
-
-
-async def _evidence_of(instance: Instance) -> RestoreEvidence:
-    await asyncio.sleep(0.001)
-    return RestoreEvidence()
-
-
-def _write_down(instance: Instance) -> None:
-    sandbox: Any = instance.sandbox
-    sandbox.record = {
-        "id": instance.id, "function": instance.function, "start_mode": instance.start_mode, "started_ns": instance.started_ns,
-        "command_id": instance.command_id, "made_ns": instance.made_ns, "pss_bytes": instance.pss_bytes,
-    }  # fmt: skip
-
-
-def check_room(wanted_mb: int) -> None:
-    """As :func:`agent.room.check_room`."""
-    if _here().free_mb < wanted_mb:
-        raise NoRoom("the memory is full")
-
-
-def _memory_mb() -> tuple[int, int]:
-    machine = _here()
-    return machine.memory_mb, machine.free_mb
-
-
-async def _dispatch(self: Node, command: AgentCommand, received_ns: int) -> Message | None:
-    machine = _here()
-    COMMAND.set(command)
-    machine.dispatched(self, command)
-    answer: Message | None = None
-    try:
-        answer = await _shipped_dispatch(self, command, received_ns)
-        return answer
-    finally:
-        _, began_s = machine.busy.pop(command.id, (command, 0.0))
-        machine.world.checks.carried_out(machine, command, began_s, answer)
-        machine.world.event(machine.name, "it ends a command")
-
-
-_shipped_dispatch = Node._dispatch
-
-
-def replacements() -> list[tuple[Any, str, Any]]:
-    """What of the agent is replaced, all of it below its bookkeeping: (where, name, by what)."""
-    return [
-        (agent.starts, "start_cold", _start_cold),
-        (agent.starts, "start_restored", _start_restored),
-        (agent.starts, "resume", _resume),
-        (agent.starts, "evidence_of", _evidence_of),
-        (agent.standbys, "restore", _restore),
-        (agent.node, "write_down", _write_down),
-        (agent.node, "memory_mb", _memory_mb),
-        (agent.node.Node, "_dispatch", _dispatch),
-    ]

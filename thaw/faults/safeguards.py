@@ -26,8 +26,8 @@ from scaler.edges.agents import Agents
 from scaler.edges.replay import ReplayPoint
 from scaler.events import ShardReady
 from scaler.service import Service
-from thaw.faults.machine import KeptEpochs
 from thaw.faults.network import End
+from thaw.faults.parts import KeptEpochs
 
 _NEVER_NS = 10**18
 Replacements = list[tuple[Any, str, Any]]

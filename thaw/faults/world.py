@@ -33,13 +33,13 @@ from scaler.edges.topics import sharding
 from scaler.levels import NS
 from scaler.service import Service
 from scaler.world import PlannerConfig
-from thaw.faults import machine as machines
-from thaw.faults import safeguards
+from thaw.faults import safeguards, sequences
 from thaw.faults.broker import Broker, Consumer, Producer
 from thaw.faults.checks import LEASE_S, Checks, Violation
 from thaw.faults.loop import CURRENT, T0_NS, Clock, Process, VirtualLoop, current, later, spawn, virtual_time
-from thaw.faults.machine import Machine, Store
+from thaw.faults.machine import Machine
 from thaw.faults.network import Network
+from thaw.faults.parts import Store
 from thaw.faults.plan import PATIENCE_S, Plan, Step
 
 #: After the last fault everything has come right within this time, s: the longest deadline and its answer's grace, the pauses between
@@ -517,7 +517,7 @@ def _replacements(world: World) -> list[tuple[Any, str, Any]]:
         return ""
 
     return [
-        *machines.replacements(),
+        *sequences.replacements(),
         # Sets are walked in the order of hashes, which are addresses: not the same in two runs.
         (Connection, "__hash__", lambda connection: world.number(connection)),
         (infra.tasks.TaskGroup, "__init__", _ordered_tasks),
