@@ -300,8 +300,7 @@ class Node:
         return PrepareDone(command_id=command.id, standby=_standby_info(instance), seconds=seconds)
 
     async def _fetch(self, command: Fetch) -> Message:
-        left_s = (command.deadline_ns - time.time_ns()) / 1e9
-        async with asyncio.timeout(max(0.0, left_s)), self.fetches.place(command.deadline_ns):
+        async with self.fetches.place(command.deadline_ns):
             resolution = await self._catalog.resolve(command.function, refresh=True)
         image, _ = self._catalog.usable(command.function, resolution)
         if image is not None:

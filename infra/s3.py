@@ -136,6 +136,15 @@ class ObjectStore:
             raise StoreUnavailable(f"the object was cut short: {len(data)} of {size} bytes", bucket=self.bucket, key=key)
         return data
 
+    def ask(self, timeout_s: float) -> None:
+        """Whether it answers: asks for an object that is never made.
+
+        Raises:
+            StoreUnavailable, StoreRefused, StoreError: it does not, and why.
+        """
+        with contextlib.suppress(ObjectMissing):
+            self.get(_PROBE_KEY, size_max=1 << 20, timeout_s=timeout_s)
+
     def _probe(self, limits: Limits) -> None:
         with contextlib.suppress(ObjectMissing):
             self._get_once(_PROBE_KEY, 1 << 20, limits)

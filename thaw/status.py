@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.table import Table
 
 from infra import health
-from infra.errors import InfraError, ObjectMissing
+from infra.errors import InfraError
 from infra.s3 import ObjectStore
 from infra.settings import Settings
 from thaw.functions import read_functions
@@ -114,9 +114,9 @@ def _store(settings: Settings) -> str:
     """What is wrong with it."""
     store = ObjectStore(settings.s3)
     try:
-        store.get("health/probe", size_max=1 << 20, timeout_s=_ASK_S)
+        store.ask(_ASK_S)
     except InfraError as error:
-        return "" if isinstance(error, ObjectMissing) else str(error)
+        return str(error)
     finally:
         store.close()
     return ""
