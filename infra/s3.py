@@ -176,11 +176,7 @@ class ObjectStore:
 
     def exists(self, key: str) -> bool:
         """Whether there is such an object."""
-        try:
-            self._watched(lambda: self._client.head_object(Bucket=self.bucket, Key=key), key)
-        except ObjectMissing:
-            return False
-        return True
+        return self.written_at(key) is not None
 
     def delete(self, key: str) -> None:
         """Remove one object; no error when it is not there."""
@@ -188,12 +184,7 @@ class ObjectStore:
 
     def list(self, prefix: str) -> list[str]:
         """Keys that begin with ``prefix``."""
-
-        def request() -> list[str]:
-            pages = self._client.get_paginator("list_objects_v2").paginate(Bucket=self.bucket, Prefix=prefix)
-            return [item["Key"] for page in pages for item in page.get("Contents", [])]
-
-        return self._watched(request, prefix)
+        return [item.key for item in self.objects(prefix)]
 
     def objects(self, prefix: str) -> Sequence[StoredObject]:
         """What begins with ``prefix``, with sizes and times."""
