@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 import urllib.request
 from collections.abc import Callable
 from pathlib import Path
@@ -67,21 +68,35 @@ class Steady(threading.Thread):
         self.kubectl, self.name = kubectl, name
         self.over = threading.Event()
         self.answered, self.failed = 0, list[str]()
+        self.began = time.monotonic()
 
     def idle(self, seconds: float) -> None:
         patch = json.dumps({"spec": {"policy": {"idleSeconds": seconds}}})
         self.kubectl("patch", "function", self.name, "--namespace", FUNCTIONS, "--type=merge", "-p", patch)
 
+    def scene(self, address: str) -> str:
+        """What to look at when a request has failed: who is there, and where the Service's address leads."""
+        wide = ("--all-namespaces", "-o", "wide")
+        looked = [
+            self.kubectl("get", "pods,endpointslices", *wide),
+            self.kubectl("get", "events", "-A", "--sort-by=.lastTimestamp")[-3000:],
+        ]
+        for words in (("ip", "route", "get", address), ("ip", "neigh"), ("cat", "/proc/sys/net/netfilter/nf_conntrack_count")):
+            done = subprocess.run(words, capture_output=True, text=True)
+            looked.append(done.stdout + done.stderr)
+        return "\n".join(looked)
+
     def run(self) -> None:
         self.idle(600)
         address = self.kubectl.get("service", self.name, "--namespace", FUNCTIONS)["spec"]["clusterIP"]
         while not self.over.wait(0.02):
+            asked = time.monotonic()
             try:
                 with urllib.request.urlopen(f"http://{address}/lookup?row={self.answered * 997 % 400_000}", timeout=5) as answer:
                     self.answered += answer.status == 200
             except OSError as error:
                 if self.answered:  # the first instance is still to come
-                    self.failed.append(f"after {self.answered} answers: {error}")
+                    self.failed.append(f"asked after {asked - self.began:.1f} s, {self.answered} answers: {error}\n{self.scene(address)}")
         self.idle(2)
 
 
@@ -106,6 +121,7 @@ def test_every_request_is_answered_while_pods_are_deleted_and_agents_upgraded(tm
             steady.append(Steady(Kubectl.of(settings_of(tmp_path)), "index"))
             steady[0].start()
             delete = ("delete", "pod", "--wait=false", "--namespace")
+            # Seconds after the load has begun.
             for delay_s, what, words in (
                 (3.0, act, (*delete, NAMESPACE, "-l", "app.kubernetes.io/component=scaler")),
                 (8.0, upgrade, ()),

@@ -64,7 +64,10 @@ async def test_what_an_agent_leaves_is_found_and_removed_and_what_has_an_owner_s
         settings = settings_of(agent)
         serving, other = [await agent.start_instance(function) for _ in range(2)]
 
-        # A living agent: all that is here is its own, also what is in its pool.
+        # A living agent: all that is here is its own, also what is in its pool, which is made when nothing else is.
+        async with asyncio.timeout(30):
+            while len(leftovers.journal(settings, agent=False).sandboxes) < 4:
+                await asyncio.sleep(0.1)
         found = gc(settings)
         assert (found["agent"], found["found"]) == (True, []) and found["kept"] >= 4
 

@@ -187,6 +187,8 @@ async def test_a_scaler_that_is_told_to_waits_for_the_broker(own_stack, tmp_path
         await asyncio.to_thread(stack.up, settings, print)
         await world.level(name, 1)
         await world.agent.until(lambda: world.agent.running(name) == 1)
+        # It is told again what is well a second or two after it is.
+        await world.eventually(world.status, lambda found: not found.get("degraded"))
         s3 = {
             "THAW_S3_ENDPOINT_URL": running.s3.endpoint_url,
             "THAW_S3_ACCESS_KEY": running.s3.access_key,

@@ -1,5 +1,6 @@
 """Which pages are on the node."""
 
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -53,11 +54,10 @@ def test_what_has_arrived_is_known_to_the_next_pager_of_the_same_boot(folder: Pa
 @settings(max_examples=50)
 @given(st.lists(st.tuples(st.integers(0, 9), st.integers(1, 10)), max_size=8), st.integers(0, 9), st.integers(1, 10))
 def test_available_counts_pages_up_to_the_first_gap(marks: list[tuple[int, int]], at: int, size: int) -> None:
-    import tempfile
-
-    with tempfile.NamedTemporaryFile() as handle:
-        handle.truncate(10 * PAGE)
-        file = PagesFile(Path(handle.name), complete=False)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "pages")
+        path.write_bytes(bytes(10 * PAGE))
+        file = PagesFile(path, complete=False)
         here = [False] * 10
         for start, count in marks:
             count = min(count, 10 - start)
