@@ -81,9 +81,11 @@ class Levels:
         del self.sources[source]
         return None
 
-    def drop_oldest(self) -> None:
-        """Forget the source that was seen first; for bounds on memory only."""
-        self.level -= self.sources.pop(next(iter(self.sources))).in_flight
+    def drop_oldest(self) -> str:
+        """Forget the source that was seen first, and tell its name; for bounds on memory only."""
+        oldest = next(iter(self.sources))
+        self.level -= self.sources.pop(oldest).in_flight
+        return oldest
 
     def clear(self) -> None:
         """Forget every source."""

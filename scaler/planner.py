@@ -200,9 +200,9 @@ class Planner:
         if state.function is None:
             self._remember(state)
         elif source is not None or state.levels.level != level:
-            if len(state.levels.sources) > world.config.sources_max:
-                state.levels.drop_oldest()
-                world.counters["sources_dropped"] += 1
+            full = world.timers.sources > world.config.all_sources_max
+            if len(state.levels.sources) > (world.config.unknown_sources_max if full else world.config.sources_max):
+                world.drop_oldest_source(state)
             forecasts.follow(world, state, min(event.seen_ns, now_ns))
             instances.settle(world, state, now_ns, Need(event.origin, min(demand.at, now_ns)))
             if state.holding is not None:
@@ -214,14 +214,14 @@ class Planner:
         world.counters["demand_of_unknown_function"] += 1
         world.touched[state.name] = None
         if len(state.levels.sources) > world.config.unknown_sources_max:
-            state.levels.drop_oldest()
+            world.drop_oldest_source(state)
         world.unknown.pop(state.name, None)
         world.unknown[state.name] = None
         if len(world.unknown) > world.config.unknown_functions_max:
             oldest = next(iter(world.unknown))
             del world.unknown[oldest]
             world.counters["unknown_functions_forgotten"] += 1
-            world.functions[oldest].levels.clear()
+            world.forget_sources(world.functions[oldest])
             world.forget_if_empty(world.functions[oldest])
         world.forget_if_empty(state)
 
@@ -347,6 +347,7 @@ class Planner:
         if world.owned.pop(event.shard, None) is None:
             return
         for state in world.functions.of_shard(event.shard):
+            world.forget_sources(state)
             state.disown()
             world.unknown.pop(state.name, None)
             world.waiting.pop(state.name, None)

@@ -329,8 +329,10 @@ class FunctionState:
         self.retire_standbys()
 
     def disown(self) -> None:
-        """Another scaler decides from now on: keep only what exists or is being made, which this one needs when it takes over again."""
-        self.levels.clear()
+        """Another scaler decides from now on: keep only what exists or is being made, which this one needs when it takes over again.
+
+        What it was asked for goes with the timers of its sources: :meth:`scaler.world.World.forget_sources`.
+        """
         self.holding = self.forecast = None
         self.newest = None
         self.owed.clear()

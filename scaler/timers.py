@@ -43,6 +43,8 @@ class Timers:
         #: key → (due, time of its earliest entry in the heap)
         self._due: dict[TimerKey, tuple[int, int]] = {}
         self._pushed = 0
+        #: How many keys are of kind ``source``.
+        self.sources = 0
 
     def arm(self, key: TimerKey, due_ns: int) -> None:
         """Set or move the timer of ``key``."""
@@ -50,6 +52,7 @@ class Timers:
         if pending is not None and pending[1] <= due_ns:
             self._due[key] = (due_ns, pending[1])
             return
+        self.sources += pending is None and key.kind == "source"
         self._due[key] = (due_ns, due_ns)
         self._push(key, due_ns)
 
@@ -63,7 +66,8 @@ class Timers:
 
     def cancel(self, key: TimerKey) -> None:
         """Stop the timer of ``key``, if any, which is not armed again: nothing of it is kept for long."""
-        self._due.pop(key, None)
+        if self._due.pop(key, None) is not None:
+            self.sources -= key.kind == "source"
         # Each key has one entry that counts. Most of the others are of answers that came long before their deadlines.
         if len(self._heap) - len(self._due) > max(_DEAD_MOST, len(self._due)):
             self._compact()
@@ -86,6 +90,7 @@ class Timers:
                 self._push(key, pending[0])
                 continue
             del self._due[key]
+            self.sources -= key.kind == "source"
             if pending[0] < _NEVER:
                 due.append(key)
         return due

@@ -62,8 +62,10 @@ class PlannerConfig:
     #: Functions without a document whose demand is remembered, and sources of each.
     unknown_functions_max: int = 1000
     unknown_sources_max: int = 100
-    #: Sources of a known function.
+    #: Sources of a known function, and of all functions together: beyond that a function has no more than an unknown one. Each takes
+    #: about 1 kB.
     sources_max: int = 10_000
+    all_sources_max: int = 250_000
     #: A function with a pod template gets its instances only into placeholder pods that it was told of.
     pods: bool = False
 
@@ -151,6 +153,17 @@ class World:
             self.waiting.pop(state.name, None)
             self.short.pop(state.name, None)
             self.touched[state.name] = None
+
+    def drop_oldest_source(self, state: FunctionState) -> None:
+        """There are too many: forget the one of the function that was seen first, and its timer."""
+        self.timers.cancel(TimerKey("source", state.name, state.levels.drop_oldest()))
+        self.counters["sources_dropped"] += 1
+
+    def forget_sources(self, state: FunctionState) -> None:
+        """Forget what a function was asked for, and the timers of that."""
+        for source in state.levels.sources:
+            self.timers.cancel(TimerKey("source", state.name, source))
+        state.levels.clear()
 
     def acting(self, state: FunctionState) -> bool:
         """This scaler decides for the function, now."""

@@ -27,6 +27,26 @@ class TestFunctions:
         assert harness.planner.explain("f999").level == 5
         assert harness.planner.counters["unknown_functions_forgotten"] == 990
 
+    def test_no_flood_of_sources_takes_more_than_so_much_memory(self):
+        harness = Harness(config=PlannerConfig(sources_max=50, unknown_sources_max=5, all_sources_max=60, unknown_functions_max=10))
+        harness.apply()
+        harness.apply(function("other"))
+        for index in range(100):
+            harness.demand(1, source=f"s{index}")
+        assert harness.planner.explain("f").sources == 50
+        for index in range(100):
+            harness.demand(1, name="other", source=f"s{index}")
+        assert harness.planner.explain("other").sources == 10
+        assert harness.planner.explain("f").sources == 50, "one that floods takes nothing from the others"
+        assert harness.planner.explain("other").level == 10
+        for index in range(10_000):
+            harness.demand(1, name=f"unknown-{index}", source=f"s{index}")
+        world = harness.planner._world
+        assert world.timers.sources == 50 + 10 + 10
+        assert len(world.timers) < 3000, "a source that was dropped leaves no timer"
+        harness.pass_s(3700)
+        assert world.timers.sources == 0
+
     def test_unknown_demand_is_forgotten_when_it_expires(self, harness):
         harness.demand(3, ttl=1.0)
         harness.pass_s(1.2)

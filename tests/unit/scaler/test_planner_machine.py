@@ -333,6 +333,11 @@ class PlannerMachine(RuleBasedStateMachine):
             assert (state.level if state else 0) == expected
 
     @invariant()
+    def each_source_has_one_timer(self) -> None:
+        known = [self.harness.planner.explain(name) for name in NAMES]
+        assert self.harness.planner._world.timers.sources == sum(state.sources for state in known if state is not None)
+
+    @invariant()
     def within_bounds_and_nothing_lost(self) -> None:
         for name in NAMES:
             state, document = self.harness.planner.explain(name), self.documents.get(name)
