@@ -23,10 +23,13 @@ class Disk:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._filler = folder / _FILLER
+        self._device = folder.stat().st_dev
 
     def fill(self) -> None:
         """Leave no byte free: whoever writes gets ENOSPC."""
         with self._filler.open("ab") as file:
+            if os.fstat(file.fileno()).st_dev != self._device:
+                return  # it is not mounted any more: never fill the machine's own disk
             # Smaller and smaller, because others write and delete meanwhile.
             for divisor in (1, 2, 4, 8, 16):
                 free = os.statvfs(self.folder)
