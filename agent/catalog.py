@@ -164,6 +164,10 @@ class Catalog:
         """A checkpoint was made here."""
         self._known[function.name] = Resolution(function.digest, layers, image)
 
+    def expect(self, function_name: str, generation: int) -> None:
+        """Another node has told of a pointer of this generation: no older one is taken."""
+        self._fetcher.expect(function_name, generation)
+
     def forget(self, function_name: str) -> None:
         """A function's root has changed under the same document: find out again with its next start."""
         self._known.pop(function_name, None)

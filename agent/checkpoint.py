@@ -98,8 +98,11 @@ class Checkpointer:
             with clock.phase("upload"):
                 await asyncio.to_thread(self._upload, building, finished, encoded, working_set, heal)
             with clock.phase("publish"):
-                await asyncio.to_thread(pointer.publish, self._store, self._sealer, self._generations, finished, manifest.name(encoded))
+                published = await asyncio.to_thread(
+                    pointer.publish, self._store, self._sealer, self._generations, finished, manifest.name(encoded)
+                )
             image = await asyncio.to_thread(self._cache.insert, building, encoded, complete=True)
+            image.generation = published.generation
         except BaseException:
             await asyncio.to_thread(shutil.rmtree, building, True)
             raise

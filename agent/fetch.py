@@ -111,9 +111,14 @@ class Fetcher:
         if current.files_digest != (await layers).files_digest:
             return None
         _match(image, current)
+        image.generation = current.generation
         if checked is not None:
             raise checked
         return image
+
+    def expect(self, function_name: str, generation: int) -> None:
+        """Take no older pointer of this function from now on."""
+        self._generations.expect(function_name, generation)
 
     def _get_pointer(self, function: str) -> tuple[Pointer, int]:
         data = self._store.get(manifest.pointer_key(function), size_max=pointer.BYTES_MAX, timeout_s=_POINTER_TIMEOUT_S)

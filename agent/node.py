@@ -204,6 +204,8 @@ class Node:
             self._report(answer)
 
     async def _dispatch(self, command: AgentCommand, received_ns: int) -> Message | None:
+        if isinstance(command, Start | Prepare | Fetch | MakeCheckpoint):
+            self._catalog.expect(command.function.name, command.generation)
         if isinstance(command, Start | Prepare | MakeCheckpoint):
             self._underway[command.id] = taken = CommandTaken(
                 id=command.id, kind=_KINDS[type(command)], function=command.function.name,
@@ -467,6 +469,7 @@ def _checkpoint_info(image: CachedImage) -> CheckpointInfo:
         checkpoint=image.checkpoint,
         image_bytes=image.manifest.image_bytes,
         complete=image.complete,
+        generation=image.generation,
     )
 
 

@@ -78,6 +78,7 @@ def fetched(world: World, state: FunctionState, node: str, report: FetchDone, no
             checkpoint.fetch_retry_ns = now_ns + world.config.fetch_retry_ns
             world.timers.arm(TimerKey("checkpoint", state.name, "fetch"), checkpoint.fetch_retry_ns)
         held_by(state, found, node, report.checkpoint.image_bytes)
+        state.generation = max(state.generation, report.checkpoint.generation)
     elif not checkpoint.fetching:
         # The last word of the nodes that were asked: there is none (any more).
         checkpoint.cached.pop(node, None)
@@ -94,6 +95,7 @@ def published(world: World, state: FunctionState, node: str, report: CheckpointP
     if state.function is None:
         evict(world, state, node, now_ns)
         return
+    state.generation = max(state.generation, report.checkpoint.generation)
     if report.function_digest == state.digest:
         held_by(state, report.checkpoint.checkpoint, node, report.checkpoint.image_bytes)
         checkpoint.checked = True

@@ -258,6 +258,7 @@ def pack(state: FunctionState, epoch: int, connections: list[int]) -> bytes:
             placeholders=state.placeholders,
             holding=state.holding.pack() if predicted and state.holding is not None else [],
             forecast=state.forecast.pack() if predicted and state.forecast is not None else [],
+            generation=state.generation,
         )
     )
 
@@ -280,7 +281,7 @@ def unpack(name: str, packed: bytes, terms: Terms) -> tuple[FunctionState, int, 
     state.last_start_ms, state.last_start_mode, state.last_error = was.start_ms or 0.0, was.start_mode, was.error
     for standby, node, pss_mb, made_ns, attempt in was.standbys:
         standbys.add(Standby(standby, node, state.digest, checkpoint.id, pss_mb, made_ns, attempt))
-    state.placeholders = was.placeholders
+    state.placeholders, state.generation = was.placeholders, was.generation
     if was.forecast:
         state.forecast = FunctionForecast.unpack(was.forecast, *terms(state))
         state.holding = Holding.unpack(was.holding, state.forecast)

@@ -30,6 +30,7 @@ _SHORT = {
     "standbys": "b",
     "holding": "h",
     "forecast": "f",
+    "generation": "v",
 }
 
 
@@ -61,6 +62,7 @@ class Packed(msgspec.Struct, omit_defaults=True, rename=_SHORT):
     placeholders: dict[str, int] | None = None
     holding: list[Any] = []
     forecast: list[Any] = []
+    generation: int = 0
 
 
 # What a record of ``thaw.forecasts`` must look like: any scaler, of any version, may have written it.

@@ -174,6 +174,8 @@ class FunctionState:
     #: The document as :mod:`scaler.dormant` stores it; empty: it has not been stored yet.
     packed_document: bytes = b""
     digest: str = ""
+    #: Of the newest pointer to a checkpoint, of any digest, that a node has told of (:mod:`agent.store.pointer`).
+    generation: int = 0
     levels: Levels = field(default_factory=Levels)
     #: Newest demand record.
     newest: Origin | None = None

@@ -98,6 +98,7 @@ class Header(TypedDict):
     deadline_ns: int
     shard: int
     epoch: int
+    generation: int
 
 
 @dataclass(slots=True)
@@ -178,6 +179,7 @@ class World:
             deadline_ns=now_ns + deadline_ns,
             shard=state.shard,
             epoch=self.owned[state.shard].epoch,
+            generation=state.generation,
         )
 
     def send(self, pending: Pending, message: AgentCommand, need: Need | None = None) -> None:

@@ -10,7 +10,7 @@ happen. To a watcher (a router, the load generator) it sends :class:`Endpoints` 
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 import msgspec
 
@@ -19,6 +19,8 @@ from agent.api.records import StartRecord
 from agent.errors import FunctionInvalid, ProtocolError
 
 PROTOCOL_VERSION = 1
+#: Of a pointer to a checkpoint (:mod:`agent.store.pointer`): about ns since 1970; 0: not known.
+Generation = Annotated[int, msgspec.Meta(ge=0, le=1 << 62)]
 
 
 class Message(msgspec.Struct, frozen=True, kw_only=True, tag_field="type"):
@@ -46,6 +48,7 @@ class Command(Message, frozen=True, kw_only=True):
         traceparent: W3C trace context of the start that this belongs to; empty when there is none.
         shard: Kafka partition that the function belongs to.
         epoch: generation of the shard's owner; the agent refuses one older than it has seen.
+        generation: of the newest pointer to a checkpoint of the function that any node has told of; the agent takes no older one.
     """
 
     id: str
@@ -53,6 +56,7 @@ class Command(Message, frozen=True, kw_only=True):
     traceparent: str = ""
     shard: int = 0
     epoch: int = 0
+    generation: Generation = 0
 
 
 class Fetch(Command, frozen=True, kw_only=True, tag="fetch"):
@@ -131,13 +135,18 @@ class StandbyInfo(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class CheckpointInfo(msgspec.Struct, frozen=True, kw_only=True):
-    """A checkpoint in a node's cache."""
+    """A checkpoint in a node's cache.
+
+    Attributes:
+        generation: of the pointer that named it; 0: this agent has not read the pointer yet.
+    """
 
     function: str
     function_digest: str
     checkpoint: str
     image_bytes: int
     complete: bool
+    generation: Generation = 0
 
 
 class CommandTaken(Message, frozen=True, kw_only=True, tag="command_taken"):

@@ -48,6 +48,8 @@ class CachedImage:
     failures: int = 0
     #: Why nothing is restored from it any more: a page of it cannot be had.
     unusable: str = ""
+    #: Of the pointer that named it; 0: it was not read since the agent began.
+    generation: int = 0
     #: The pager has it open.
     opened: bool = False
     #: The pager is opening it.

@@ -6,7 +6,7 @@ manifest by digest, and the manifest everything else, so that its signature cove
 
 A pointer that was replaced stays signed for ever. Generations tell which one is newer: each is greater than the one before, and not less
 than the time in ns, so that they go on rising when the object was lost. A node keeps the newest that it has seen of each function on its
-disk.
+disk, and scalers tell it what other nodes have seen.
 """
 
 from __future__ import annotations
@@ -74,11 +74,22 @@ class _Signed(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Generations:
-    """The newest generation of each function that this node has seen, one small file each. Thread-safe."""
+    """The newest generation of each function that this node has seen, one small file each, or was told of. Thread-safe."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._lock = threading.Lock()
+        #: Not on the disk: whoever tells it tells it with every command.
+        self._told: dict[str, int] = {}
+
+    def expect(self, function: str, generation: int) -> None:
+        """Another node has seen this generation."""
+        if generation > self._told.get(function, 0):
+            self._told[function] = generation
+
+    def floor(self, function: str) -> int:
+        """No older pointer is accepted."""
+        return max(self.newest(function)[0], self._told.get(function, 0))
 
     def newest(self, function: str) -> tuple[int, str]:
         """Generation and checkpoint; 0 and nothing when none was seen."""
@@ -95,15 +106,13 @@ class Generations:
             ImageRolledBack: one was, or another of the same generation. OSError: it cannot be noted.
         """
         with self._lock:
+            if pointer.generation < (told := self._told.get(pointer.function, 0)):
+                raise _rolled_back(pointer, f"another node has seen {told}")
             generation, checkpoint = self.newest(pointer.function)
             if (pointer.generation, pointer.checkpoint) == (generation, checkpoint):
                 return
             if pointer.generation <= generation:
-                raise ImageRolledBack(
-                    f"the pointer to the current checkpoint was rolled back: it is of generation {pointer.generation} "
-                    f"({pointer.checkpoint}), and this node has seen {generation} ({checkpoint})",
-                    function=pointer.function,
-                )
+                raise _rolled_back(pointer, f"this node has seen {generation} ({checkpoint})")
             self._note(pointer)
 
     def _note(self, pointer: Pointer) -> None:
@@ -117,6 +126,11 @@ class Generations:
             with contextlib.suppress(OSError):
                 Path(temporary).unlink()
             raise
+
+
+def _rolled_back(pointer: Pointer, why: str) -> ImageRolledBack:
+    what = f"it is of generation {pointer.generation} ({pointer.checkpoint}), and {why}"
+    return ImageRolledBack(f"the pointer to the current checkpoint was rolled back: {what}", function=pointer.function)
 
 
 def seal(sealer: Sealer, pointer: Pointer, key_id: str) -> bytes:
@@ -161,7 +175,7 @@ def publish(store: ObjectStore, sealer: Sealer, generations: Generations, manife
             StoreError: the store failed.
     """
     key = pointer_key(manifest.function)
-    newest, _ = generations.newest(manifest.function)
+    newest = generations.floor(manifest.function)
     replaced: list[Replaced] = []
     try:
         before, tag = store.get_with_tag(key, size_max=BYTES_MAX)

@@ -141,7 +141,7 @@ def _messages() -> list[bytes]:
         command_id="c",
     )
     checkpoint = messages.CheckpointInfo(
-        function="index", function_digest="ab" * 32, checkpoint="cd" * 16, image_bytes=1 << 29, complete=True
+        function="index", function_digest="ab" * 32, checkpoint="cd" * 16, image_bytes=1 << 29, complete=True, generation=1 << 60
     )
     standby = messages.StandbyInfo(
         standby="s", function="index", function_digest="ab" * 32, checkpoint="cd" * 16, pss_bytes=1 << 22, made_ns=1, command_id="c"
@@ -151,7 +151,7 @@ def _messages() -> list[bytes]:
         for item in (
             messages.Hello(identity="scaler-1", role="scaler", capabilities=["thaw"]),
             messages.Start(id="c", deadline_ns=1 << 60, traceparent=_TRACEPARENT, shard=1, epoch=7, function=_function()),
-            messages.Prepare(id="c", deadline_ns=1 << 60, function=_pod_function()),
+            messages.Prepare(id="c", deadline_ns=1 << 60, generation=1 << 60, function=_pod_function()),
             messages.Release(id="c", deadline_ns=1, instance="i-1"),
             messages.Inventory(node="n", memory_mb=1, memory_free_mb=1, instances=[instance], standbys=[standby], checkpoints=[checkpoint]),
             messages.StartDone(command_id="c", instance=instance, record=record),

@@ -103,7 +103,8 @@ async def test_images_are_sealed_and_old_or_foreign_ones_refused(
 
         pointer_key = manifest.pointer_key("sealed")
         old = store.get(pointer_key, size_max=4096)
-        second = (await agent.call(MakeCheckpoint, function=function)).checkpoint.checkpoint
+        published = (await agent.call(MakeCheckpoint, function=function)).checkpoint
+        second, generation = published.checkpoint, published.generation
         new = store.get(pointer_key, size_max=4096)
         store.put(pointer_key, old)
         await cold_because("was rolled back")
@@ -119,6 +120,13 @@ async def test_images_are_sealed_and_old_or_foreign_ones_refused(
         await agent.start()
         store.put(pointer_key, old)
         await cold_because("was rolled back")
+
+        # A node that has seen nothing is told by the scaler what others have seen.
+        await agent.stop(signal.SIGKILL)
+        shutil.rmtree(agent.state / "agent" / "generations")
+        await agent.start()
+        assert (await agent.call(Fetch, function=function, generation=generation)).checkpoint is None
+        await cold_because("another node has seen")
 
         # A new checkpoint heals it, whatever is there.
         third = (await agent.call(MakeCheckpoint, function=function)).checkpoint.checkpoint

@@ -285,6 +285,22 @@ async def test_an_older_pointer_is_refused_until_a_newer_one_comes(world: World)
     assert image is not None and image.checkpoint == name
 
 
+async def test_a_node_that_has_seen_nothing_is_told_what_others_have_seen(world: World) -> None:
+    function = world.function()
+    files_digest = await world.files_digest()
+    world.publish(function, files_digest, created_ns=1)
+    old = world.store.objects[manifest.pointer_key("it")]
+    world.publish(function, files_digest, created_ns=2)
+    new = world.store.objects[manifest.pointer_key("it")]
+    world.catalog.expect("it", 2)
+    world.store.objects[manifest.pointer_key("it")] = old
+    found = await world.catalog.resolve(function)
+    assert found.image is None and "rolled back: it is of generation 1" in found.reason and "another node has seen 2" in found.reason
+    world.store.objects[manifest.pointer_key("it")] = new
+    image = (await world.catalog.resolve(function, refresh=True)).image
+    assert image is not None and image.generation == 2
+
+
 async def test_an_unknown_key_is_named(world: World) -> None:
     function = world.function()
     world.publish(function, await world.files_digest())

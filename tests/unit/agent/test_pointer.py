@@ -138,6 +138,25 @@ def test_two_of_one_generation_are_one_too_many(tmp_path: Path) -> None:
     subject.accept(a_pointer(1))
 
 
+def test_none_older_than_what_another_node_has_seen(sealer: Sealer, tmp_path: Path) -> None:
+    subject = Generations(tmp_path)
+    subject.expect("it", 7)
+    subject.expect("it", 3)
+    with pytest.raises(ImageRolledBack, match=r"of generation 6 .* another node has seen 7"):
+        subject.accept(a_pointer(6))
+    assert subject.newest("it") == (0, "") and subject.floor("it") == 7
+    subject.accept(a_pointer(7))
+    subject.accept(a_pointer(7))
+    subject.expect("it", 9)
+    with pytest.raises(ImageRolledBack, match="another node has seen 9"):
+        subject.accept(a_pointer(7))
+    ahead = time.time_ns() + 10**18
+    subject.expect("it", ahead)
+    bucket: Any = Bucket()
+    published = pointer.publish(bucket, sealer, subject, a_manifest(function="it", key=sealer.newest()), CHECKPOINT)
+    assert published.generation == ahead + 1, "whatever it was told, it can publish"
+
+
 def test_generations_rise_with_every_publication_on_any_node(sealer: Sealer, tmp_path: Path) -> None:
     bucket: Any = Bucket()
     nodes = [Generations(tmp_path / name) for name in ("one", "two")]

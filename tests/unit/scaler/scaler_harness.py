@@ -197,25 +197,25 @@ class Harness:
         assert isinstance(command.message, Release)
         return self.exited(command.message.instance, node=command.node, name=name, command_id=command.message.id)
 
-    def fetched(self, command: NodeCommand, *, checkpoint: str = "") -> list[NodeCommand]:
+    def fetched(self, command: NodeCommand, *, checkpoint: str = "", generation: int = 0) -> list[NodeCommand]:
         assert isinstance(command.message, Fetch)
         document = command.message.function
         report = FetchDone(
             command_id=command.message.id,
             function=document.name,
             function_digest=document.digest,
-            checkpoint=self.checkpoint(document, checkpoint) if checkpoint else None,
+            checkpoint=self.checkpoint(document, checkpoint, generation) if checkpoint else None,
         )
         return self.do(NodeReport(node=command.node, report=report))
 
-    def published(self, command: NodeCommand, *, checkpoint: str = "cp") -> list[NodeCommand]:
+    def published(self, command: NodeCommand, *, checkpoint: str = "cp", generation: int = 0) -> list[NodeCommand]:
         assert isinstance(command.message, MakeCheckpoint)
         document = command.message.function
         report = CheckpointPublished(
             command_id=command.message.id,
             function=document.name,
             function_digest=document.digest,
-            checkpoint=self.checkpoint(document, checkpoint),
+            checkpoint=self.checkpoint(document, checkpoint, generation),
         )
         return self.do(NodeReport(node=command.node, report=report))
 
@@ -249,8 +249,15 @@ class Harness:
         return self.do(NodeLost(node=name))
 
     @staticmethod
-    def checkpoint(document: Function, name: str = "cp") -> CheckpointInfo:
-        return CheckpointInfo(function=document.name, function_digest=document.digest, checkpoint=name, image_bytes=1, complete=True)
+    def checkpoint(document: Function, name: str = "cp", generation: int = 0) -> CheckpointInfo:
+        return CheckpointInfo(
+            function=document.name,
+            function_digest=document.digest,
+            checkpoint=name,
+            image_bytes=1,
+            complete=True,
+            generation=generation,
+        )
 
 
 def only(kind: type, commands: list[NodeCommand]) -> list[NodeCommand]:

@@ -132,6 +132,17 @@ def test_demand_wakes_it_and_is_served_as_ever(harness):
     assert only(Fetch, commands) == []
 
 
+def test_what_generation_its_checkpoint_has_is_known_after_its_sleep_and_told_with_every_command():
+    harness = Harness()
+    harness.node()
+    (fetch,) = only(Fetch, harness.apply(function(idle_s=None)))
+    assert fetch.message.generation == 0
+    harness.fetched(fetch, checkpoint="cp", generation=1_795_913_756_234_924_270)
+    assert asleep(harness) == 1
+    (command,) = starts(harness.demand(1))
+    assert command.message.generation == 1_795_913_756_234_924_270
+
+
 def test_it_does_not_sleep_while_anything_is_going_on(harness):
     harness.demand(1, ttl=10.0)
     assert asleep(harness) == 0

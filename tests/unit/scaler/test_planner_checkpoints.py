@@ -12,6 +12,18 @@ class TestCheckpoints:
         harness.node("n2")
         assert [command.node for command in only(Fetch, harness.apply())] == ["n1", "n2"]
 
+    def test_nodes_are_told_the_newest_generation_that_any_has_seen(self, harness):
+        first, second = [only(Fetch, harness.apply())[0], only(Fetch, harness.node("n2"))[0]]
+        assert (first.message.generation, second.message.generation) == (0, 0)
+        harness.fetched(first, checkpoint="cp", generation=7)
+        harness.fetched(second, checkpoint="cp", generation=5)
+        (start,) = starts(harness.demand(1))
+        assert start.message.generation == 7
+        (third,) = only(Fetch, harness.node("n3", checkpoints=[harness.checkpoint(function(), "old", generation=9)]))
+        assert third.message.generation == 9
+        for command in only(Fetch, harness.apply(function(command="another"))):
+            assert command.message.generation == 9, "pointers of all versions of a function rise"
+
     def test_a_node_that_connects_later_is_asked_too(self, harness):
         harness.apply()
         assert [command.node for command in only(Fetch, harness.node("n2"))] == ["n2"]
