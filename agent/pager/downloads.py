@@ -6,6 +6,7 @@ thread of an instance waits for overtakes everything that is only fetched to hav
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import queue
@@ -23,13 +24,15 @@ from infra.errors import StoreError
 from infra.s3 import ObjectStore
 
 logger = logging.getLogger(__name__)
-#: A chunk that the store could not serve for this long is reported; the agent ends instances that wait for it.
+#: A chunk that the store could not serve, or the disk not take, for this long is reported; the agent ends instances that wait for it.
 STALL_S = 30.0
 _BACKOFF_S, _BACKOFF_MAX_S = 0.05, 2.0
 #: Threads that fetch what nobody waits for: they take time from the instance that was just started.
 _LATER_MAX = 2
 #: A chunk that does not verify is fetched so many times; then it is not the network that is at fault.
 _CORRUPT_ATTEMPTS = 3
+#: What gets better when somebody makes room.
+_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 @dataclass(eq=False)
@@ -125,19 +128,22 @@ class Downloads:
     def _fetch(self, download: Download) -> str:
         """However often it takes until :data:`STALL_S`; returns what went wrong in the end."""
         give_up, pause, error, corrupt = time.monotonic() + STALL_S, _BACKOFF_S, "", 0
+        data: bytes | None = None
         while not download.cancelled and corrupt < _CORRUPT_ATTEMPTS:
             try:
-                data = self._place(download).download(download.digest, download.size)
+                if data is None:
+                    data = self._place(download).download(download.digest, download.size)
+                download.keep(data)
+                return ""
             except (StoreError, AgentError) as failure:
                 error = str(failure)
                 corrupt += isinstance(failure, ImageInvalid)
                 logger.warning("a chunk cannot be fetched: %s", error)
-            else:
-                try:
-                    download.keep(data)
-                except OSError as failure:  # the disk is full: the instance cannot go on, the node can
-                    return f"cannot keep a chunk on the node: {failure}"
-                return ""
+            except OSError as failure:
+                error = f"cannot keep a chunk on the node: {failure}"
+                if failure.errno not in _FULL:
+                    return error
+                logger.warning("%s", error)
             if time.monotonic() + pause > give_up:
                 break
             time.sleep(pause * random.uniform(0.5, 1.0))

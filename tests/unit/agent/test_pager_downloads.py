@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import threading
 import time
@@ -83,3 +84,29 @@ def test_a_slow_store_is_waited_for_and_one_that_stays_away_is_told(monkeypatch:
     subject.add(Download("it", "one", b"b", 2, kept.append, arrived.append), urgent=True)
     settle(subject, arrived, 2)
     assert "it is slow" in arrived[1]
+
+
+def test_a_full_disk_is_waited_for_and_a_broken_one_is_told(monkeypatch: pytest.MonkeyPatch, wake: int) -> None:
+    gate, arrived, kept = Gate(monkeypatch), list[str](), list[bytes]()
+    gate.open.set()
+    failures = [OSError(errno.ENOSPC, "no space left"), OSError(errno.ENOSPC, "no space left")]
+
+    def keep(data: bytes) -> None:
+        if failures:
+            raise failures.pop(0)
+        kept.append(data)
+
+    subject = Downloads(1, wake)
+    subject.configure(lambda: None, Sealer(Path("/nowhere")), 1)  # type: ignore[arg-type, return-value]
+    subject.add(Download("it", "one", b"a", 2, keep, arrived.append), urgent=True)
+    settle(subject, arrived, 1)
+    assert (arrived, kept) == ([""], [b"aa"]) and gate.order == [b"a"], "it is fetched once"
+    failures.append(OSError(errno.EIO, "broken"))
+    subject.add(Download("it", "one", b"b", 2, keep, arrived.append), urgent=True)
+    settle(subject, arrived, 2)
+    assert "cannot keep a chunk on the node: [Errno 5] broken" in arrived[1] and not failures
+    monkeypatch.setattr(downloads, "STALL_S", 0.0)
+    failures.append(OSError(errno.ENOSPC, "no space left"))
+    subject.add(Download("it", "one", b"c", 2, keep, arrived.append), urgent=True)
+    settle(subject, arrived, 3)
+    assert "no space left" in arrived[2]
