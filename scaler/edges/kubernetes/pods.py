@@ -14,7 +14,7 @@ import hashlib
 import json
 from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field
-from decimal import Decimal, InvalidOperation
+from decimal import Decimal
 from typing import Any
 
 from infra.kubernetes import pods as placeholders
@@ -238,9 +238,10 @@ def quantity(text: object) -> Decimal:
         unit = word[len(word) - cut :] if cut else ""
         if cut <= len(word) and (unit in _UNITS or unit in _FRACTIONS):
             try:
-                return Decimal(word[: len(word) - cut]) * (_FRACTIONS[unit] if unit in _FRACTIONS else _UNITS[unit])
-            except InvalidOperation:
+                number = Decimal(word[: len(word) - cut]) * (_FRACTIONS[unit] if unit in _FRACTIONS else _UNITS[unit])
+            except ArithmeticError:  # no number, or one that is too long
                 return Decimal(-1)
+            return number if number.is_finite() else Decimal(-1)
     return Decimal(-1)
 
 

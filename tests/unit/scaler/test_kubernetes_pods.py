@@ -212,7 +212,18 @@ class TestRead:
 
 @pytest.mark.parametrize(
     ("text", "number"),
-    [("1", 1), ("500m", 0.5), ("16Mi", 16 << 20), ("1k", 1000), ("1.5Gi", 3 << 29), ("100u", 0.0001), ("x", -1), ("", -1), ("Mi", -1)],
+    [
+        ("1", 1),
+        ("500m", 0.5),
+        ("16Mi", 16 << 20),
+        ("1k", 1000),
+        ("1.5Gi", 3 << 29),
+        ("100u", 0.0001),
+        ("x", -1),
+        ("", -1),
+        ("Mi", -1),
+        *((word, -1) for word in ("NaN", "sNaN", "InfinityMi", "1e999999999Mi")),
+    ],
 )
 def test_quantities(text, number):
     assert float(quantity(text)) == number
