@@ -17,7 +17,7 @@ from agent.errors import SandboxError
 from agent.sandbox.pod import Pod, PodRecord, PodSandbox
 from agent.sandbox.protocol import Process
 from infra.local import native
-from infra.local.processes import identity_of
+from infra.local.processes import Identity, identity_of
 from infra.settings import load
 
 pytestmark = pytest.mark.root
@@ -59,6 +59,7 @@ def told() -> Told:
 async def make(tmp_path: Path, told: Told) -> AsyncIterator[Make]:
     """Makes placeholders of a command, as user 65534."""
     made: list[subprocess.Popen[bytes]] = []
+    inits: list[Identity] = []
 
     async def one(*command: str) -> PodSandbox:
         words = ["unshare", "--pid", "--fork", "--mount-proc", "--net", "--ipc", "--uts", "--kill-child", "--"]
@@ -74,6 +75,7 @@ async def make(tmp_path: Path, told: Told) -> AsyncIterator[Make]:
             await asyncio.sleep(0.01)
         identity = identity_of(init)
         assert identity is not None
+        inits.append(identity)
         folder = tmp_path / f"pod-{len(made)}"
         folder.mkdir(exist_ok=True)
         pod = Pod("space", "name", f"uid-{len(made)}", "function", "digest", "127.0.0.1", "container", "image")
@@ -82,6 +84,9 @@ async def make(tmp_path: Path, told: Told) -> AsyncIterator[Make]:
         return sandbox
 
     yield one
+    for identity in inits:  # whose parent's end they don't notice: what it was to send is forgotten when the user changes
+        if identity.alive():
+            os.kill(identity.pid, signal.SIGKILL)
     for process in made:
         process.kill()
         process.wait()
