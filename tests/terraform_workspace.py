@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import shlex
 import shutil
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,16 +24,17 @@ _COLOURED = ("apply", "destroy", "init", "plan", "test", "validate")
 class Workspace:
     """``infra/terraform`` and the manifests in a folder of the test's own."""
 
-    def __init__(self, terraform: Terraform, home: Path, root: str) -> None:
+    def __init__(self, terraform: Terraform, home: Path, root: str, **environment: str) -> None:
         """Copy, and choose where commands run.
 
         Args:
             terraform: what runs them.
             home: an empty folder.
             root: folder below infra/terraform, such as ``example``.
+            environment: more variables of Terraform.
         """
         self._program = terraform.program
-        self._environment = terraform.environment(home / "home")
+        self._environment = {**terraform.environment(home / "home"), **environment}
         copy = home / "infra"
         for name in ("terraform/modules", "terraform/example", "kubernetes/manifests"):
             shutil.copytree(_INFRA / name, copy / name, ignore=shutil.ignore_patterns(".terraform*"))
@@ -87,3 +91,28 @@ class Workspace:
     def outputs(self) -> dict[str, Any]:
         """Values of all outputs, the sensitive ones too."""
         return {name: output["value"] for name, output in json.loads(self("output", "-json")).items()}
+
+
+@contextlib.contextmanager
+def running_aws(mirror: Path, home: Path) -> Iterator[dict[str, str]]:
+    """Run hashicorp/aws once for many commands: its start and its schema are most of what one takes.
+
+    Args:
+        mirror: has it.
+        home: a folder for what it says.
+
+    Yields:
+        Variables with which Terraform uses it (https://developer.hashicorp.com/terraform/plugin/debugging).
+    """
+    program = max(mirror.glob("registry.terraform.io/hashicorp/aws/*/linux_amd64/terraform-provider-aws_v*"))
+    with (
+        (home / "aws.log").open("w") as log,
+        subprocess.Popen([program, "-debug"], stdout=subprocess.PIPE, stderr=log, text=True) as server,
+    ):
+        try:
+            assert server.stdout is not None
+            setting = next(line for line in server.stdout if "TF_REATTACH_PROVIDERS=" in line)
+            (name, _, value) = shlex.split(setting.strip())[0].partition("=")
+            yield {name: value}
+        finally:
+            server.kill()

@@ -40,7 +40,19 @@ class _Chunk:
 class Image:
     """One image on this node."""
 
-    def __init__(self, name: str, directory: Path, downloads: Downloads, *, complete: bool) -> None:
+    def __init__(self, name: str, said: tuple[str, bool], downloads: Downloads) -> None:
+        """Open an image.
+
+        Args:
+            name: the checkpoint's.
+            said: its directory, and whether all of its pages are there.
+            downloads: fetch what is not.
+
+        Raises:
+            ImageInvalid: it is not what its name says. OSError: it is not there.
+        """
+        self.said = said
+        directory, complete = Path(said[0]), said[1]
         manifest = decode((directory / MANIFEST).read_bytes(), name)
         self.page_maps = read_page_maps(directory / IMAGES)
         sizes = {int(key): pages.size for key, pages in manifest.pages.items()}

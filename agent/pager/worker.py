@@ -178,10 +178,13 @@ class Worker:
 
     def _image(self, name: str) -> Image | None:
         """An open image. One that a worker before had open and that cannot be opened again stalls its restores."""
-        if name not in self._images and name in self._state.images:
-            directory, complete = self._state.images[name]
+        said = self._state.images.get(name)
+        if name in self._images and said is not None and self._images[name].said != said:
+            # While the journal is read: it was opened as what it was then. It has been closed since, deleted and fetched again.
+            self._images.pop(name).close()
+        if name not in self._images and said is not None:
             try:
-                self._images[name] = Image(name, Path(directory), self._downloads, complete=complete)
+                self._images[name] = Image(name, said, self._downloads)
             except (AgentError, OSError) as error:  # while the journal is read, one that was closed long ago
                 logger.info("image %s cannot be opened again: %s", name, error)
         return self._images.get(name)
@@ -266,7 +269,7 @@ class Worker:
             # It was deleted and fetched again, and whoever did that could not say so. What is here of the old one says nothing of the new.
             self._order_close(order, [])
         if name not in self._images:
-            self._images[name] = Image(name, Path(directory), self._downloads, complete=complete)
+            self._images[name] = Image(name, (directory, complete), self._downloads)
             self._note(Kind.IMAGE, [name, directory, complete])
         return {}
 

@@ -272,6 +272,26 @@ async def test_an_image_that_was_deleted_and_fetched_again_is_another_one(bench:
     await bench.pager.release(name)
 
 
+async def test_a_worker_that_reads_of_an_earlier_image_of_the_same_name_does_not_believe_it(bench: Bench) -> None:
+    """What the journal says of what was here then says nothing of what was fetched since: no page of it is here."""
+    await bench.open(prefetch=[])
+    name, lazy = await bench.restore()
+    assert await lazy.tell(f"check 0 {PAGES} 1") == "ok"
+    await bench.pager.release(name)
+    await bench.pager.close_image(bench.image)
+    shutil.rmtree(bench.folder / "image")
+    assert an_image(bench.folder / "image", prefetch=[]) == bench.image
+    hole = bench.folder / "image" / "img" / "pages-1.img"
+    hole.write_bytes(b"")
+    os.truncate(hole, PAGES * PAGE)
+    await bench.pager.open_image(bench.image, bench.folder / "image", complete=False)
+    old = bench.pager.worker_pid
+    bench.kill_worker()
+    await bench.new_worker(old)
+    with pytest.raises(PagerError):  # there is no store
+        await bench.pager.complete_image(bench.image, 0.5)
+
+
 async def test_an_agent_of_another_version_takes_no_page_along(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     await bench.open(prefetch=[])
     _, lazy = await bench.restore()

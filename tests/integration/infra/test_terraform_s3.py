@@ -20,7 +20,7 @@ from infra.local import objectstore, ports
 from infra.local.terraform import Terraform
 from infra.s3 import ObjectStore
 from infra.settings import S3Settings, Settings
-from tests.terraform_workspace import NO_AWS, Workspace
+from tests.terraform_workspace import NO_AWS, Workspace, running_aws
 
 pytestmark = [pytest.mark.stack, pytest.mark.timeout(600)]
 
@@ -62,10 +62,17 @@ class Store:
         )
 
 
-def module(tools: Terraform, home: Path, store: Store) -> Workspace:
-    if tools.aws is None:
+@pytest.fixture(scope="module")
+def aws(terraform_tools: Terraform, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+    """Variables for a provider that runs."""
+    if terraform_tools.aws is None:
         pytest.skip(NO_AWS)
-    made = Workspace(tools, home / "terraform", "modules/s3")
+    with running_aws(terraform_tools.aws, tmp_path_factory.mktemp("aws")) as variables:
+        yield variables
+
+
+def module(tools: Terraform, aws: dict[str, str], home: Path, store: Store) -> Workspace:
+    made = Workspace(tools, home / "terraform", "modules/s3", **aws)
     made.write("provider.tf", PROVIDER.format(**vars(store)))
     made.init()
     return made
@@ -104,8 +111,8 @@ def bucket_of(store: Store, bucket: str, user: str) -> ObjectStore:
     return ObjectStore(S3Settings(store.endpoint, bucket, access_key=user, secret_key=f"{user}-secret", attempts=1))
 
 
-def test_on_the_embedded_store(terraform_tools: Terraform, tmp_path: Path, versitygw: Store) -> None:
-    made = module(terraform_tools, tmp_path, versitygw)
+def test_on_the_embedded_store(terraform_tools: Terraform, aws: dict[str, str], tmp_path: Path, versitygw: Store) -> None:
+    made = module(terraform_tools, aws, tmp_path, versitygw)
     given = {"bucket": "thaw-made", "compatible_store": True, "endpoint_url": versitygw.endpoint, "force_destroy": True}
     made.variables(**given, agent_principals=["agent"])
     made.apply()
@@ -148,8 +155,10 @@ def test_on_the_embedded_store(terraform_tools: Terraform, tmp_path: Path, versi
     assert client.list_buckets()["Buckets"] == []
 
 
-def test_a_bucket_with_checkpoints_is_not_removed(terraform_tools: Terraform, tmp_path: Path, versitygw: Store) -> None:
-    made = module(terraform_tools, tmp_path, versitygw)
+def test_a_bucket_with_checkpoints_is_not_removed(
+    terraform_tools: Terraform, aws: dict[str, str], tmp_path: Path, versitygw: Store
+) -> None:
+    made = module(terraform_tools, aws, tmp_path, versitygw)
     made.variables(bucket="thaw-kept", compatible_store=True, versioning=False)
     made("apply", "-auto-approve")
     client = versitygw.client()
@@ -173,8 +182,8 @@ def moto() -> Iterator[Store]:
         server.stop()
 
 
-def test_what_only_aws_has(terraform_tools: Terraform, tmp_path: Path, moto: Store) -> None:
-    made = module(terraform_tools, tmp_path, moto)
+def test_what_only_aws_has(terraform_tools: Terraform, aws: dict[str, str], tmp_path: Path, moto: Store) -> None:
+    made = module(terraform_tools, aws, tmp_path, moto)
     made.variables(bucket="thaw-aws", policy_name="thaw-agent", tags={"team": "functions"})
     made.apply()
     client, iam = moto.client(), moto.client("iam")
