@@ -94,21 +94,20 @@ class Workspace:
 
 
 @contextlib.contextmanager
-def running_aws(mirror: Path, home: Path) -> Iterator[dict[str, str]]:
+def running_aws(terraform: Terraform, home: Path) -> Iterator[dict[str, str]]:
     """Run hashicorp/aws once for many commands: its start and its schema are most of what one takes.
 
     Args:
-        mirror: has it.
-        home: a folder for what it says.
+        terraform: has a mirror with it.
+        home: a folder for its settings, and for what it says.
 
     Yields:
         Variables with which Terraform uses it (https://developer.hashicorp.com/terraform/plugin/debugging).
     """
-    program = max(mirror.glob("registry.terraform.io/hashicorp/aws/*/linux_amd64/terraform-provider-aws_v*"))
-    with (
-        (home / "aws.log").open("w") as log,
-        subprocess.Popen([program, "-debug"], stdout=subprocess.PIPE, stderr=log, text=True) as server,
-    ):
+    assert terraform.aws is not None
+    command = [max(terraform.aws.glob("registry.terraform.io/hashicorp/aws/*/linux_amd64/terraform-provider-aws_v*")), "-debug"]
+    environment = terraform.environment(home)
+    with (home / "aws.log").open("w") as log, subprocess.Popen(command, env=environment, stdout=-1, stderr=log, text=True) as server:
         try:
             assert server.stdout is not None
             setting = next(line for line in server.stdout if "TF_REATTACH_PROVIDERS=" in line)

@@ -67,7 +67,7 @@ def aws(terraform_tools: Terraform, tmp_path_factory: pytest.TempPathFactory) ->
     """Variables for a provider that runs."""
     if terraform_tools.aws is None:
         pytest.skip(NO_AWS)
-    with running_aws(terraform_tools.aws, tmp_path_factory.mktemp("aws")) as variables:
+    with running_aws(terraform_tools, tmp_path_factory.mktemp("aws")) as variables:
         yield variables
 
 
