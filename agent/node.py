@@ -204,7 +204,7 @@ class Node:
             self._report(answer)
 
     async def _dispatch(self, command: AgentCommand, received_ns: int) -> Message | None:
-        if isinstance(command, Start | Prepare | Fetch | MakeCheckpoint):
+        if isinstance(command, Start | Prepare | Fetch | MakeCheckpoint) and command.generation:
             self._catalog.expect(command.function.name, command.generation)
         if isinstance(command, Start | Prepare | MakeCheckpoint):
             self._underway[command.id] = taken = CommandTaken(

@@ -43,6 +43,7 @@ class Image:
     unusable: str = ""
     opened: bool = False
     opening: None = None
+    generation: int = 0
     directory: Path = NOWHERE
 
     @property
@@ -271,6 +272,9 @@ class Fetcher:
         """What is on this node."""
         found = [image for image in self._cache if image.complete and (image.function, image.digest) == (function.name, function.digest)]
         return found[-1] if found else None
+
+    def expect(self, function_name: str, generation: int) -> None:
+        """Nobody rolls a pointer back here."""
 
     def trouble(self) -> str:
         """The breaker is not modelled."""
