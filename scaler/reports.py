@@ -174,9 +174,10 @@ def inventory(world: World, name: str, report: Inventory, now_ns: int, connected
     held = {item.function: item for item in report.checkpoints}
     for function, item in held.items():
         known = world.functions.if_awake(function)
-        if known is not None:
-            known.generation = max(known.generation, item.generation)
-        if known is not None and item.function_digest == known.digest:
+        if known is None:
+            continue
+        known.generation = max(known.generation, item.generation)
+        if item.function_digest == known.digest:
             if known.checkpoint.id in ("", item.checkpoint):
                 checkpoints.held_by(known, item.checkpoint, name, item.image_bytes)
                 changed[function] = None

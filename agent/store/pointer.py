@@ -83,7 +83,7 @@ class Generations:
         self._told: dict[str, int] = {}
 
     def expect(self, function: str, generation: int) -> None:
-        """Another node has seen this generation."""
+        """Another node has seen this generation. Called by one thread only, which does not wait for those that write to the disk."""
         if generation > self._told.get(function, 0):
             self._told[function] = generation
 

@@ -102,6 +102,14 @@ class Bench:
         self.image = an_image(self.folder / "image", **image)
         await self.pager.open_image(self.image, self.folder / "image", complete=True)
 
+    def fetch_again(self) -> None:
+        """The image's directory is another one, and no page of it is here yet."""
+        shutil.rmtree(self.folder / "image")
+        assert an_image(self.folder / "image", prefetch=[]) == self.image
+        hole = self.folder / "image" / "img" / "pages-1.img"
+        hole.write_bytes(b"")
+        os.truncate(hole, PAGES * PAGE)
+
     async def restore(self, *, record: bool = False, finish: bool = True, pages: int = PAGES) -> tuple[str, Lazy]:
         self.count += 1
         name = f"restore-{self.count}"
@@ -256,11 +264,7 @@ async def test_an_image_that_was_deleted_and_fetched_again_is_another_one(bench:
     """As by the next agent, which does not know what the pager has open: what was here of the first one is not here of the second."""
     await bench.open(prefetch=[])
     await bench.pager.complete_image(bench.image, 5.0)
-    shutil.rmtree(bench.folder / "image")
-    assert an_image(bench.folder / "image", prefetch=[]) == bench.image
-    hole = bench.folder / "image" / "img" / "pages-1.img"
-    hole.write_bytes(b"")
-    os.truncate(hole, PAGES * PAGE)
+    bench.fetch_again()
     await bench.pager.open_image(bench.image, bench.folder / "image", complete=False)
     with pytest.raises(PagerError):  # there is no store
         await bench.pager.complete_image(bench.image, 0.5)
@@ -279,11 +283,7 @@ async def test_a_worker_that_reads_of_an_earlier_image_of_the_same_name_does_not
     assert await lazy.tell(f"check 0 {PAGES} 1") == "ok"
     await bench.pager.release(name)
     await bench.pager.close_image(bench.image)
-    shutil.rmtree(bench.folder / "image")
-    assert an_image(bench.folder / "image", prefetch=[]) == bench.image
-    hole = bench.folder / "image" / "img" / "pages-1.img"
-    hole.write_bytes(b"")
-    os.truncate(hole, PAGES * PAGE)
+    bench.fetch_again()
     await bench.pager.open_image(bench.image, bench.folder / "image", complete=False)
     old = bench.pager.worker_pid
     bench.kill_worker()
